@@ -1,0 +1,31 @@
+"""bertpair: fine-tune multilingual BERT on pairs of texts, measure it, and put it into service."""
+
+from bertpair.config import Config
+from bertpair.errors import (
+    BertpairError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    StoppedError,
+    TrainingError,
+)
+from bertpair.inference import PairClassifier, Prediction
+from bertpair.scoring import EvaluationResult, evaluate
+from bertpair.training import TrainResult, train
+
+__version__ = "0.1.0"
+__all__ = [
+    "BertpairError",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "EvaluationResult",
+    "PairClassifier",
+    "Prediction",
+    "StoppedError",
+    "TrainResult",
+    "TrainingError",
+    "evaluate",
+    "train",
+]

@@ -1,0 +1,108 @@
+"""Where the texts and the label stand in a row: columns by name or number → positions in one file.
+
+A row is as wide as the first row says: `-1` is the first row's last column in every row, and where names
+or negative numbers depend on that width, a row with further text beyond it is a fault (a stray tab).
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from bertpair.errors import ConfigError, DataError, list_faults
+
+_ROLES = ("text_a", "text_b", "label")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where the texts and the label are: by header name, or by number from 0 (negative from the end).
+
+    `text_b` None: single texts. `label` None: no labels are read. `quoting`: `none` takes quotes literally;
+    with `csv`, quoted fields may hold tabs, newlines and doubled quotes.
+    """
+
+    text_a: int | str
+    text_b: int | str | None
+    label: int | str | None
+    has_header: bool = True
+    quoting: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.quoting not in ("none", "csv"):
+            raise ConfigError(f"quoting: found {self.quoting!r}; allowed: none, csv")
+        names = [f"{role}_column {column!r}" for role, column in self.by_role() if isinstance(column, str)]
+        if names and not self.has_header:
+            raise ConfigError(f"{', '.join(names)}: has_header is false, so columns are known by number only")
+
+    def by_role(self) -> list[tuple[str, int | str | None]]:
+        return list(zip(_ROLES, (self.text_a, self.text_b, self.label), strict=True))
+
+
+class Places(NamedTuple):
+    """The columns of one file as positions; `width`: cells of its first row, where that counts."""
+
+    text_a: int
+    text_b: int | None
+    label: int | None
+    needed: int
+    width: int | None
+
+
+def locate_columns(columns: Columns, first: list[str], where: str) -> Places:
+    """Positions from the file's first row; DataError with everything that does not fit."""
+    faults: list[str] = []
+    positions: list[int | None] = []
+    for role, column in columns.by_role():
+        position = None if column is None else _position(column, first, columns.has_header)
+        if isinstance(position, str):
+            faults.append(f"{where}{role}_column {column!r} {position}")
+            position = None
+        elif position is not None and position in positions:
+            other = _ROLES[positions.index(position)]
+            hint = "; has this file no labels?" if role == "label" else ""
+            faults.append(f"{where}{role}_column {column!r} is the same column as {other}_column{hint}")
+        positions.append(position)
+    if faults:
+        raise DataError(list_faults(faults))
+    text_a, text_b, label = positions
+    assert text_a is not None
+    counts_from_end = any(isinstance(column, int) and column < 0 for _, column in columns.by_role())
+    width = len(first) if columns.has_header or counts_from_end else None
+    return Places(text_a, text_b, label, max(p for p in positions if p is not None) + 1, width)
+
+
+def _position(column: int | str, first: list[str], has_header: bool) -> int | str:
+    """The column's position in this file, or what is wrong with it."""
+    names = [cell.strip() for cell in first]
+    if isinstance(column, str):
+        hits = [position for position, name in enumerate(names) if name == column.strip()]
+        if len(hits) == 1:
+            return hits[0]
+        if hits:
+            return f"stands {len(hits)} times in the header; give its number instead (one of {listed(hits)})"
+        near = near_miss(column, names)
+        return f"is not in the header; {near}found: {listed(names)}"
+    position = column + len(first) if column < 0 else column
+    # Without a header, a first row that is too short is a bad row like any other.
+    if 0 <= position < len(first) or (column >= 0 and not has_header):
+        return position
+    return f"does not exist: the first row has {len(first)} columns, numbered from 0: {listed(names)}"
+
+
+def near_miss(word: str, words: Sequence[str]) -> str:
+    """`did you mean …? ` or nothing: the head of a message's second half."""
+    by_key = {each[:100].lower(): each for each in words}
+    near = difflib.get_close_matches(word.strip()[:100].lower(), by_key, n=1)
+    return f"did you mean {shown(by_key[near[0]])}? " if near else ""
+
+
+def shown(text: str) -> str:
+    """A found value for a message: quoted, and never longer than a line."""
+    return repr(text if len(text) <= 60 else text[:60] + "…")
+
+
+def listed(values: Sequence[object], limit: int = 20) -> str:
+    """Values for a message, with a count of those beyond the limit."""
+    texts = [shown(value) if isinstance(value, str) else str(value) for value in values[:limit]]
+    return ", ".join(texts) + (f" and {len(values) - limit} more" if len(values) > limit else "")

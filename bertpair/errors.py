@@ -1,0 +1,48 @@
+"""What a user can get wrong, as a small tree.
+
+BertpairError                 scripts print `error: …` and exit with 2; anything else is a defect of ours
+├── ConfigError               a setting: unknown, of the wrong type, out of range, contradicting another
+├── DataError                 a row, a file or a set of labels
+├── CheckpointError           a model folder or checkpoint: missing, damaged, of another shape
+├── TrainingError             a run that cannot go on: too many steps with numbers that are not finite
+└── StoppedError              not a fault: the stop flag was seen; scripts exit with 128 + signal number
+"""
+
+from collections.abc import Sequence
+
+
+class BertpairError(Exception):
+    """Something the user can put right; the message says where, what was found and what is allowed."""
+
+
+class ConfigError(BertpairError):
+    """A setting is unknown, has the wrong type, is out of range, or contradicts another."""
+
+
+class DataError(BertpairError):
+    """A row, a data file or a set of labels cannot be used."""
+
+
+class CheckpointError(BertpairError):
+    """A model folder or a checkpoint is missing, damaged, or does not fit what was asked."""
+
+
+class TrainingError(BertpairError):
+    """A run cannot go on; its last whole checkpoint stands."""
+
+
+class StoppedError(BertpairError):
+    """A signal asked the program to stop and a long-running part obeyed; `signum` is that signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum
+
+
+def list_faults(faults: Sequence[str], total: int | None = None, limit: int = 10) -> str:
+    """Join up to `limit` faults, one a line, and say how many more there are (of `total`, default all)."""
+    shown = list(faults[:limit])
+    rest = (len(faults) if total is None else total) - len(shown)
+    if rest > 0:
+        shown.append(f"… and {rest} more")
+    return "\n".join(shown)

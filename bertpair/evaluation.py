@@ -1,0 +1,95 @@
+"""From a model and a data set to metrics, and to the files that a person reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bertpair.corpus import Split, Targets
+from bertpair.inference import Scorer, make_predictions
+from bertpair.metrics import classification_metrics, confusion_matrix, regression_metrics
+from bertpair.picture import draw_confusion, draw_curves
+from bertpair.progress import Progress
+from bertpair.report import format_eval_results, format_predictions
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One data set scored by one model."""
+
+    metrics: dict[str, float]  # empty for a file without labels
+    logits: npt.NDArray[np.float32]  # (rows, C), in the file's order
+
+
+def evaluate_split(
+    scorer: Scorer, split: Split, labels: Sequence[str] | None, *, label: str = ""
+) -> Evaluation:
+    """Score every row of `split`, and measure where it has labels.
+
+    `labels` in id order, None for regression; `label` leads the progress bar. Raises StoppedError when the
+    stop flag is set.
+    """
+    with Progress(len(split), "row", label=label, transient=True) as progress:
+        logits = scorer.logits(split.tokens, progress.advance)
+    metrics = {} if split.targets is None else measure(logits, split.targets, labels)
+    return Evaluation(metrics, logits)
+
+
+def measure(
+    logits: npt.NDArray[np.float32], gold: Targets, labels: Sequence[str] | None
+) -> dict[str, float]:
+    """The metrics of logits (rows, C) against label ids, or against values where `labels` is None.
+
+    `loss` is the plain mean cross-entropy (no class weights, no smoothing) or mean squared error.
+    """
+    wide = logits.astype(np.float64)
+    if labels is None:
+        values = wide[:, 0]
+        return {"loss": float(np.mean((values - gold) ** 2)), **regression_metrics(gold, values)}
+    shifted = wide - wide.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(gold)), gold]
+    return {
+        "loss": float(losses.mean()),
+        **classification_metrics(gold, wide.argmax(axis=1), len(labels)),
+    }
+
+
+def result_files(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> dict[str, bytes]:
+    """The files of an evaluation, by name: predictions.tsv; with gold labels eval_results.txt and .json;
+    for classes confusion_matrix.png."""
+    files = {"predictions.tsv": _predictions(evaluation, split, labels)}
+    if split.targets is None:
+        return files
+    files |= format_eval_results(evaluation.metrics)
+    if labels is not None:
+        matrix = confusion_of(evaluation, split, labels)
+        files["confusion_matrix.png"] = draw_confusion(matrix, labels)
+    return files
+
+
+def confusion_of(evaluation: Evaluation, split: Split, labels: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Counts (C, C): gold classes down, predicted ones across."""
+    assert split.targets is not None
+    return confusion_matrix(split.targets, evaluation.logits.argmax(axis=1), len(labels))
+
+
+def _predictions(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> bytes:
+    predictions = make_predictions(evaluation.logits, split.tokens, labels)
+    return format_predictions(
+        lines=split.pairs.line_of_row,
+        predicted=[p.score if p.label is None else p.label for p in predictions],
+        scores=[p.score for p in predictions],
+        truncated=split.tokens.truncated,
+        gold=split.pairs.labels,
+        labels=labels or (),
+        probabilities=[list(p.probabilities.values()) for p in predictions],
+    )
+
+
+def curves_file(records: Sequence[Mapping[str, Any]], metric: str | None = None) -> dict[str, bytes]:
+    """curves.png of the records of metrics.jsonl; no file where there is nothing to draw."""
+    return {"curves.png": draw_curves(records, metric)} if records else {}

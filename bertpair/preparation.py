@@ -1,0 +1,234 @@
+"""Everything a run needs, loaded and checked before the first file is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bertpair.config import Config
+from bertpair.corpus import Encoding, Split
+from bertpair.dataset import DataSettings, Source, overlap_warnings, resolve_source, training_labels
+from bertpair.errors import CheckpointError, ConfigError
+from bertpair.hub import resolve_folder
+from bertpair.model import BertClassifier
+from bertpair.model_config import ModelFolder, label_order, read_folder
+from bertpair.pretrained import load_model
+from bertpair.checkpoint import final_folder
+from bertpair.run_folder import RunState
+from bertpair.runtime import (
+    Precision,
+    keep_freed_memory,
+    resolve_device,
+    resolve_precision,
+    seed_everything,
+    set_deterministic,
+    set_threads,
+)
+from bertpair.stepper import Objective
+from bertpair.tokenizer import Tokenizer
+from bertpair.tsv import Pairs, read_pairs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run with everything loaded."""
+
+    config: Config  # with amp and num_threads as they turned out
+    model: BertClassifier  # on the device
+    folder: ModelFolder  # where the weights came from
+    tokenizer: Tokenizer
+    labels: tuple[str, ...] | None  # in id order; None: regression
+    train: Split
+    dev: Split | None
+    metrics: tuple[str, ...]  # the task's; the first is the one to watch
+    device: torch.device
+    precision: Precision
+    objective: Objective
+
+    @property
+    def data_digest(self) -> str:
+        """sha256 of the training rows as the model sees them, order included."""
+        digest = hashlib.sha256()
+        tokens, targets = self.train.tokens, self.train.targets
+        assert targets is not None
+        for array in (tokens.ids, tokens.offsets, tokens.first_lengths, targets):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+
+def prepare(config: Config, resumed_from: RunState | None) -> Job:
+    """Load data and model as `config` says; on a resume the model is the checkpoint's.
+
+    Raises ConfigError, DataError or CheckpointError for whatever does not fit; writes nothing but the
+    token cache.
+    """
+    device = _set_up_machine(config)
+    source = resolve_source(data_settings(config))
+    folder = read_folder(_model_path(config, resumed_from), config_name=_named_config(config, resumed_from))
+    train_pairs, dev_pairs, labels = _read_pairs(config, source, folder)
+    tokenizer = _read_tokenizer(config, folder, resumed_from)
+    encoding = _encoding(config, folder, tokenizer)
+    train = encoding.split(train_pairs, labels, name="train")
+    dev = None if dev_pairs is None else encoding.split(dev_pairs, labels, name="dev")
+    seed_everything(config.seed)
+    model, notes = load_model(
+        folder,
+        num_labels=1 if labels is None else len(labels),
+        new_head=config.new_head and resumed_from is None,
+        from_scratch=config.from_scratch,
+    )
+    _log((*source.notes, *notes))
+    precision = _resolve_precision(config, folder, train, device)
+    weights = class_weight_tensor(config.class_weights, labels, train)
+    return Job(
+        config=dataclasses.replace(config, amp=precision.name, num_threads=torch.get_num_threads()),
+        model=model.to(device),
+        folder=folder,
+        tokenizer=tokenizer,
+        labels=labels,
+        train=train,
+        dev=dev,
+        metrics=source.metrics,
+        device=device,
+        precision=precision,
+        objective=Objective(
+            labels is None, None if weights is None else weights.to(device), config.label_smoothing
+        ),
+    )
+
+
+def data_settings(config: Config) -> DataSettings:
+    """The data group of the settings, for `resolve_source`."""
+    names = [field.name for field in dataclasses.fields(DataSettings)]
+    return DataSettings(**{name: getattr(config, name) for name in names})
+
+
+def _log(lines: Sequence[str]) -> None:
+    for line in lines:
+        logger.info("%s", line)
+
+
+def _set_up_machine(config: Config) -> torch.device:
+    set_threads(config.num_threads)
+    keep_freed_memory()
+    set_deterministic(config.deterministic)
+    return resolve_device(config.device)
+
+
+def _model_path(config: Config, resumed_from: RunState | None) -> Path:
+    if resumed_from is not None:
+        return resumed_from.folder
+    assert config.model_name_or_path is not None
+    path = resolve_folder(config.model_name_or_path, revision=config.revision, cache_dir=config.cache_dir)
+    return final_folder(path)
+
+
+def _named_config(config: Config, resumed_from: RunState | None) -> Path | None:
+    if resumed_from is not None or config.config_name is None:
+        return None
+    return resolve_folder(config.config_name, revision=config.revision, cache_dir=config.cache_dir)
+
+
+def _read_pairs(
+    config: Config, source: Source, folder: ModelFolder
+) -> tuple[Pairs, Pairs | None, tuple[str, ...] | None]:
+    """Training pairs, dev pairs and the labels in the model's order; says what the two sets share."""
+    train = _read(config, source, source.train_files, source.labels, config.max_train_samples)
+    labels = training_labels(train, source)
+    if labels is not None:
+        labels = label_order(folder, labels, new_head=config.new_head)
+    dev = None
+    if source.dev_files and config.runs_evaluation:
+        dev = _read(config, source, source.dev_files, labels, config.max_eval_samples)
+    for warning in overlap_warnings(train, dev, regression=source.regression):
+        logger.warning("%s", warning)
+    return train, dev, labels
+
+
+def _read(
+    config: Config, source: Source, files: Sequence[Path], labels: Sequence[str] | None, limit: int | None
+) -> Pairs:
+    return read_pairs(
+        files,
+        source.columns,
+        labels=labels,
+        regression=source.regression,
+        on_bad_row=config.on_bad_row,
+        limit=limit,
+    )
+
+
+def _read_tokenizer(config: Config, folder: ModelFolder, resumed_from: RunState | None) -> Tokenizer:
+    path = folder.path
+    if config.tokenizer_name is not None and resumed_from is None:
+        path = resolve_folder(config.tokenizer_name, revision=config.revision, cache_dir=config.cache_dir)
+    return Tokenizer.from_folder(
+        path, do_lower_case=config.do_lower_case, word_table=folder.config.vocab_size
+    )
+
+
+def _encoding(config: Config, folder: ModelFolder, tokenizer: Tokenizer) -> Encoding:
+    positions = folder.config.max_position_embeddings
+    if config.max_seq_length > positions:
+        raise ConfigError(
+            f"max_seq_length: found {config.max_seq_length}; {folder.path} has {positions} positions"
+        )
+    cache = Path(config.token_cache_dir) if config.token_cache_dir else None
+    return Encoding(tokenizer, config.max_seq_length, cache, config.overwrite_cache)
+
+
+def _resolve_precision(
+    config: Config, folder: ModelFolder, train: Split, device: torch.device
+) -> Precision:
+    mean_length = len(train.tokens.ids) / len(train)
+    precision = resolve_precision(
+        config.amp,
+        device,
+        hidden_size=folder.config.hidden_size,
+        intermediate_size=folder.config.intermediate_size,
+        tokens=round(config.per_device_train_batch_size * mean_length),
+    )
+    logger.info(
+        "device %s, %d threads, amp %s (%s)", device, torch.get_num_threads(), precision.name, precision.reason
+    )
+    return precision
+
+
+def class_weight_tensor(
+    setting: str | dict[str, float] | None, labels: Sequence[str] | None, train: Split
+) -> Tensor | None:
+    """`class_weights` as a tensor (C,): by label, or `balanced`, rows / (C × rows of the class)."""
+    if setting is None:
+        return None
+    if labels is None:
+        raise ConfigError("class_weights: a regression has no classes")
+    if setting == "balanced":
+        assert train.targets is not None
+        counts = torch.bincount(torch.from_numpy(train.targets), minlength=len(labels)).double()
+        if not counts.all():
+            raise ConfigError("class_weights balanced: a label without a training row has no weight")
+        return (len(train) / (len(labels) * counts)).float()
+    assert isinstance(setting, dict)
+    if set(setting) != set(labels):
+        raise ConfigError(
+            f"class_weights: found weights for {', '.join(setting)}; the labels are {', '.join(labels)}"
+        )
+    return torch.tensor([setting[label] for label in labels], dtype=torch.float32)
+
+
+def check_same_data(job: Job, resumed_from: RunState) -> None:
+    """CheckpointError unless the training rows, as the model sees them, are those of the run."""
+    if resumed_from.state.get("data_sha256") != job.data_digest:
+        raise CheckpointError(
+            f"{resumed_from.folder}: the training data (or how it is read) has changed since this checkpoint; "
+            "a resume needs the same rows. To train on from its weights, start a new run with "
+            f"--model_name_or_path {resumed_from.folder} and another --output_dir"
+        )

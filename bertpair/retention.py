@@ -1,0 +1,158 @@
+"""What stays in an output folder and what goes: pruning, leftovers of a crash, an earlier run's checkpoints.
+
+Nothing is deleted that bertpair did not write, and a folder that goes is renamed first. All of it is for
+the process that holds the run's lock; what another process may be writing (evaluations) is told by its pid.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from bertpair.checkpoint import FINAL_READY, list_checkpoints, newest_whole
+from bertpair.disk import remove, retire_folder
+from bertpair.errors import CheckpointError
+from bertpair.lock import is_alive
+from bertpair.manifest import MANIFEST_NAME, extra_files, file_fault, read_manifest, verify_folder
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "trainer_state.json",
+    "vocab.txt",
+)
+RUN_FILES = (
+    ".run.json",
+    "confusion_matrix.png",
+    "curves.png",
+    "eval_results.json",
+    "eval_results.txt",
+    "metrics.jsonl",
+    "predictions.tsv",
+    "training_args.yaml",
+)
+_FOLDER_NAME = rf"checkpoint-(?:0|[1-9]\d{{0,17}})|{re.escape(FINAL_READY)}"
+_TEMPORARY_FOLDER = re.compile(rf"({_FOLDER_NAME})\.(tmp|old)-\d{{1,10}}", re.ASCII)
+_TEMPORARY_FILE = re.compile(r"\.(.+)\.tmp-(\d{1,10})", re.ASCII)
+_TEMPORARY_EVALUATION = re.compile(r".+\.tmp-(\d{1,10})", re.ASCII)
+
+
+def prune(
+    output_dir: Path, keep: int | None, *, last: Path, run_id: str, protect: Collection[Path] = ()
+) -> list[Path]:
+    """Delete this run's oldest checkpoints beyond `keep` (None: keep all); returns those deleted.
+
+    `last` is the checkpoint written or verified last: it counts, and never goes, nor does anything in
+    `protect`, which does not count. Higher numbers than `last` were abandoned or found damaged when the
+    run was resumed before them; they stay until their step writes them anew.
+    """
+    if keep is None:
+        return []
+    spared = {path.name for path in protect} | {last.name}
+    steps = list_checkpoints(output_dir)
+    now = next((step for step, path in steps if path.name == last.name), -1)
+    older = [path for step, path in steps if step < now and path.name not in spared]
+    older = [path for path in older if _run_of(path) == run_id]
+    doomed = older[: max(0, len(older) - max(keep - 1, 0))]
+    return [path for path in doomed if retire_folder(path)]
+
+
+def discard_run(output_dir: Path, run_id_to_keep: str) -> list[Path]:
+    """Delete the checkpoints of other runs once the run to keep has a whole one; returns those deleted."""
+    runs = [(path, _run_of(path)) for _, path in list_checkpoints(output_dir)]
+    others = [path for path, run in runs if run not in (None, run_id_to_keep)]
+    if not others or newest_whole(output_dir, run_id_to_keep).path is None:
+        return []
+    return [path for path in others if retire_folder(path)]
+
+
+def _run_of(folder: Path) -> str | None:
+    """The run whose writing fills this folder; None if that is unsure or somebody added something."""
+    try:
+        manifest = read_manifest(folder)
+        extra = extra_files(folder, manifest)
+    except CheckpointError:
+        return None
+    if extra:
+        logger.warning("%s is kept: %s", folder, extra[0])
+        return None
+    return manifest.run_id or ""
+
+
+def remove_leftovers(output_dir: Path) -> list[Path]:
+    """Remove what a crash left half-written or half-deleted; returns what went. Hold the run's lock.
+
+    A checkpoint that had stepped aside for a new one comes back if the new one never took its place.
+    """
+    gone = []
+    for path in _children(output_dir):
+        if path.is_symlink():
+            continue
+        if path.is_dir() and (matched := _TEMPORARY_FOLDER.fullmatch(path.name)):
+            if matched[2] == "old" and _restored(path, output_dir / matched[1]):
+                continue
+            gone += [path] if remove(path) else []
+        elif path.is_file() and _is_dead_file(path):
+            gone += [path] if remove(path) else []
+    for path in _children(output_dir / "eval"):
+        matched = _TEMPORARY_EVALUATION.fullmatch(path.name)
+        if matched and path.is_dir() and not path.is_symlink() and _is_dead(matched[1]):
+            gone += [path] if remove(path) else []
+    return gone
+
+
+def _children(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _restored(aside: Path, name: Path) -> bool:
+    if os.path.lexists(name):
+        return False
+    try:
+        verify_folder(aside)
+    except CheckpointError as error:
+        logger.warning("%s is removed: %s", aside, error)
+        return False
+    os.rename(aside, name)
+    return True
+
+
+def _is_dead_file(path: Path) -> bool:
+    matched = _TEMPORARY_FILE.fullmatch(path.name)
+    return bool(matched and matched[1] in (*MODEL_FILES, *RUN_FILES, MANIFEST_NAME) and _is_dead(matched[2]))
+
+
+def _is_dead(pid: str) -> bool:
+    return int(pid) == os.getpid() or not is_alive(int(pid))
+
+
+def owned_paths(output_dir: Path) -> list[Path]:
+    """What bertpair wrote into an output folder: what may go when the user asks to overwrite it.
+
+    Checkpoints and a staged model that their manifests describe without anything beside, the model's files
+    that are still as they were written, and the files of a run by their names. Not the lock.
+    """
+    owned = {output_dir / name for name in RUN_FILES}
+    owned |= {folder / name for folder in _children(output_dir / "eval") for name in RUN_FILES}
+    owned = {path for path in owned if path.is_file() and not path.is_symlink()}
+    folders = [path for _, path in list_checkpoints(output_dir)] + [output_dir / FINAL_READY]
+    owned |= {path for path in folders if not path.is_symlink() and _run_of(path) is not None}
+    owned.update(_model_files(output_dir))
+    return sorted(owned)
+
+
+def _model_files(output_dir: Path) -> Iterator[Path]:
+    try:
+        manifest = read_manifest(output_dir)
+    except CheckpointError:
+        return
+    yield output_dir / MANIFEST_NAME
+    for entry in manifest.files:
+        if file_fault(output_dir, entry) is None:
+            yield output_dir / entry.name

@@ -1,0 +1,299 @@
+"""The machine under a run: device, precision, threads, seeds, random state, memory, and the stop flag.
+
+Whatever is found out here (`auto`, a probe, a core count) comes back as a plain name or number that the
+caller stores with the run and passes in again on resume: a resumed run never probes.
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+import random
+import re
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import FrameType
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bertpair.errors import ConfigError, StoppedError
+
+PrecisionName = Literal["off", "bf16", "fp16"]
+PROBE_SECONDS = 1.0  # no new round of the bf16 probe starts after this
+PROBE_TOKENS = 512  # rows of the probe's matrices at most: beyond that the ratio no longer changes
+CLEARLY_FASTER = 1.5  # what the probe leaves out (attention, dropout) dilutes it, and bf16 costs accuracy
+
+
+class StopFlag:
+    """Set by a signal, polled by whatever runs long: between steps, batches, chunks of a file."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signum is not None
+
+    def request(self, signum: int) -> None:
+        self.signum = signum
+
+    def clear(self) -> None:
+        self.signum = None
+
+    def raise_if_set(self) -> None:
+        """Raise `StoppedError` with the signal's number if one has come."""
+        if self.signum is not None:
+            raise StoppedError(self.signum)
+
+
+stop_flag = StopFlag()
+
+
+def install_signal_handlers() -> None:
+    """SIGINT and SIGTERM set the stop flag; a second one, of either kind, kills the process at once."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        stop_flag.request(signum)
+        for each in signals:  # already now, so that the second one kills even inside a long torch call
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in signals:
+        signal.signal(each, stop)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` (first GPU, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`; ConfigError says what is there."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ConfigError(f"device: found {name!r}; allowed: auto, cpu, cuda, cuda:N, mps")
+    here = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    here += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    if name == "auto":
+        name = here[0]
+    elif name == "cuda" and "cuda:0" in here:
+        name = f"cuda:{torch.cuda.current_device()}"
+    if name not in here:
+        has_cuda = name == "mps" or torch.version.cuda or torch.version.hip
+        built = "" if has_cuda else " and torch is built without CUDA"
+        raise ConfigError(f"device: there is no {name} on this machine{built}; there is: {', '.join(here)}")
+    return torch.device(name)
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores this process may really use: its affinity, cut by the CPU quota of its control groups."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    # Rounded up: threads under a quota of 1.5 cores are halted together, so two of them do get all of it.
+    quotas = [max(1, math.ceil(quota)) for quota in _cgroup_quotas(root)]
+    return min([cores, *quotas])
+
+
+def _cgroup_quotas(root: Path) -> Iterator[float]:
+    """The quotas, in cores, of this process's groups and of all groups around them (v1, v2, or both)."""
+    for line in _read_text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # In a container the mount itself may be the group that `path` names from outside: then `path` is not
+        # found below it, and the walk up to the mount's top still finds the quota.
+        parts = PurePosixPath(path).parts[1:]
+        for mount in {controllers, "cpu"} if controllers else {"", "unified"}:
+            for depth in range(len(parts) + 1):
+                yield from _folder_quota(root.joinpath("sys/fs/cgroup", mount, *parts[:depth]))
+
+
+def _folder_quota(folder: Path) -> Iterator[float]:
+    v1 = _read_text(folder / "cpu.cfs_quota_us") + " " + _read_text(folder / "cpu.cfs_period_us")
+    for text in (_read_text(folder / "cpu.max"), v1):  # v2: "150000 100000" or "max 100000"; v1: -1 for none
+        if found := re.fullmatch(r"\s*(\d+)\s+([1-9]\d*)\s*", text):
+            yield int(found[1]) / int(found[2])
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def set_threads(num_threads: int | None) -> int:
+    """Set torch's threads and return what is in force; None: torch's own choice, cut to the usable cores."""
+    torch.set_num_threads(num_threads or min(torch.get_num_threads(), usable_cores()))
+    return torch.get_num_threads()
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep freed memory for the next allocation; False where there is no glibc to tell.
+
+    By default glibc takes each large tensor fresh from the kernel and gives it straight back, and the kernel
+    zeroes every page again: with the 370 MB gradient of mBERT's word table and a step's activations that was
+    a third of a training step on a CPU. The price is a process that stays at its peak. It holds for the whole
+    process, so scripts call it (before the model is built), not the library.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    # M_TRIM_THRESHOLD off, M_TOP_PAD 64 MiB, and M_MMAP_MAX 0: older glibcs refuse a large M_MMAP_THRESHOLD.
+    return all([mallopt(option, value) == 1 for option, value in ((-1, -1), (-2, 64 * 2**20), (-4, 0))])
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory so far, in 10⁹ bytes: tensors on a GPU, the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e9
+    # Not getrusage: its peak counts the program that started this one. Outside Linux there is no figure: 0.
+    found = re.search(r"VmHWM:\s*(\d+) kB", _read_text(Path("/proc/self/status")))
+    return int(found[1]) * 1024 / 1e9 if found else 0.0
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators, every device's included."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def set_deterministic(on: bool) -> None:
+    """Bitwise repeatable results on one machine, on CUDA too; torch raises where it has no such kernel."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when cuBLAS first starts
+        torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # pure cost
+    torch.backends.cudnn.deterministic = on
+    torch.use_deterministic_algorithms(on)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """torch's random states (uint8) that a resume needs: the CPU's, and the GPU's where one is used."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """The inverse of `random_state`; a GPU's state is passed over on another kind of device."""
+    torch.set_rng_state(state["cpu"].cpu().clone())  # a clone: torch reads it as a struct, which must be aligned
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu().clone(), device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"].cpu().clone())
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What matrix products are computed in (`off`: float32; the weights are float32 anyhow), and why."""
+
+    name: PrecisionName
+    reason: str
+
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        """The context for a forward pass; does nothing when the name is `off`."""
+        if self.name == "off":
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16 if self.name == "bf16" else torch.float16)
+
+
+def resolve_precision(
+    amp: str, device: torch.device, *, hidden_size: int, intermediate_size: int, tokens: int
+) -> Precision:
+    """Turn the setting `amp` into a precision; only `auto` on a CPU with bf16 instructions runs a probe.
+
+    `tokens` is how many (padded) tokens a forward pass holds. ConfigError where the device cannot do it.
+    """
+    if amp not in ("auto", "off", "bf16", "fp16"):
+        raise ConfigError(f"amp: found {amp!r}; allowed: auto, off, bf16, fp16")
+    allowed = allowed_precisions(device)
+    if amp in allowed:
+        return Precision(amp, "as set")
+    if amp != "auto":
+        raise ConfigError(f"amp: {amp} does not run on {device}; allowed here: auto, {', '.join(allowed)}")
+    if device.type != "cpu":
+        return Precision(allowed[-1], f"the fastest that {device} has")
+    if not cpu_has_bf16():
+        return Precision("off", "this processor has no bf16 instructions")
+    speedup = bf16_speedup(hidden_size, intermediate_size, tokens)
+    name: PrecisionName = "bf16" if speedup >= CLEARLY_FASTER else "off"
+    return Precision(name, f"bf16 is {speedup:.2f} times as fast as float32 here")
+
+
+def allowed_precisions(device: torch.device) -> list[PrecisionName]:
+    """What `amp` may be set to, the best last."""
+    if device.type != "cuda":
+        return ["off", "bf16"] if device.type == "cpu" else ["off"]  # bf16 runs on any CPU, if slowly
+    with torch.cuda.device(device):
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return ["off", "fp16", "bf16"] if has_bf16 else ["off", "fp16"]
+
+
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor multiplies bf16 matrices in hardware (AVX-512 BF16, AMX, or Arm's BF16)."""
+    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", _read_text(cpuinfo), re.MULTILINE)  # x86, Arm
+    return any(not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(line.split()) for line in lines)
+
+
+def bf16_speedup(hidden_size: int, intermediate_size: int, tokens: int) -> float:
+    """float32's time over bf16 autocast's, for an encoder layer's products forward and backward (CPU)."""
+    shapes = [(hidden_size, hidden_size), (intermediate_size, hidden_size), (hidden_size, intermediate_size)]
+    weights = [torch.full(shape, 0.01, requires_grad=True) for shape in shapes]
+    x = torch.full((max(1, min(tokens, PROBE_TOKENS)), hidden_size), 0.01, requires_grad=True)
+    rounds: list[list[float]] = []
+    end = time.perf_counter() + PROBE_SECONDS
+    while len(rounds) < 2 or (len(rounds) < 8 and time.perf_counter() < end):
+        # Turn and turn about, so that a busy moment of the machine hits both.
+        rounds.append([_time_layer(x, weights, Precision(name, "")) for name in ("off", "bf16")])
+    float32, bf16 = (statistics.median(times) for times in zip(*rounds[1:], strict=True))  # round 0 warms up
+    return float(float32 / bf16)
+
+
+def _time_layer(x: Tensor, weights: list[Tensor], precision: Precision) -> float:
+    square, up, down = weights
+    start = time.perf_counter()
+    with precision.autocast(torch.device("cpu")):
+        y = F.layer_norm(F.linear(x, square) + x, x.shape[-1:])
+        y = F.layer_norm(F.linear(F.gelu(F.linear(y, up)), down) + y, x.shape[-1:])
+    torch.autograd.grad(y.float().sum(), [x, *weights])
+    return time.perf_counter() - start
+
+
+class LossScaler:
+    """fp16's loss scale, by torch.amp.GradScaler's rule, kept on the device: no step waits to read it."""
+
+    def __init__(self, enabled: bool, device: torch.device, growth_interval: int = 2000) -> None:
+        self.enabled = enabled
+        self.growth_interval = growth_interval
+        self.scale = torch.tensor(65536.0 if enabled else 1.0, device=device)
+        self.growth_tracker = torch.tensor(0, dtype=torch.int32, device=device)
+
+    def update(self, found_inf: Tensor) -> None:
+        """Halve the scale after a step whose gradients overflowed, double it after enough good ones."""
+        if not self.enabled:
+            return
+        bad = found_inf.reshape(()) != 0
+        good_steps = torch.where(bad, 0, self.growth_tracker + 1)
+        is_due = good_steps == self.growth_interval
+        doubled = self.scale * 2.0
+        grows = is_due & torch.isfinite(doubled)
+        self.scale.copy_(torch.where(bad, self.scale * 0.5, torch.where(grows, doubled, self.scale)))
+        self.growth_tracker.copy_(torch.where(is_due, 0, good_steps))
+
+    def state_dict(self) -> dict[str, float | int]:
+        """Plain numbers, for JSON. Waits for the device."""
+        return {"scale": self.scale.item(), "growth_tracker": int(self.growth_tracker.item())}
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        if self.enabled:
+            self.scale.fill_(state["scale"])
+            self.growth_tracker.fill_(state["growth_tracker"])

@@ -1,0 +1,276 @@
+"""`train(config)`: from settings to a trained, measured model folder.
+
+Everything a user can have got wrong is found before the first file is written: settings, output folder,
+data, model. Then the loop runs, and the final folder comes in one move.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bertpair.batching import BatchStream
+from bertpair.checkpoint import checkpoint_folder
+from bertpair.config import Config, check_config, dump_yaml
+from bertpair.errors import CheckpointError
+from bertpair.evaluation import Evaluation, curves_file, evaluate_split, result_files
+from bertpair.inference import Scorer
+from bertpair.loop import RANDOM, Loop, Plan, TrainingRows
+from bertpair.model_config import config_json
+from bertpair.optim import AdamW, learning_rate_at, load_state_tensors, num_warmup_steps, parameter_groups
+from bertpair.optim import state_tensors as optimizer_tensors
+from bertpair.preparation import Job, check_same_data, prepare
+from bertpair.pretrained import load_state, state_tensors
+from bertpair.resumption import merge_settings
+from bertpair.run_folder import (
+    SETTINGS_FILE,
+    RunFolder,
+    RunState,
+    Snapshot,
+    check_new_run,
+    find_resume,
+    finished_run,
+    only_started,
+    read_run_state,
+)
+from bertpair.staging import Staging
+from bertpair.stepper import Stepper
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What came out of a run."""
+
+    output_dir: str
+    global_step: int
+    epoch: float
+    train_loss: float | None  # mean over the run's steps
+    best_metric: float | None  # of the watched metric, over all evaluations
+    metrics: dict[str, float]  # of the final model on the dev file; empty without one
+    save_failed: bool = False  # the last save, or the final folder, could not be written
+
+    def summary(self) -> dict[str, object]:
+        """The values of train.py's last line."""
+        values = dataclasses.asdict(self)
+        del values["save_failed"]
+        return values
+
+
+def train(config: Config, *, explicit: Collection[str] = (), notes: Sequence[str] = ()) -> TrainResult:
+    """Fine-tune as `config` says and return what came out; the model is in `config.output_dir`.
+
+    `explicit` names the settings that were given; by default those that differ from the defaults. On a
+    resume they are compared with the run's own, which hold for all others.
+    Raises ConfigError, DataError or CheckpointError before anything is written; later StoppedError after a
+    checkpoint, or TrainingError.
+    """
+    explicit = explicit or changed_from_defaults(config)
+    config = check_config(config, training=not config.resume)
+    for note in notes:
+        logger.info("%s", note)
+    start, config = _find_start(config, explicit)
+    if start is not None and "result" in start.state:
+        logger.info("%s: this run is finished; its result:", start.folder)
+        return TrainResult(**{**start.state["result"], "output_dir": str(config.output_dir)})
+    return _Run(prepare(config, start), start).run()
+
+
+def changed_from_defaults(config: Config) -> set[str]:
+    """Names of the settings that differ from their defaults."""
+    defaults = Config()
+    names = [field.name for field in dataclasses.fields(Config)]
+    return {name for name in names if getattr(config, name) != getattr(defaults, name)}
+
+
+def _find_start(config: Config, explicit: Collection[str]) -> tuple[RunState | None, Config]:
+    """Where the run goes on, if it does, and the settings it then has."""
+    if config.resume not in (False, "auto") and config.output_dir is None:
+        config = dataclasses.replace(config, output_dir=str(Path(str(config.resume)).absolute().parent))
+    output_dir = Path(str(config.output_dir))
+    if config.resume is False:
+        check_new_run(output_dir, config.overwrite_output_dir)
+        return None, config
+    if config.resume == "auto" and (finished := finished_run(output_dir)) is not None:
+        merged, changes = merge_settings(config, explicit, finished)
+        if not changes:
+            return finished, merged
+    start = find_resume(output_dir, str(config.resume))
+    if start is None:
+        check_new_run(output_dir, only_started(output_dir))
+        logger.info("%s: no checkpoint to resume from: starting at step 0", output_dir)
+        return None, check_config(config, training=True)
+    merged, changes = merge_settings(config, explicit, start)
+    for name, old, new in changes:
+        logger.warning("%s was %s, is now %s", name, old, new)
+    logger.info("resuming from %s", start.folder)
+    return start, merged
+
+
+class _Run:
+    """One prepared run, from its loop to its final folder."""
+
+    def __init__(self, job: Job, start: RunState | None) -> None:
+        self.job = job
+        self.start = start
+        config = job.config
+        names = dict(job.model.named_parameters())
+        optimizer = AdamW(
+            parameter_groups(job.model, config.weight_decay),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+        self.stepper = Stepper(
+            job.model,
+            optimizer,
+            job.objective,
+            device=job.device,
+            precision=job.precision,
+            max_grad_norm=config.max_grad_norm,
+        )
+        self.scorer = Scorer(
+            job.model,
+            job.tokenizer.pad_id,
+            job.device,
+            job.precision,
+            config.max_seq_length,
+            max_batch_tokens=config.per_device_eval_batch_size * config.max_seq_length,
+            pad_to_multiple_of=config.pad_to_multiple_of,
+        )
+        self.folder = RunFolder(
+            Path(str(config.output_dir)),
+            run_id=start.run_id if start is not None else None,
+            save_total_limit=config.save_total_limit,
+            write_model=self._write_model,
+            optimizer_tensors=lambda: optimizer_tensors(optimizer, names),
+        )
+        self.loop = self._make_loop()
+        if start is not None:
+            self._restore(start, optimizer, names)
+
+    def _make_loop(self) -> Loop:
+        job, config = self.job, self.job.config
+        batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        stream = BatchStream(
+            job.train.tokens.lengths, batch_size, seed=config.seed, group_by_length=config.group_by_length
+        )
+        assert job.train.targets is not None
+        rows = TrainingRows(
+            job.train.tokens,
+            job.train.targets,
+            where=job.train.pairs.where,
+            pad_id=job.tokenizer.pad_id,
+            max_length=config.max_seq_length,
+            pad_to_multiple_of=config.pad_to_multiple_of,
+            micro_batch_size=config.per_device_train_batch_size,
+        )
+        plan = make_plan(config, stream.num_batches, job.metrics, has_dev=job.dev is not None)
+        return Loop(plan, self.stepper, stream, rows, self.folder, self._evaluate, self._identity())
+
+    def _identity(self) -> dict[str, Any]:
+        return {"data_sha256": self.job.data_digest}
+
+    def _evaluate(self) -> Evaluation:
+        assert self.job.dev is not None
+        return evaluate_split(self.scorer, self.job.dev, self.job.labels, label="dev")
+
+    def _restore(self, start: RunState, optimizer: AdamW, names: Mapping[str, Tensor]) -> None:
+        check_same_data(self.job, start)
+        tensors = start.optimizer_tensors()
+        random_states = {name: tensors.pop(name) for name in list(tensors) if name.startswith(RANDOM)}
+        load_state_tensors(optimizer, names, tensors)
+        self.loop.restore(Snapshot(random_states, start.state))
+
+    def run(self) -> TrainResult:
+        self.folder.begin(self.start)
+        try:
+            self.loop.run()
+            return self._finish()
+        finally:
+            self.folder.close()
+
+    def _finish(self) -> TrainResult:
+        """Choose the weights, measure them, and write the final folder."""
+        source = self._load_best() if self.job.config.load_best_model_at_end else "last"
+        step = self.loop.progression.best_step if source == "best" else self.loop.progression.global_step
+        evaluation = None
+        if self.job.dev is not None:
+            evaluation = self.loop.last_evaluation_of(step) or self._evaluate()
+        result = TrainResult(
+            output_dir=str(self.folder.path),
+            global_step=self.loop.progression.global_step,
+            epoch=self.loop.epoch,
+            train_loss=self.stepper.meter.mean_loss,
+            best_metric=self.loop.progression.best_metric,
+            metrics={} if evaluation is None else evaluation.metrics,
+        )
+        state = {**self.loop.snapshot().state, "weights": source, "weights_step": step}
+        state["result"] = {**result.summary(), "output_dir": None}
+        self.folder.write_final(state, self._result_files(evaluation))
+        return dataclasses.replace(result, save_failed=self.folder.save_failed)
+
+    def _load_best(self) -> str:
+        """Put the best checkpoint's weights into the model; "best", or "last" where that cannot be."""
+        step = self.loop.progression.best_step
+        if step is None:
+            return "last"
+        if step == self.loop.progression.global_step:
+            return "best"
+        try:
+            best = read_run_state(checkpoint_folder(self.folder.path, step))
+            load_state(self.job.model, best.weights(), str(best.folder))
+        except CheckpointError as error:
+            logger.error("the best weights are lost, the last ones are kept instead: %s", error)
+            return "last"
+        return "best"
+
+    def _result_files(self, evaluation: Evaluation | None) -> dict[str, bytes]:
+        files = curves_file(self.folder.read_metrics())
+        if evaluation is not None:
+            assert self.job.dev is not None
+            files |= result_files(evaluation, self.job.dev, self.job.labels)
+        return files
+
+    def _write_model(self, staging: Staging) -> None:
+        """A whole model folder: what Hugging Face reads, and the settings."""
+        job = self.job
+        staging.write_tensors("model.safetensors", state_tensors(job.model), {"format": "pt"})
+        staging.write_bytes(
+            "config.json", config_json(job.model.config, job.labels, job.labels is None, job.folder.raw)
+        )
+        for name, data in job.tokenizer.files(job.config.max_seq_length).items():
+            staging.write_bytes(name, data)
+        staging.write_bytes(SETTINGS_FILE, dump_yaml(job.config).encode("utf-8"))
+
+
+def make_plan(config: Config, steps_per_epoch: int, metrics: Sequence[str], *, has_dev: bool) -> Plan:
+    """When the run logs, evaluates, saves and ends, in optimizer steps."""
+    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+    warmup = num_warmup_steps(config.warmup_steps, config.warmup_ratio, total)
+    every = {"no": 0, "epoch": steps_per_epoch, "steps": config.eval_interval or 0}[config.eval_strategy]
+    return Plan(
+        total_steps=total,
+        steps_per_epoch=steps_per_epoch,
+        learning_rate=lambda step: learning_rate_at(
+            step,
+            scheduler=config.lr_scheduler_type,
+            learning_rate=config.learning_rate,
+            warmup_steps=warmup,
+            total_steps=total,
+        ),
+        logging_steps=max(0, config.logging_steps),
+        save_steps=max(0, config.save_steps),
+        eval_steps=every if has_dev else 0,
+        metric=config.metric_for_best_model or metrics[0],
+        patience=config.early_stopping_patience,
+        max_skipped_steps=config.max_skipped_steps,
+    )

@@ -1,0 +1,25 @@
+"""Measure a trained model on a data file: `python evaluate.py --help`."""
+
+import json
+import logging
+import sys
+
+from bertpair.command_line import parse_command_line
+from bertpair.console import run_script
+from bertpair.scoring import evaluate_models
+
+
+def main() -> int:
+    parsed = parse_command_line(sys.argv[1:], "evaluate")
+    for note in parsed.notes:
+        logging.getLogger("bertpair").info("%s", note)
+    result = evaluate_models(parsed.config, explicit=parsed.explicit)
+    print(result.text)
+    for name, folder in result.folders.items():
+        print(f"{name}: files in {folder}")
+    print(json.dumps({"n": result.num_rows, **result.metrics}, ensure_ascii=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
