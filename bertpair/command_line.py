@@ -20,7 +20,7 @@ from bertpair.flag import help_lines
 from bertpair.layer import REPLACES, Layer, Script, file_layer, flag_layer, merge
 from bertpair.run_glue import OLD_KINDS
 from bertpair.setting import show
-from bertpair.settings_file import SettingsFile, parse_settings, read_settings
+from bertpair.settings_file import read_settings
 
 IMPLICIT = "config.yaml"
 TRAINING_ARGS = "training_args.yaml"
@@ -81,22 +81,10 @@ def config_from_folder(folder: str | Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     try:
-        return _sound(read_settings(path))
+        layer = file_layer(read_settings(path), "train", old_names=False)
+        raise_faults(layer.faults)
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
-
-
-def parse_settings_text(text: str, where: str) -> dict[str, Any]:
-    """The settings in the text of a training_args.yaml named `where`; CheckpointError if it is damaged."""
-    try:
-        return _sound(parse_settings(text, where))
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _sound(file: SettingsFile) -> dict[str, Any]:
-    layer = file_layer(file, "train", old_names=False)
-    raise_faults(layer.faults)
     return layer.values
 
 

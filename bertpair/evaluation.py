@@ -39,9 +39,7 @@ def evaluate_split(
     return Evaluation(metrics, logits)
 
 
-def measure(
-    logits: npt.NDArray[np.float32], gold: Targets, labels: Sequence[str] | None
-) -> dict[str, float]:
+def measure(logits: npt.NDArray[np.float32], gold: Targets, labels: Sequence[str] | None) -> dict[str, float]:
     """The metrics of logits (rows, C) against label ids, or against values where `labels` is None.
 
     `loss` is the plain mean cross-entropy (no class weights, no smoothing) or mean squared error.

@@ -51,9 +51,7 @@ class Scorer:
     max_batch_tokens: int = 4096  # padded tokens of one batch
     pad_to_multiple_of: int = 8
 
-    def logits(
-        self, tokens: Tokens, on_rows: Callable[[int], None] | None = None
-    ) -> npt.NDArray[np.float32]:
+    def logits(self, tokens: Tokens, on_rows: Callable[[int], None] | None = None) -> npt.NDArray[np.float32]:
         """Logits in the order of `tokens`, (rows, C). Runs in eval mode; the model's mode is put back.
 
         `on_rows(n)` is called after each batch of n rows. Raises StoppedError when the stop flag is set.
@@ -104,11 +102,7 @@ def split_pairs(pairs: Sequence[Pair]) -> tuple[list[str], list[str] | None]:
     for row, pair in enumerate(pairs):
         texts = [pair] if single else pair
         count = 1 if single else 2
-        if (
-            isinstance(texts, str)
-            or len(texts) != count
-            or not all(isinstance(text, str) for text in texts)
-        ):
+        if isinstance(texts, str) or len(texts) != count or not all(isinstance(text, str) for text in texts):
             expected = "a text like the first row" if single else "two texts"
             raise DataError(f"pairs[{row}]: expected {expected}, found {pair!r:.80}")
     if single:
@@ -168,9 +162,7 @@ class PairClassifier:
         labels = None
         if not folder.regression:
             labels = folder.labels or tuple(f"LABEL_{i}" for i in range(folder.config.num_labels))
-        scorer = Scorer(
-            model.to(target).eval(), tokenizer.pad_id, target, precision, cut, max_batch_tokens
-        )
+        scorer = Scorer(model.to(target).eval(), tokenizer.pad_id, target, precision, cut, max_batch_tokens)
         return cls(scorer, tokenizer, labels)
 
     def predict(self, pairs: Sequence[Pair]) -> list[Prediction]:

@@ -205,7 +205,9 @@ class Loop:
 
     def last_evaluation_of(self, step: int | None) -> Evaluation | None:
         """The last evaluation, if it was that of the weights after `step`."""
-        return self._last_evaluation[1] if self._last_evaluation and self._last_evaluation[0] == step else None
+        return (
+            self._last_evaluation[1] if self._last_evaluation and self._last_evaluation[0] == step else None
+        )
 
     def _check_verdicts(self) -> None:
         self._report_skipped(self.stepper.meter.verdicts())

@@ -90,19 +90,22 @@ def _digest(rest: object) -> str:
 def parse_manifest(data: bytes) -> Manifest:
     """Read manifest.json; CheckpointError says what is wrong with it (the caller says which file it is)."""
     try:
-        parsed = json.loads(data)
-        if not isinstance(parsed, dict) or "format" not in parsed:
-            raise CheckpointError("not a manifest of bertpair's")
-        canonical = _encode(parsed) == data
-        digest = _digest({key: value for key, value in parsed.items() if key != "sha256"})
+        manifest = _unsealed(json.loads(data))
+        canonical = encode_manifest(manifest) == data
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"damaged: {str(error) or type(error).__name__}") from error
-    if parsed.get("sha256") != digest:
+    if not canonical:
+        raise CheckpointError("damaged: not written the way bertpair writes it")
+    return manifest
+
+
+def _unsealed(parsed: object) -> Manifest:
+    if not isinstance(parsed, dict) or "format" not in parsed:
+        raise CheckpointError("not a manifest of bertpair's")
+    if parsed.get("sha256") != _digest({key: value for key, value in parsed.items() if key != "sha256"}):
         raise CheckpointError("damaged: it does not have the sha256 that it states")
     if type(parsed["format"]) is not int or parsed["format"] != FORMAT:
         raise CheckpointError(f"format {parsed['format']!r} is unknown; this program reads format {FORMAT}")
-    if not canonical:
-        raise CheckpointError("damaged: not written the way bertpair writes it")
     return _checked_manifest(parsed)
 
 

@@ -147,7 +147,7 @@ def _reference_update(tensors: _Tensors, numbers: _Numbers) -> None:
         m = numbers.beta1 * exp_avg + (1 - numbers.beta1) * grad
         v = numbers.beta2 * exp_avg_sq + (1 - numbers.beta2) * grad * grad
         correction1, correction2 = _bias_corrections(t, numbers)
-        decayed = param - numbers.lr * numbers.weight_decay * param
+        decayed = param * (1 - numbers.lr * numbers.weight_decay)
         updated = decayed - numbers.lr * (m / correction1) / ((v / correction2).sqrt() + numbers.eps)
         for old, new in ((param, updated), (exp_avg, m), (exp_avg_sq, v), (step, t)):
             old.copy_(new if numbers.found_inf is None else torch.where(numbers.found_inf == 1, old, new))

@@ -185,9 +185,7 @@ def _encoding(config: Config, folder: ModelFolder, tokenizer: Tokenizer) -> Enco
     return Encoding(tokenizer, config.max_seq_length, cache, config.overwrite_cache)
 
 
-def _resolve_precision(
-    config: Config, folder: ModelFolder, train: Split, device: torch.device
-) -> Precision:
+def _resolve_precision(config: Config, folder: ModelFolder, train: Split, device: torch.device) -> Precision:
     mean_length = len(train.tokens.ids) / len(train)
     precision = resolve_precision(
         config.amp,
@@ -197,7 +195,11 @@ def _resolve_precision(
         tokens=round(config.per_device_train_batch_size * mean_length),
     )
     logger.info(
-        "device %s, %d threads, amp %s (%s)", device, torch.get_num_threads(), precision.name, precision.reason
+        "device %s, %d threads, amp %s (%s)",
+        device,
+        torch.get_num_threads(),
+        precision.name,
+        precision.reason,
     )
     return precision
 

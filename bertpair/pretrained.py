@@ -10,22 +10,9 @@ import torch
 from torch import Tensor
 
 from bertpair.errors import CheckpointError, list_faults
-from bertpair.hub import resolve_folder
 from bertpair.model import BertClassifier, BertConfig, init_module
-from bertpair.model_config import ModelFolder, config_json, label_order, read_folder
+from bertpair.model_config import ModelFolder
 from bertpair.weights import WEIGHT_FILES, find_weights, read_weights, to_float32
-
-__all__ = [
-    "ModelFolder",
-    "config_json",
-    "label_order",
-    "load_model",
-    "load_state",
-    "name_table",
-    "read_folder",
-    "resolve_folder",
-    "state_tensors",
-]
 
 MODULES = {  # ours: Hugging Face's
     "embeddings.words": "bert.embeddings.word_embeddings",

@@ -19,7 +19,9 @@ class Progress:
     Lines go through logging either way; on a terminal they are printed above the bar.
     """
 
-    def __init__(self, total: int, unit: str, *, initial: int = 0, label: str = "", transient: bool = False) -> None:
+    def __init__(
+        self, total: int, unit: str, *, initial: int = 0, label: str = "", transient: bool = False
+    ) -> None:
         self._total = total
         self._done = initial
         self._started = time.monotonic()

@@ -14,9 +14,7 @@ Change = tuple[str, object, object]
 RESOLVED = {"amp": "auto", "num_threads": None, "device": "auto"}  # these mean: as it was
 
 
-def merge_settings(
-    config: Config, explicit: Collection[str], run: RunState
-) -> tuple[Config, list[Change]]:
+def merge_settings(config: Config, explicit: Collection[str], run: RunState) -> tuple[Config, list[Change]]:
     """The run's own settings overlaid with the `explicit` ones, and what changed that a resume minds.
 
     Raises ConfigError naming every refused change with both values, and what to do about it.
@@ -41,7 +39,5 @@ def _refuse(never: list[Change], unless_anyway: list[Change], run: RunState) -> 
         return
     advice = "--resume_anyway accepts this"
     if never:
-        advice = (
-            f"a resume cannot change this; start a new run from the weights: --model_name_or_path {run.folder}"
-        )
+        advice = f"a resume cannot change this; start a new run from the weights: --model_name_or_path {run.folder}"
     raise ConfigError(f"{run.folder}: these settings differ from the run's\n{list_faults(faults)}\n{advice}")

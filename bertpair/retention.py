@@ -80,7 +80,7 @@ def _run_of(folder: Path) -> str | None:
     except CheckpointError:
         return None
     if extra:
-        logger.warning("%s is kept: %s", folder, extra[0])
+        logger.info("%s is kept: %s", folder, extra[0])
         return None
     return manifest.run_id or ""
 

@@ -112,7 +112,9 @@ def find_resume(output_dir: Path, resume: str) -> RunState | None:
         if not folder.is_dir():
             raise CheckpointError(f"resume: {resume} is not a folder; name a checkpoint-N, or say auto")
         if not (folder / MANIFEST_NAME).is_file() or not (folder / OPTIMIZER_FILE).is_file():
-            raise CheckpointError(f"resume: {resume} holds no checkpoint (no {MANIFEST_NAME} of a checkpoint)")
+            raise CheckpointError(
+                f"resume: {resume} holds no checkpoint (no {MANIFEST_NAME} of a checkpoint)"
+            )
         return read_run_state(folder)
     newest = newest_whole(output_dir, _run_id_of(output_dir))
     for fault in newest.faults:
@@ -183,7 +185,9 @@ class RunFolder:
             said = json.dumps({"run_id": self.run_id}) + "\n"
             replace_file(self.path / RUN_FILE, said.encode())
         except OSError as error:
-            raise ConfigError(f"output_dir: {self.path} cannot be written: {error.strerror or error}") from error
+            raise ConfigError(
+                f"output_dir: {self.path} cannot be written: {error.strerror or error}"
+            ) from error
 
     def close(self) -> None:
         """Give the folder back."""
@@ -225,7 +229,9 @@ class RunFolder:
         def write() -> None:
             taken = snapshot()
             state = {**taken.state, "metrics_bytes": self._sync_metrics()}
-            with staged_folder(target, versions=versions(), meta={"step": step, "run_id": self.run_id}) as staging:
+            with staged_folder(
+                target, versions=versions(), meta={"step": step, "run_id": self.run_id}
+            ) as staging:
                 self._write_model(staging)
                 staging.write_tensors(OPTIMIZER_FILE, {**self._optimizer_tensors(), **taken.tensors})
                 staging.write_json(STATE_FILE, state)

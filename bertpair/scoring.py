@@ -55,7 +55,10 @@ def evaluate(
     Columns and labels are those of the model's training; the files go to `output_dir`, by default
     `eval/<data file>/` in the model folder. Raises ConfigError, DataError or CheckpointError.
     """
-    values: dict[str, Any] = {**config_from_folder(final_folder(Path(model_dir))), "model_dir": str(model_dir)}
+    values: dict[str, Any] = {
+        **config_from_folder(final_folder(Path(model_dir))),
+        "model_dir": str(model_dir),
+    }
     values["data_file"] = None if data_file is None else [str(data_file)]
     values["eval_output_dir"] = None if output_dir is None else str(output_dir)
     return evaluate_models(Config(**values))
@@ -187,7 +190,9 @@ def _write_files(folder: Path, files: dict[str, bytes]) -> None:
             replace_file(folder / name, data)
     except OSError as error:
         reason = error.strerror or error
-        raise ConfigError(f"{folder} cannot be written: {reason}; name another place with --output_dir") from error
+        raise ConfigError(
+            f"{folder} cannot be written: {reason}; name another place with --output_dir"
+        ) from error
 
 
 def _watched(config: Config, source: Source) -> str:

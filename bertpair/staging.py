@@ -43,6 +43,44 @@ class SaveSeconds:
     fsync: float = 0.0
 
 
+class _HashedFile:
+    """An open file whose bytes are hashed in a thread of its own while they are written and made durable."""
+
+    def __init__(self, descriptor: int, hasher: ThreadPoolExecutor, seconds: SaveSeconds) -> None:
+        self._digest = sha256()
+        self._size = 0
+        self._descriptor = descriptor
+        self._hasher = hasher
+        self._seconds = seconds
+        self._pending: deque[tuple[int, Future[None]]] = deque()
+
+    def write(self, data: bytes | memoryview) -> None:
+        started = time.monotonic()
+        self._pending.append((len(data), self._hasher.submit(self._hash, data)))
+        write_all(self._descriptor, data)
+        self._seconds.write += time.monotonic() - started
+        self._size += len(data)
+        # What waits to be hashed may be copies from a device: they must not pile up.
+        while sum(size for size, _ in self._pending) > _MAX_PENDING_BYTES:
+            self._pending.popleft()[1].result()
+
+    def fsync(self) -> None:
+        started = time.monotonic()
+        os.fsync(self._descriptor)
+        self._seconds.fsync += time.monotonic() - started
+
+    def entry(self, name: str) -> FileEntry:
+        """Wait for the checksum; what the manifest is to say."""
+        while self._pending:
+            self._pending.popleft()[1].result()
+        return FileEntry(name, self._size, self._digest.hexdigest())
+
+    def _hash(self, data: bytes | memoryview) -> None:
+        started = time.monotonic()
+        self._digest.update(data)
+        self._seconds.checksum += time.monotonic() - started
+
+
 class Staging:
     """A folder being written under a temporary name; made, finished and undone by `staged_folder`.
 
@@ -79,15 +117,14 @@ class Staging:
             file.fsync()  # at once: the checksum is still being computed meanwhile
 
     @contextmanager
-    def _new_file(self, name: str) -> "Iterator[_HashedFile]":
+    def _new_file(self, name: str) -> Iterator[_HashedFile]:
         assert is_plain_name(name) and name != MANIFEST_NAME, name
         path = self.folder / name
         with naming(path), ThreadPoolExecutor(1) as hasher:
             self._open[path] = create_file(path)
             file = _HashedFile(self._open[path], hasher, self.seconds)
             yield file
-            file.finish()
-        self._entries.append(FileEntry(name, file.size, file.digest.hexdigest()))
+            self._entries.append(file.entry(name))
 
     def _begin(self) -> None:
         if self.folder.is_dir():  # left by an earlier save of this very process
@@ -126,43 +163,6 @@ class Staging:
         self._open.clear()
         if self.folder.is_dir():
             remove(self.folder)
-
-
-class _HashedFile:
-    """An open file whose bytes are hashed in a thread of its own while they are written and made durable."""
-
-    def __init__(self, descriptor: int, hasher: ThreadPoolExecutor, seconds: SaveSeconds) -> None:
-        self.digest = sha256()
-        self.size = 0
-        self._descriptor = descriptor
-        self._hasher = hasher
-        self._seconds = seconds
-        self._pending: deque[tuple[int, Future[None]]] = deque()
-
-    def write(self, data: bytes | memoryview) -> None:
-        started = time.monotonic()
-        self._pending.append((len(data), self._hasher.submit(self._hash, data)))
-        write_all(self._descriptor, data)
-        self._seconds.write += time.monotonic() - started
-        self.size += len(data)
-        # What waits to be hashed may be copies from a device: they must not pile up.
-        while sum(size for size, _ in self._pending) > _MAX_PENDING_BYTES:
-            self._pending.popleft()[1].result()
-
-    def fsync(self) -> None:
-        started = time.monotonic()
-        os.fsync(self._descriptor)
-        self._seconds.fsync += time.monotonic() - started
-
-    def finish(self) -> None:
-        """Wait for the checksum."""
-        while self._pending:
-            self._pending.popleft()[1].result()
-
-    def _hash(self, data: bytes | memoryview) -> None:
-        started = time.monotonic()
-        self.digest.update(data)
-        self._seconds.checksum += time.monotonic() - started
 
 
 @contextmanager

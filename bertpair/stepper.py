@@ -69,7 +69,9 @@ class Meter:
         self._pending: list[tuple[int, npt.NDArray[np.int64], Tensor]] = []
         self._norm: Tensor | None = None
 
-    def add(self, step: int, rows: npt.NDArray[np.int64], loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
+    def add(
+        self, step: int, rows: npt.NDArray[np.int64], loss: Tensor, norm: Tensor, skipped: Tensor
+    ) -> None:
         """Note one step: `loss`, `norm` and the bool `skipped` are scalars on the device."""
         counted = ~(skipped | ~torch.isfinite(loss))
         one = torch.stack([torch.where(counted, loss, torch.zeros_like(loss)), counted.to(loss.dtype)])

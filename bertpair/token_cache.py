@@ -119,7 +119,7 @@ def write_entry(path: Path, tokens: Tokens) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        prune(path.parent, keep=path)
+        prune(path.parent, newest=path)
     except (OSError, SafetensorError) as e:
         logger.warning("token cache %s cannot be written (%s); going on without it", path.parent, e)
 
@@ -133,7 +133,7 @@ def checksum(tokens: Tokens) -> str:
     return digest.hexdigest()
 
 
-def prune(folder: Path, keep: Path) -> None:
+def prune(folder: Path, newest: Path) -> None:
     """Remove the entries used longest ago beyond MAX_BYTES, and what killed writers left."""
     for path in folder.glob(TEMPORARY_PATTERN):
         with contextlib.suppress(OSError):
@@ -143,10 +143,10 @@ def prune(folder: Path, keep: Path) -> None:
     for path in folder.glob(ENTRY_PATTERN):
         with contextlib.suppress(OSError):  # other processes prune too
             state = path.stat()
-            found.append((path == keep, state.st_mtime, state.st_size, path))
+            found.append((path == newest, state.st_mtime, state.st_size, path))
     total = 0
-    for is_kept, _, size, path in sorted(found, reverse=True):
+    for *_, size, path in sorted(found, reverse=True):
         total += size
-        if total > MAX_BYTES and not is_kept:
+        if total > MAX_BYTES:
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -64,7 +64,9 @@ class TrainResult:
         return values
 
 
-def train(config: Config, *, explicit: Collection[str] = (), notes: Sequence[str] = ()) -> TrainResult:
+def train(
+    config: Config, *, explicit: Collection[str] | None = None, notes: Sequence[str] = ()
+) -> TrainResult:
     """Fine-tune as `config` says and return what came out; the model is in `config.output_dir`.
 
     `explicit` names the settings that were given; by default those that differ from the defaults. On a
@@ -72,11 +74,11 @@ def train(config: Config, *, explicit: Collection[str] = (), notes: Sequence[str
     Raises ConfigError, DataError or CheckpointError before anything is written; later StoppedError after a
     checkpoint, or TrainingError.
     """
-    explicit = explicit or changed_from_defaults(config)
+    given = changed_from_defaults(config) if explicit is None else explicit
     config = check_config(config, training=not config.resume)
     for note in notes:
         logger.info("%s", note)
-    start, config = _find_start(config, explicit)
+    start, config = _find_start(config, given)
     if start is not None and "result" in start.state:
         logger.info("%s: this run is finished; its result:", start.folder)
         return TrainResult(**{**start.state["result"], "output_dir": str(config.output_dir)})

@@ -48,12 +48,30 @@ WORDINGS = {
         "negative": {"nn": 0.68, "nd": 0.07, "dn": 0.07, "dd": 0.18},
     },
 }
-MIXED = {(1, 2): {"nn": 0.40, "nd": 0.10, "dn": 0.35, "dd": 0.15}, (2, 1): {"nn": 0.40, "nd": 0.35, "dn": 0.10, "dd": 0.15}}
+MIXED = {
+    (1, 2): {"nn": 0.40, "nd": 0.10, "dn": 0.35, "dd": 0.15},
+    (2, 1): {"nn": 0.40, "nd": 0.35, "dn": 0.10, "dd": 0.15},
+}
 REFERENCE_FORMS = {"plain": 0.45, "fact": 0.3, "both": 0.25}
 GIVEN_FORMS = {"plain": 0.85, "fact": 0.05, "both": 0.10}
-ECHO = 0.3  # of the answers to a reference that is a fact: the same sentence with the student's own word in it
+ECHO = (
+    0.3  # of the answers to a reference that is a fact: the same sentence with the student's own word in it
+)
 
-FILLERS = ("应该是", "我觉得是", "好像是", "就是", "是", "大概是", "答:", "嗯,", "可能是", "记得是", "叫", "指")
+FILLERS = (
+    "应该是",
+    "我觉得是",
+    "好像是",
+    "就是",
+    "是",
+    "大概是",
+    "答:",
+    "嗯,",
+    "可能是",
+    "记得是",
+    "叫",
+    "指",
+)
 TAILS = ("吧", "。", "吧。", "。", "...", "了", "?", "。", "!", "。")
 SYNONYMS = {
     "不能": "无法", "每次": "每一次", "其余": "剩下的", "两个": "2个", "三个": "3个", "不用": "不需要", "马上": "立刻",
@@ -161,10 +179,15 @@ class Author:
         shift = 0 if label == "negative" else self.random.choice((0, 1, 1, 2))
         if form == "fact" and reference[0].facts and len(given) == 1 and self.chance(ECHO):
             sentence = self.random.choice(reference[0].facts)
-            texts = [fill(sentence, name_of(c, v)) for c, v in ((reference[0], variant + shift), (given[0], variant))]
+            texts = [
+                fill(sentence, name_of(c, v))
+                for c, v in ((reference[0], variant + shift), (given[0], variant))
+            ]
             return Row(self.print(texts[0]), self.scribble(texts[1]), label)
         answer = self.say(given, wording[1], variant, self.pick(GIVEN_FORMS))
-        return Row(self.print(self.say(reference, wording[0], variant + shift, form)), self.scribble(answer), label)
+        return Row(
+            self.print(self.say(reference, wording[0], variant + shift, form)), self.scribble(answer), label
+        )
 
     def ordered_row(self, label: str) -> Row:
         given = [self.random.choice(self.leaves)]
@@ -180,7 +203,9 @@ class Author:
         texts = []
         for concepts, kind in zip((reference, given), wording, strict=True):
             first, second = self.random.choice(ORDINALS)
-            texts.append(f"{first}{self.item(concepts[0], kind, variant)},{second}{self.item(concepts[1], kind, variant)}")
+            texts.append(
+                f"{first}{self.item(concepts[0], kind, variant)},{second}{self.item(concepts[1], kind, variant)}"
+            )
         return Row(self.print(texts[0]), self.scribble(texts[1]), label)
 
     # What the two texts are about.
@@ -228,7 +253,9 @@ class Author:
             return joiner.join(self.item(c, kind, variant) for c in concepts)
         concept = concepts[0]
         if form == "both":
-            return self.random.choice(BOTH_PHRASES).format(name_of(concept, variant), self.item(concept, "d", variant))
+            return self.random.choice(BOTH_PHRASES).format(
+                name_of(concept, variant), self.item(concept, "d", variant)
+            )
         if form == "fact" and concept.facts and kind == "n":
             return fill(self.random.choice(concept.facts), name_of(concept, variant))
         if concept.group == TOP and kind == "n":
@@ -236,7 +263,11 @@ class Author:
         return self.item(concept, kind, variant)
 
     def item(self, concept: Concept, kind: str, variant: int) -> str:
-        return name_of(concept, variant) if kind == "n" else concept.definitions[variant % len(concept.definitions)]
+        return (
+            name_of(concept, variant)
+            if kind == "n"
+            else concept.definitions[variant % len(concept.definitions)]
+        )
 
     def print(self, text: str) -> str:
         """A reference as a teacher types it: punctuation of either width."""

@@ -12,7 +12,21 @@ import pytest
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789äéñßøżпривет"
-WORDS = ["the", "The", "cat", "sat", "mat", "good", "bad", "food", "service", "café", "Straße", "мир", "hello"]
+WORDS = [
+    "the",
+    "The",
+    "cat",
+    "sat",
+    "mat",
+    "good",
+    "bad",
+    "food",
+    "service",
+    "café",
+    "Straße",
+    "мир",
+    "hello",
+]
 CHINESE = "中文数据库进程线程内存地址索引事务协议网络是不一的个有错对"
 PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~。,、;:?!“”()…—"
 
@@ -50,10 +64,14 @@ def vocab_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny_config_folder(tmp_path: Path) -> Path:
     """Only config.json and vocab.txt: what `from_scratch` trains from."""
-    folder = tmp_path / "tiny-bert"
+    return write_tiny_bert(tmp_path / "tiny-bert")
+
+
+def write_tiny_bert(folder: Path, **changes: object) -> Path:
+    """A folder with config.json (with `changes`) and vocab.txt."""
     folder.mkdir()
     vocabulary = tiny_vocabulary()
-    config = {**TINY_CONFIG, "vocab_size": len(vocabulary)}
+    config = {**TINY_CONFIG, "vocab_size": len(vocabulary), **changes}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     return folder

@@ -168,9 +168,7 @@ def test_padding_equals_a_loop(
     width = next(width for width in range(200) if width % multiple == 0 and width >= longest)
     max_length = None if slack is None else int(lengths.max()) + slack
     width = width if max_length is None else min(width, max_length)
-    batch = pad_batch(
-        tokens, np.array(rows), pad_id=7, pad_to_multiple_of=multiple, max_length=max_length
-    )
+    batch = pad_batch(tokens, np.array(rows), pad_id=7, pad_to_multiple_of=multiple, max_length=max_length)
     ids, types, mask = pad_with_loops(tokens, rows, 7, width)
     assert batch.input_ids.tolist() == ids and batch.token_type_ids.tolist() == types
     assert batch.input_ids.dtype == batch.token_type_ids.dtype == torch.int64

@@ -103,7 +103,9 @@ def test_a_setting_that_is_off_sets_nothing_aside(earlier: str, later: list[str]
 
 
 def test_within_one_layer_nothing_is_set_aside() -> None:
-    assert merge([flags("--warmup_steps", "1", "--warmup_ratio", "0.1")])[1] == []
+    both = flags("--warmup_steps", "1", "--warmup_ratio", "0.1")
+    for layers in ([both], [yaml("warmup_ratio: 0.2"), both]):
+        assert merge(layers) == ({"warmup_steps": 1, "warmup_ratio": 0.1}, [])
 
 
 def test_pairs_that_void_each_other_are_settings() -> None:

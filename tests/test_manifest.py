@@ -87,6 +87,7 @@ def test_every_flipped_bit_and_every_cut_shows() -> None:
         ({"files": [{"name": "a", "size": 0, "sha256": "A" * 64}]}, "hexadecimal"),
         ({"files": [{"name": "manifest.json", "size": 0, "sha256": "0" * 64}]}, "twice"),
         ({"files": [{"name": n, "size": 0, "sha256": "0" * 64} for n in ("a", "A")]}, "twice"),
+        ({"files": [{"name": n, "size": 0, "sha256": "0" * 64} for n in ("b", "a")]}, "the way"),
     ],
 )
 def test_a_sealed_manifest_that_makes_no_sense_is_refused(changes: dict[str, Any], complaint: str) -> None:
@@ -176,6 +177,10 @@ def test_all_damaged_files_are_named_at_once(tmp_path: Path) -> None:
     assert [line.split(": ")[0] for line in lines] == [str(tmp_path / "a"), str(tmp_path / "c")]
     with pytest.raises(CheckpointError, match="contents have changed"):
         read_verified(tmp_path, "a")
+    (tmp_path / "c").write_bytes(b"xx")  # sizes first: nothing is hashed for a folder that is cut anyway
+    with pytest.raises(CheckpointError) as caught:
+        verify_folder(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'c'}: 2 bytes; the manifest says 3"
 
 
 def test_a_size_is_checked_before_memory_is_taken_for_it(tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ def test_calibration_error_matches_its_definition(random: np.random.Generator) -
         gold = random.integers(0, 3, size=400)
         expected = calibration_by_the_book(gold, probabilities, num_bins)
         assert expected_calibration_error(gold, probabilities, num_bins) == pytest.approx(expected, abs=1e-12)
-    edges = np.array([4, 5, 6, 8, 6, 4, 7, 8])[:, None] / 8  # on the edges of four bins, and between
-    probabilities, gold = np.hstack([edges, 1 - edges]), np.array([0, 1, 0, 0, 1, 1, 0, 1])
+    edges = np.array([4, 5, 6, 7, 8])[:, None] / 8  # on the edges of four bins, and between
+    probabilities, gold = np.hstack([edges, 1 - edges]), np.array([0, 1, 0, 1, 0])
     expected = calibration_by_the_book(gold, probabilities, 4)
     assert expected_calibration_error(gold, probabilities, 4) == pytest.approx(expected, abs=1e-12)
     sure = np.eye(2)[[0, 1, 1, 0]]

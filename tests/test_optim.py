@@ -122,8 +122,7 @@ def test_adamw_matches_torchs_fused_kernel_in_float32(
         give_gradients(generator, ours, theirs, step)
         optimizer.step()
         oracle.step()
-    # Bitwise with the same kernel; torch's own loop and kernel are both 5e-6 away from float64 here.
-    tolerance = {"reference": 1e-5, "foreach": 1e-6, "fused": 0.0, "auto": 0.0}[implementation]
+    tolerance = 0.0 if implementation in ("fused", "auto") else 1e-6
     assert largest_difference(ours, theirs) <= tolerance
 
 

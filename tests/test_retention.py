@@ -59,6 +59,7 @@ def test_prune_never_takes_the_last_verified_for_a_damaged_newer_one(tmp_path: P
 def test_prune_spares_other_runs_and_what_it_does_not_know(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     save(tmp_path, 1, run_id="b")
     (save(tmp_path, 2) / "manifest.json").write_bytes(b"{}")
     (save(tmp_path, 3) / "notes.txt").write_text("mine")

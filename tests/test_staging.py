@@ -197,9 +197,9 @@ def test_replacing_a_folder_is_all_or_nothing(tmp_path: Path) -> None:
         log, error = run_with_fault(lambda output=output: save(output, 2, run_id="new"), act)
         if len(log) < k:
             break
+        manifest = verify_folder(output / "checkpoint-2")
         remove_leftovers(output)
         assert [p.name for p in output.iterdir()] == ["checkpoint-2"]
-        manifest = verify_folder(output / "checkpoint-2")
         assert manifest.run_id == ("old" if error else "new")
         assert not error or files_below(output / "checkpoint-2") == before
     assert k > 25 and log.count("rename") == 2

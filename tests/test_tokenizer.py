@@ -151,6 +151,9 @@ def test_a_long_text_is_cut_early_only_where_it_is_safe(both, tmp_path: Path) ->
     assert len(ours._head("中" * 1000, 50)) == 50
     assert len(ours._head("a" * 1000, 50)) == 1000
     backend = json.loads(ours.files(40)["tokenizer.json"])
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenize_chinese_chars": false}', encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(backend), encoding="utf-8")
+    assert len(Tokenizer.from_folder(tmp_path)._head("中" * 1000, 50)) == 1000
     added = {"id": ours.vocab_size, "content": "ab ab", "special": False, "normalized": False}
     backend["added_tokens"].append(added | {"single_word": False, "lstrip": False, "rstrip": False})
     (tmp_path / "tokenizer.json").write_text(json.dumps(backend), encoding="utf-8")

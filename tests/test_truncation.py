@@ -1,7 +1,7 @@
 """The arithmetic of token rows, against plain loops."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bertpair.truncation import copy_runs, longest_first, offsets_of, undecided_heads
@@ -26,6 +26,7 @@ def test_longest_first_equals_dropping_one_by_one(pairs: list[tuple[int, int]], 
     assert list(zip(*(k.tolist() for k in kept), strict=True)) == [one_by_one(a, b, room) for a, b in pairs]
 
 
+@example([(5, 5, True, False, 1, 0), (5, 5, False, True, 0, 1)], 3)
 @given(st.lists(st.tuples(COUNTS, COUNTS, st.booleans(), st.booleans(), COUNTS, COUNTS)), st.integers(2, 20))
 def test_heads_called_decided_decide_their_rows(
     pairs: list[tuple[int, int, bool, bool, int, int]], room: int
