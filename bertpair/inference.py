@@ -17,9 +17,9 @@ import torch
 from bertpair.batching import pad_batch, token_budget_batches
 from bertpair.checkpoint import final_folder
 from bertpair.errors import ConfigError, DataError
-from bertpair.model import BertClassifier
 from bertpair.hub import resolve_folder
 from bertpair.manifest import MANIFEST_NAME, verify_folder
+from bertpair.model import BertClassifier
 from bertpair.model_config import read_folder
 from bertpair.pretrained import load_model
 from bertpair.runtime import Precision, resolve_device, resolve_precision, set_threads, stop_flag
@@ -138,8 +138,8 @@ class PairClassifier:
         """Open a folder that training wrote, a checkpoint in it, or any fine-tuned Hugging Face BERT.
 
         Texts are cut at `max_seq_length`: by default where training cut them, never beyond the model's
-        positions. `num_threads` sets PyTorch's threads for the whole process; None leaves them alone. A folder
-        with a manifest of ours is verified first. `max_batch_tokens` bounds a batch, padding included.
+        positions. `num_threads` sets PyTorch's threads for the whole process; None leaves them alone. A
+        folder with a manifest of ours is verified first. `max_batch_tokens` bounds a batch, padding included.
         Raises CheckpointError where the folder cannot be used, ConfigError for a bad argument.
         """
         if num_threads is not None:

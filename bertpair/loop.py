@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from bertpair.batching import BatchStream, pad_batch, slice_batch
 from bertpair.errors import StoppedError, TrainingError

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bertpair.checkpoint import final_folder
 from bertpair.config import Config
 from bertpair.corpus import Encoding, Split
 from bertpair.dataset import DataSettings, Source, overlap_warnings, resolve_source, training_labels
@@ -19,7 +20,6 @@ from bertpair.hub import resolve_folder
 from bertpair.model import BertClassifier
 from bertpair.model_config import ModelFolder, label_order, read_folder
 from bertpair.pretrained import load_model
-from bertpair.checkpoint import final_folder
 from bertpair.run_folder import RunState
 from bertpair.runtime import (
     Precision,
@@ -33,6 +33,7 @@ from bertpair.runtime import (
 from bertpair.stepper import Objective
 from bertpair.tokenizer import Tokenizer
 from bertpair.tsv import Pairs, read_pairs
+from bertpair.vocabulary import CompactTable, compact, compact_id, remap, used_ids
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +53,9 @@ class Job:
     device: torch.device
     precision: Precision
     objective: Objective
-
-    @property
-    def data_digest(self) -> str:
-        """sha256 of the training rows as the model sees them, order included."""
-        digest = hashlib.sha256()
-        tokens, targets = self.train.tokens, self.train.targets
-        assert targets is not None
-        for array in (tokens.ids, tokens.offsets, tokens.first_lengths, targets):
-            digest.update(array.tobytes())
-        return digest.hexdigest()
+    data_digest: str  # sha256 of the training rows as the tokenizer gives them, order included
+    pad_id: int
+    table: CompactTable | None  # with compact_vocabulary: ids count its rows in use, as does `pad_id`
 
 
 def prepare(config: Config, resumed_from: RunState | None) -> Job:
@@ -88,6 +82,10 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
     _log((*source.notes, *notes))
     precision = _resolve_precision(config, folder, train, device)
     weights = class_weight_tensor(config.class_weights, labels, train)
+    digest, pad_id, table = digest_of(train), tokenizer.pad_id, None
+    if config.compact_vocabulary:
+        table, train, dev = compact_vocabulary(model, train, dev, pad_id)
+        pad_id = compact_id(pad_id, table.used)
     return Job(
         config=dataclasses.replace(config, amp=precision.name, num_threads=torch.get_num_threads()),
         model=model.to(device),
@@ -102,7 +100,39 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
         objective=Objective(
             labels is None, None if weights is None else weights.to(device), config.label_smoothing
         ),
+        data_digest=digest,
+        pad_id=pad_id,
+        table=table,
     )
+
+
+def digest_of(split: Split) -> str:
+    """sha256 of token ids and targets, in order."""
+    digest = hashlib.sha256()
+    assert split.targets is not None
+    for array in (split.tokens.ids, split.tokens.offsets, split.tokens.first_lengths, split.targets):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def compact_vocabulary(
+    model: BertClassifier, train: Split, dev: Split | None, pad_id: int
+) -> tuple[CompactTable, Split, Split | None]:
+    """Leave `model` only the word rows that occur in the data, and count ids in both sets accordingly."""
+    words = model.embeddings.words
+    size = words.num_embeddings
+    used = used_ids([split.tokens for split in (train, dev) if split is not None], [pad_id], size)
+    table = CompactTable(words.weight, used)
+    padding = None if words.padding_idx is None else compact_id(pad_id, used)
+    model.embeddings.words = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+        compact(words.weight, used), freeze=False, padding_idx=padding
+    )
+    logger.info("compact vocabulary: %d of %d word rows are trained", len(used), size)
+
+    def renumbered(split: Split) -> Split:
+        return dataclasses.replace(split, tokens=remap(split.tokens, used, size))
+
+    return table, renumbered(train), None if dev is None else renumbered(dev)
 
 
 def data_settings(config: Config) -> DataSettings:
@@ -230,7 +260,7 @@ def check_same_data(job: Job, resumed_from: RunState) -> None:
     """CheckpointError unless the training rows, as the model sees them, are those of the run."""
     if resumed_from.state.get("data_sha256") != job.data_digest:
         raise CheckpointError(
-            f"{resumed_from.folder}: the training data (or how it is read) has changed since this checkpoint; "
-            "a resume needs the same rows. To train on from its weights, start a new run with "
+            f"{resumed_from.folder}: the training data (or how it is read) has changed since this "
+            "checkpoint; a resume needs the same rows. To train on from its weights, start a new run with "
             f"--model_name_or_path {resumed_from.folder} and another --output_dir"
         )

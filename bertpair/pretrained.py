@@ -32,6 +32,7 @@ LAYER_MODULES = {  # under layers.N and bert.encoder.layer.N
     "down": "output.dense",
     "output_norm": "output.LayerNorm",
 }
+WORD_TABLE = "bert.embeddings.word_embeddings.weight"  # Hugging Face's name of it
 HEAD_MODULES = ("pooler", "classifier")  # may be missing from a checkpoint, and are new then
 
 

@@ -39,5 +39,6 @@ def _refuse(never: list[Change], unless_anyway: list[Change], run: RunState) -> 
         return
     advice = "--resume_anyway accepts this"
     if never:
-        advice = f"a resume cannot change this; start a new run from the weights: --model_name_or_path {run.folder}"
+        advice = "a resume cannot change this; start a new run from the weights: "
+        advice += f"--model_name_or_path {run.folder}"
     raise ConfigError(f"{run.folder}: these settings differ from the run's\n{list_faults(faults)}\n{advice}")

@@ -90,8 +90,9 @@ def check_new_run(output_dir: Path, overwrite: bool) -> None:
     if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
         raise ConfigError(f"output_dir: {output_dir} cannot be written ({existing})")
     if not overwrite and (found := _contents(output_dir)):
+        shown = ", ".join([*found[:3], *(["…"] if len(found) > 3 else [])])
         raise ConfigError(
-            f"output_dir: {output_dir} is not empty ({', '.join(found[:3])}{', …' if len(found) > 3 else ''}); "
+            f"output_dir: {output_dir} is not empty ({shown}); "
             "--resume goes on with the run in it, --overwrite_output_dir starts anew in its place, "
             "--output_dir names another folder"
         )

@@ -13,13 +13,13 @@ from bertpair.command_line import config_from_folder
 from bertpair.config import Config, check_config
 from bertpair.corpus import Encoding
 from bertpair.dataset import Source, columns_for, resolve_source
-from bertpair.preparation import data_settings
 from bertpair.disk import replace_file
 from bertpair.errors import CheckpointError, ConfigError
 from bertpair.evaluation import Evaluation, confusion_of, evaluate_split, result_files
 from bertpair.hub import resolve_folder
 from bertpair.inference import PairClassifier
 from bertpair.metrics import per_class
+from bertpair.preparation import data_settings
 from bertpair.report import class_table, comparison_table, confusion_table
 from bertpair.runtime import allowed_precisions, resolve_device, set_deterministic, set_threads
 from bertpair.tsv import Pairs, read_pairs
@@ -137,7 +137,9 @@ def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> P
     cut = config.max_seq_length if "max_seq_length" in explicit else None
     budget = config.per_device_eval_batch_size * config.max_seq_length
     amp = config.amp
-    if "amp" not in explicit and amp not in ("auto", *allowed_precisions(resolve_device(config.device))):
+    if "amp" not in explicit and amp == "auto":
+        amp = "off"  # nothing says what it was trained in
+    if "amp" not in explicit and amp not in allowed_precisions(resolve_device(config.device)):
         logger.warning("trained with amp %s, which this machine does not have: evaluated in float32", amp)
         amp = "off"
     return PairClassifier.from_pretrained(
@@ -150,7 +152,9 @@ def _check_task(config: Config, model: PairClassifier, source: Source) -> None:
     kind = "regression" if model.labels is None else "classification"
     if source.regression != (model.labels is None):
         raise ConfigError(f"problem_type: {config.model_dir} is a {kind} model")
-    if model.labels is not None and source.labels is not None and set(source.labels) != set(model.labels):
+    if config.predict or model.labels is None or source.labels is None:
+        return
+    if set(source.labels) != set(model.labels):
         found, own = ", ".join(source.labels), ", ".join(model.labels)
         raise ConfigError(f"labels: found {found}; {config.model_dir} was trained for {own}")
 

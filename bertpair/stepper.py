@@ -56,6 +56,17 @@ class Reading:
     skipped: tuple[SkippedStep, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A step whose verdict is still on the device."""
+
+    step: int
+    rows: npt.NDArray[np.int64]
+    learning_rate: float
+    skipped: Tensor  # bool: to be counted and named
+    unchanged: Tensor  # bool: the weights stayed as they were, for that reason or an fp16 overflow
+
+
 class Meter:
     """Running sums that live on the device until somebody reads them."""
 
@@ -66,19 +77,18 @@ class Meter:
         self.in_a_row = 0  # skipped steps up to now, without one that counted
         self.longest = 0  # the longest row of skipped steps in the last verdicts
         self.num_skipped = 0
-        self._pending: list[tuple[int, npt.NDArray[np.int64], Tensor]] = []
+        self.applied_rates: list[float] = []  # of the steps that changed the weights; their user clears it
+        self._pending: list[_Pending] = []
         self._norm: Tensor | None = None
 
-    def add(
-        self, step: int, rows: npt.NDArray[np.int64], loss: Tensor, norm: Tensor, skipped: Tensor
-    ) -> None:
-        """Note one step: `loss`, `norm` and the bool `skipped` are scalars on the device."""
-        counted = ~(skipped | ~torch.isfinite(loss))
+    def add(self, pending: _Pending, loss: Tensor, norm: Tensor) -> None:
+        """Note one step; `loss` and `norm` are scalars on the device."""
+        counted = ~(pending.skipped | ~torch.isfinite(loss))
         one = torch.stack([torch.where(counted, loss, torch.zeros_like(loss)), counted.to(loss.dtype)])
         self.window += one
         self.total += one
         self._norm = norm
-        self._pending.append((step, rows, skipped))
+        self._pending.append(pending)
 
     @property
     def num_pending(self) -> int:
@@ -89,14 +99,16 @@ class Meter:
         """Wait for the device and return the steps skipped since the last call; keeps `in_a_row` true."""
         if not self._pending:
             return ()
-        flags = torch.stack([flag for _, _, flag in self._pending]).tolist()
+        flags = torch.stack([torch.stack([p.skipped, p.unchanged]) for p in self._pending]).tolist()
         skipped = []
         self.longest = self.in_a_row
-        for (step, rows, _), flag in zip(self._pending, flags, strict=True):
-            self.in_a_row = self.in_a_row + 1 if flag else 0
+        for pending, (is_skipped, is_unchanged) in zip(self._pending, flags, strict=True):
+            self.in_a_row = self.in_a_row + 1 if is_skipped else 0
             self.longest = max(self.longest, self.in_a_row)
-            if flag:
-                skipped.append(SkippedStep(step, tuple(rows.tolist())))
+            if is_skipped:
+                skipped.append(SkippedStep(pending.step, tuple(pending.rows.tolist())))
+            if not is_unchanged:
+                self.applied_rates.append(pending.learning_rate)
         self._pending.clear()
         self.num_skipped += len(skipped)
         return tuple(skipped)
@@ -181,7 +193,8 @@ class Stepper:
         # An overflow of scaled fp16 gradients is the scaler's business, not a skipped step.
         skipped = ~torch.isfinite(loss) if self.scaler.enabled else found_inf.bool()
         self.scaler.update(found_inf)
-        self.meter.add(number, rows, loss, norm, skipped)
+        pending = _Pending(number, rows, learning_rate, skipped, found_inf.bool())
+        self.meter.add(pending, loss, norm)
 
     def _backward(self, micro_batches: Iterable[Batch], denominator: float) -> Tensor:
         total = torch.zeros((), device=self.device)

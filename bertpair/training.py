@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bertpair.batching import BatchStream
@@ -26,7 +27,7 @@ from bertpair.model_config import config_json
 from bertpair.optim import AdamW, learning_rate_at, load_state_tensors, num_warmup_steps, parameter_groups
 from bertpair.optim import state_tensors as optimizer_tensors
 from bertpair.preparation import Job, check_same_data, prepare
-from bertpair.pretrained import load_state, state_tensors
+from bertpair.pretrained import WORD_TABLE, load_state, state_tensors
 from bertpair.resumption import merge_settings
 from bertpair.run_folder import (
     SETTINGS_FILE,
@@ -41,6 +42,7 @@ from bertpair.run_folder import (
 )
 from bertpair.staging import Staging
 from bertpair.stepper import Stepper
+from bertpair.vocabulary import USED_IDS
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +143,7 @@ class _Run:
         )
         self.scorer = Scorer(
             job.model,
-            job.tokenizer.pad_id,
+            job.pad_id,
             job.device,
             job.precision,
             config.max_seq_length,
@@ -153,7 +155,7 @@ class _Run:
             run_id=start.run_id if start is not None else None,
             save_total_limit=config.save_total_limit,
             write_model=self._write_model,
-            optimizer_tensors=lambda: optimizer_tensors(optimizer, names),
+            optimizer_tensors=lambda: {**optimizer_tensors(optimizer, names), **self._used_ids()},
         )
         self.loop = self._make_loop()
         if start is not None:
@@ -170,7 +172,7 @@ class _Run:
             job.train.tokens,
             job.train.targets,
             where=job.train.pairs.where,
-            pad_id=job.tokenizer.pad_id,
+            pad_id=job.pad_id,
             max_length=config.max_seq_length,
             pad_to_multiple_of=config.pad_to_multiple_of,
             micro_batch_size=config.per_device_train_batch_size,
@@ -188,9 +190,17 @@ class _Run:
     def _restore(self, start: RunState, optimizer: AdamW, names: Mapping[str, Tensor]) -> None:
         check_same_data(self.job, start)
         tensors = start.optimizer_tensors()
+        used, stored = self._used_ids().get(USED_IDS), tensors.pop(USED_IDS, None)
+        if (used is None) != (stored is None) or (
+            used is not None and stored is not None and not torch.equal(used, stored)
+        ):
+            raise CheckpointError(f"{start.folder}: compact_vocabulary: the data now uses other words")
         random_states = {name: tensors.pop(name) for name in list(tensors) if name.startswith(RANDOM)}
         load_state_tensors(optimizer, names, tensors)
         self.loop.restore(Snapshot(random_states, start.state))
+
+    def _used_ids(self) -> dict[str, Tensor]:
+        return {} if self.job.table is None else {USED_IDS: torch.from_numpy(self.job.table.used)}
 
     def run(self) -> TrainResult:
         self.folder.begin(self.start)
@@ -229,7 +239,11 @@ class _Run:
             return "best"
         try:
             best = read_run_state(checkpoint_folder(self.folder.path, step))
-            load_state(self.job.model, best.weights(), str(best.folder))
+            weights = best.weights()
+            if self.job.table is not None:
+                self._whole_table()  # steps done so far are not for the table that comes
+                weights[WORD_TABLE] = self.job.table.replace(weights[WORD_TABLE])
+            load_state(self.job.model, weights, str(best.folder))
         except CheckpointError as error:
             logger.error("the best weights are lost, the last ones are kept instead: %s", error)
             return "last"
@@ -245,13 +259,24 @@ class _Run:
     def _write_model(self, staging: Staging) -> None:
         """A whole model folder: what Hugging Face reads, and the settings."""
         job = self.job
-        staging.write_tensors("model.safetensors", state_tensors(job.model), {"format": "pt"})
+        tensors = state_tensors(job.model)
+        if job.table is not None:
+            tensors[WORD_TABLE] = self._whole_table()
+        staging.write_tensors("model.safetensors", tensors, {"format": "pt"})
         staging.write_bytes(
             "config.json", config_json(job.model.config, job.labels, job.labels is None, job.folder.raw)
         )
         for name, data in job.tokenizer.files(job.config.max_seq_length).items():
             staging.write_bytes(name, data)
         staging.write_bytes(SETTINGS_FILE, dump_yaml(job.config).encode("utf-8"))
+
+    def _whole_table(self) -> Tensor:
+        """The word table of a full training, up to the last step whose verdict is read."""
+        table, meter = self.job.table, self.stepper.meter
+        assert table is not None
+        table.catch_up(meter.applied_rates, self.job.config.weight_decay)
+        meter.applied_rates.clear()
+        return table.whole(self.job.model.embeddings.words.weight)
 
 
 def make_plan(config: Config, steps_per_epoch: int, metrics: Sequence[str], *, has_dev: bool) -> Plan:

@@ -22,6 +22,7 @@ from bertpair.tokenizer import Tokens
 
 Ids = NDArray[np.int64]
 
+USED_IDS = "vocabulary.used_ids"  # their name among a checkpoint's tensors
 BLOCK_VALUES = 2**15  # decayed for all steps at once: fits a cache, and is too small for torch to split
 
 
@@ -86,3 +87,24 @@ def expand(
     decay(table, learning_rates, weight_decay)
     table[torch.from_numpy(used).to(table.device)] = trained.detach().to(table)
     return table
+
+
+class CompactTable:
+    """The whole word table (V, D) of a model that trains only the rows of `used`."""
+
+    def __init__(self, full: Tensor, used: Ids) -> None:
+        self.full = full.detach().cpu().clone()
+        self.used = used
+
+    def catch_up(self, learning_rates: Sequence[float], weight_decay: float) -> None:
+        """Do to the unused rows what AdamW's steps at these rates do; none twice, no skipped one's."""
+        decay(self.full, learning_rates, weight_decay)
+
+    def whole(self, trained: Tensor) -> Tensor:
+        """The table that a full training would have, given the rows that were trained."""
+        return expand(self.full, trained.cpu(), self.used)
+
+    def replace(self, full: Tensor) -> Tensor:
+        """Take another table (V, D) for the whole one; returns its rows in use."""
+        self.full = full.detach().cpu().clone()
+        return compact(self.full, self.used)

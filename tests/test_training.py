@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_tiny_bert
+from safetensors.torch import load_file
 
 from bertpair import (
     CheckpointError,
@@ -387,3 +388,25 @@ def test_the_2020_command_line_trains_as_it_stands(settings: dict[str, object]) 
     assert "acc" in Path("checkpoints/eval_results.txt").read_text()
     assert json.loads(Path("checkpoints/config.json").read_text())["id2label"]["0"] == "partly"
     assert Path("checkpoints/old.txt").read_text() == "kept"
+
+
+def test_a_compact_vocabulary_trains_to_the_same_model_and_resumes(
+    settings: dict[str, object], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal to rounding (gradients are clipped here), unused rows to the bit; resumed, bitwise."""
+    run(settings, compact_vocabulary=True, output_dir="compact")
+    full, ours = (load_file(folder / "model.safetensors") for folder in (whole, Path("compact")))
+    assert full.keys() == ours.keys()
+    for name, tensor in full.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+    words = "bert.embeddings.word_embeddings.weight"
+    state = load_file("compact/checkpoint-24/optimizer.safetensors")
+    unused = np.setdiff1d(np.arange(len(full[words])), state["vocabulary.used_ids"].numpy())
+    assert len(unused) > 20 and torch.equal(full[words][unused], ours[words][unused])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 13)
+        with pytest.raises(StoppedError):
+            run(settings, compact_vocabulary=True)
+    stop_flag.clear()
+    run(settings, compact_vocabulary=True, resume="auto")
+    assert_same_run(Path("compact"), Path("out"), "checkpoint-24")
