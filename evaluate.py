@@ -1,7 +1,6 @@
 """Measure a trained model on a data file: `python evaluate.py --help`."""
 
 import json
-import logging
 import sys
 
 from bertpair.command_line import parse_command_line
@@ -11,13 +10,11 @@ from bertpair.scoring import evaluate_models
 
 def main() -> int:
     parsed = parse_command_line(sys.argv[1:], "evaluate")
-    for note in parsed.notes:
-        logging.getLogger("bertpair").info("%s", note)
-    result = evaluate_models(parsed.config, explicit=parsed.explicit)
+    result = evaluate_models(parsed.config, explicit=parsed.explicit, notes=parsed.notes)
     print(result.text)
     for name, folder in result.folders.items():
         print(f"{name}: files in {folder}")
-    print(json.dumps({"n": result.num_rows, **result.metrics}, ensure_ascii=False))
+    print(json.dumps(result.summary(), ensure_ascii=False))
     return 0
 
 

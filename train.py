@@ -1,18 +1,26 @@
 """Fine-tune a BERT on pairs of texts: `python train.py --help`."""
 
+import dataclasses
 import json
 import sys
 
 from bertpair.command_line import parse_command_line
 from bertpair.console import run_script
+from bertpair.scoring import evaluate_models
 from bertpair.training import train
 
 
 def main() -> int:
     parsed = parse_command_line(sys.argv[1:], "train")
-    result = train(parsed.config, explicit=parsed.explicit, notes=parsed.notes)
-    print(json.dumps(result.summary(), ensure_ascii=False))
-    return 1 if result.save_failed else 0
+    if not parsed.config.runs_training:  # --do_eval alone: the model that stands in output_dir
+        config = dataclasses.replace(parsed.config, model_dir=parsed.config.output_dir)
+        result = evaluate_models(config, explicit=parsed.explicit, notes=parsed.notes)
+        print(result.text)
+        print(json.dumps(result.summary(), ensure_ascii=False))
+        return 0
+    trained = train(parsed.config, explicit=parsed.explicit, notes=parsed.notes)
+    print(json.dumps(trained.summary(), ensure_ascii=False))
+    return 1 if trained.save_failed else 0
 
 
 if __name__ == "__main__":

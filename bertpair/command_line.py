@@ -182,7 +182,8 @@ def _finish(call: _Call, stored: Layer, script: Script) -> Parsed:
     values = settle(merged)
     config = Config(**values)
     bad = flags.bad | yaml.bad
-    missing = joint_faults(config, script == "train" and not config.resume, bad)
+    is_new = script == "train" and not config.resume and config.runs_training
+    missing = joint_faults(config, is_new, bad)
     if config.resume == "auto" and script == "train" and not config.output_dir and "output_dir" not in bad:
         missing.append("output_dir must be set: resume goes on with the run in it")
     raise_faults([*yaml.faults, *flags.faults, *missing])

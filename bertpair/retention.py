@@ -63,11 +63,12 @@ def prune(
     return [path for path in doomed if retire_folder(path)]
 
 
-def discard_run(output_dir: Path, run_id_to_keep: str) -> list[Path]:
-    """Delete the checkpoints of other runs once the run to keep has a whole one; returns those deleted."""
+def discard_others(output_dir: Path, run_id_to_keep: str, *, is_finished: bool = False) -> list[Path]:
+    """Delete the checkpoints of other runs once the run to keep has a whole one, or its final model
+    (`is_finished`); returns those deleted."""
     runs = [(path, _run_of(path)) for _, path in list_checkpoints(output_dir)]
     others = [path for path, run in runs if run not in (None, run_id_to_keep)]
-    if not others or newest_whole(output_dir, run_id_to_keep).path is None:
+    if not others or not (is_finished or newest_whole(output_dir, run_id_to_keep).path):
         return []
     return [path for path in others if retire_folder(path)]
 

@@ -28,11 +28,11 @@ from bertpair.checkpoint import (
     publish_final,
     read_json,
 )
-from bertpair.disk import fsync_folder, replace_file
+from bertpair.disk import replace_file
 from bertpair.errors import CheckpointError, ConfigError, list_faults
 from bertpair.lock import LOCK_NAME, RunLock
 from bertpair.manifest import MANIFEST_NAME, Manifest, verify_folder
-from bertpair.retention import discard_run, prune, remove_leftovers
+from bertpair.retention import discard_others, prune, remove_leftovers
 from bertpair.staging import Staging, staged_folder
 
 logger = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ class RunFolder:
         logger.info("saved %s", target)
         best = {checkpoint_folder(self.path, best_step)} if best_step is not None else set()
         prune(self.path, self._limit, last=target, run_id=self.run_id, protect=best)
-        discard_run(self.path, self.run_id)
+        discard_others(self.path, self.run_id)
 
     def _sync_metrics(self) -> int:
         """Make metrics.jsonl durable; its length in bytes."""
@@ -265,8 +265,7 @@ class RunFolder:
 
         self.save_failed = not _attempt(write, target)
         if not self.save_failed:
-            discard_run(self.path, self.run_id)
-            fsync_folder(self.path)
+            discard_others(self.path, self.run_id, is_finished=True)
 
 
 def _attempt(write: Callable[[], None], target: Path) -> bool:

@@ -37,6 +37,10 @@ class EvaluationResult:
     num_rows: int
     text: str  # the tables
 
+    def summary(self) -> dict[str, float]:
+        """The values of evaluate.py's last line."""
+        return {"n": self.num_rows, **self.metrics}
+
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
@@ -64,12 +68,16 @@ def evaluate(
     return evaluate_models(Config(**values))
 
 
-def evaluate_models(config: Config, *, explicit: Collection[str] = ()) -> EvaluationResult:
+def evaluate_models(
+    config: Config, *, explicit: Collection[str] = (), notes: Sequence[str] = ()
+) -> EvaluationResult:
     """Evaluate as `config` says: one model, all checkpoints of a folder, others beside it, or predict.
 
-    `explicit` names the settings that were given rather than taken from the model folder.
+    `explicit` names the settings that were given rather than taken from the model folder; `notes` are logged.
     """
     config = check_config(config)
+    for note in notes:
+        logger.info("%s", note)
     set_threads(config.num_threads)
     set_deterministic(config.deterministic)
     source, files = _resolve_files(config)

@@ -19,7 +19,7 @@ from torch import Tensor
 from bertpair.batching import BatchStream
 from bertpair.checkpoint import checkpoint_folder
 from bertpair.config import Config, check_config, dump_yaml
-from bertpair.errors import CheckpointError
+from bertpair.errors import CheckpointError, ConfigError
 from bertpair.evaluation import Evaluation, curves_file, evaluate_split, result_files
 from bertpair.inference import Scorer
 from bertpair.loop import RANDOM, Loop, Plan, TrainingRows
@@ -76,6 +76,8 @@ def train(
     Raises ConfigError, DataError or CheckpointError before anything is written; later StoppedError after a
     checkpoint, or TrainingError.
     """
+    if not config.runs_training:
+        raise ConfigError("do_train is false: there is nothing to train; bertpair.evaluate measures a model")
     given = changed_from_defaults(config) if explicit is None else explicit
     config = check_config(config, training=not config.resume)
     for note in notes:

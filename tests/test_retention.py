@@ -10,7 +10,7 @@ import pytest
 from disk_faults import failing_at, files_below, killed_at, run_with_fault
 
 from bertpair.checkpoint import checkpoint_folder, list_checkpoints, newest_whole, publish_final
-from bertpair.retention import discard_run, owned_paths, prune, remove_leftovers
+from bertpair.retention import discard_others, owned_paths, prune, remove_leftovers
 from bertpair.staging import staged_folder
 
 
@@ -104,11 +104,11 @@ def test_a_prune_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
 def test_an_old_run_goes_only_once_the_new_one_has_a_whole_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 50, run_id="old")
     (tmp_path / "checkpoint-60").mkdir()
-    assert discard_run(tmp_path, "new") == []
+    assert discard_others(tmp_path, "new") == []
     (save(tmp_path, 1, run_id="new") / "model.safetensors").write_bytes(b"")
-    assert discard_run(tmp_path, "new") == []
+    assert discard_others(tmp_path, "new") == []
     save(tmp_path, 2, run_id="new")
-    assert discard_run(tmp_path, "new") == [tmp_path / "checkpoint-50"]
+    assert discard_others(tmp_path, "new") == [tmp_path / "checkpoint-50"]
     assert steps(tmp_path) == [1, 2, 60]
 
 

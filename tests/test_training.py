@@ -343,6 +343,15 @@ def test_overwriting_keeps_the_old_run_until_the_new_one_has_a_checkpoint(
     assert result.global_step == 24
 
 
+def test_overwriting_a_run_without_checkpoints_of_its_own_leaves_no_old_ones(
+    settings: dict[str, object],
+) -> None:
+    run(settings, max_steps=4)
+    assert (Path("out") / "checkpoint-4").is_dir()
+    run(settings, max_steps=2, overwrite_output_dir=True, eval_strategy="no", save_steps=0)
+    assert not list(Path("out").glob("checkpoint-*"))
+
+
 def test_a_resume_needs_the_same_rows(settings: dict[str, object]) -> None:
     run(settings, max_steps=4)
     lines = Path(str(settings["data_dir"]), "train.tsv").read_text().splitlines(keepends=True)
@@ -410,3 +419,24 @@ def test_a_compact_vocabulary_trains_to_the_same_model_and_resumes(
     stop_flag.clear()
     run(settings, compact_vocabulary=True, resume="auto")
     assert_same_run(Path("compact"), Path("out"), "checkpoint-24")
+
+
+def test_do_eval_alone_measures_what_stands_in_output_dir(settings: dict[str, object], whole: Path) -> None:
+    """As run_glue.py did; the model is not trained further and its files stay."""
+    before = (whole / "model.safetensors").read_bytes()
+    data = str(settings["data_dir"])
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--do_eval",
+        "--output_dir",
+        str(whole),
+        "--data_dir",
+        data,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    trained = json.loads((whole / "trainer_state.json").read_text())["result"]["metrics"]
+    assert json.loads(done.stdout.splitlines()[-1])["acc"] == trained["acc"]
+    assert (whole / "model.safetensors").read_bytes() == before
