@@ -60,7 +60,8 @@ def test_overlap_and_lengths_do_not_tell_it_either() -> None:
     def features(row: Row) -> list[float]:
         a, b = fold(row[1]), fold(row[2])
         shared = len(set(a) & set(b))
-        return [shared / len(set(a + b)), shared / len(set(b)), shared / len(set(a)), len(a) / 20, len(b) / 20]
+        overlap = [shared / len(set(a + b)), shared / len(set(b)), shared / len(set(a))]
+        return [*overlap, len(a) / 20, len(b) / 20]
 
     model = LogisticRegression(max_iter=1000)
     model.fit(np.array([features(row) for row in TRAIN]), [row[3] for row in TRAIN])
