@@ -28,6 +28,9 @@ def epoch_batches(
     """The global batches of one epoch: every row number exactly once, only the last batch may be smaller.
 
     With `group_by_length` a batch holds rows of like length, sorted; without it, a plain permutation.
+    Give `padded_lengths`: rows whose lengths differ by less than the padding then mix at no cost. Told apart
+    by single tokens they would not mix: rows that share a text would train in one batch over and over, and
+    measurably worse (benchmarks/LOG.md).
     """
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     order: Rows = generator.permutation(len(lengths))
@@ -51,6 +54,15 @@ def _sort_within_pools(order: Rows, lengths: NDArray[np.integer[Any]], batch_siz
 
 def _sort_by_length(rows: Rows, lengths: NDArray[np.integer[Any]]) -> Rows:
     return rows[np.argsort(lengths[rows], kind="stable")]  # stable: rows of one length stay shuffled
+
+
+def padded_lengths(
+    lengths: NDArray[np.integer[Any]], pad_to_multiple_of: int, max_length: int | None = None
+) -> NDArray[np.int64]:
+    """What `pad_batch` would pad each row to if it were the longest of its batch."""
+    rounded: NDArray[np.int64] = -(-np.asarray(lengths, dtype=np.int64) // pad_to_multiple_of)
+    rounded *= pad_to_multiple_of
+    return rounded if max_length is None else np.maximum(lengths, np.minimum(rounded, max_length))
 
 
 def slice_batch(rows: Rows, *, rank: int, world_size: int, micro_batch_size: int) -> list[Rows]:
@@ -107,10 +119,7 @@ def pad_batch(
     """
     starts = tokens.offsets[rows]
     lengths = tokens.offsets[np.asarray(rows) + 1] - starts
-    longest = int(lengths.max(initial=0))
-    padded = _round_up(longest, pad_to_multiple_of)
-    if max_length is not None:
-        padded = max(longest, min(padded, max_length))
+    padded = int(padded_lengths(lengths, pad_to_multiple_of, max_length).max(initial=0))
     positions = np.arange(padded)
     is_token = positions < lengths[:, None]  # (B, L)
     input_ids = np.full(is_token.shape, pad_id, dtype=np.int64)
@@ -124,10 +133,6 @@ def pad_batch(
         targets=None if targets is None else torch.from_numpy(targets[rows]),
         num_tokens=int(lengths.sum()),
     )
-
-
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -202,11 +207,11 @@ def token_budget_batches(
 ) -> list[Rows]:
     """Batches for scoring, longest rows first: rows × padded length within `max_tokens`, or a single row."""
     order: Rows = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    padded = padded_lengths(lengths, pad_to_multiple_of)
     batches = []
     start = 0
     while start < len(order):
-        padded = _round_up(int(lengths[order[start]]), pad_to_multiple_of)
-        end = start + max(1, max_tokens // max(1, padded))
+        end = start + max(1, max_tokens // max(1, int(padded[order[start]])))
         batches.append(order[start:end])
         start = end
     return batches

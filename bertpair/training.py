@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertpair.batching import BatchStream
+from bertpair.batching import BatchStream, padded_lengths
 from bertpair.checkpoint import checkpoint_folder
 from bertpair.config import Config, check_config, dump_yaml
 from bertpair.errors import CheckpointError, ConfigError
@@ -167,7 +167,10 @@ class _Run:
         job, config = self.job, self.job.config
         batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
         stream = BatchStream(
-            job.train.tokens.lengths, batch_size, seed=config.seed, group_by_length=config.group_by_length
+            padded_lengths(job.train.tokens.lengths, config.pad_to_multiple_of, config.max_seq_length),
+            batch_size,
+            seed=config.seed,
+            group_by_length=config.group_by_length,
         )
         assert job.train.targets is not None
         rows = TrainingRows(

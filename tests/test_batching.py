@@ -15,6 +15,7 @@ from bertpair.batching import (
     Position,
     epoch_batches,
     pad_batch,
+    padded_lengths,
     slice_batch,
     token_budget_batches,
 )
@@ -96,6 +97,28 @@ def test_grouping_by_length_keeps_padding_low() -> None:
     grouped = epoch_batches(lengths, 16, seed=1, epoch=0, group_by_length=True)
     assert waste(plain, lengths) > 0.3
     assert waste(grouped, lengths) < 0.04
+
+
+def test_grouping_padded_lengths_costs_no_padding_and_parts_rows_of_one_length() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.repeat(rng.normal(30, 12, 2500).clip(6, 64).astype(np.int64), 2)  # row 2n and 2n + 1: a family
+
+    def measure(keys: NDArray[np.int64]) -> tuple[float, float]:
+        batches = epoch_batches(keys, 16, seed=1, epoch=0, group_by_length=True)
+        families = np.mean([len(batch) - len({row // 2 for row in batch.tolist()}) for batch in batches])
+        return sum(len(batch) * float(padded[batch].max()) for batch in batches), float(families)
+
+    padded = padded_lengths(lengths, 8, 64)
+    exact_cost, exact_families = measure(lengths)
+    cost, families = measure(padded)
+    assert cost < 1.01 * exact_cost
+    assert families < 0.4 * exact_families
+
+
+def test_padded_lengths_are_those_of_the_batches() -> None:
+    lengths = np.array([1, 7, 8, 9, 33, 40, 41])
+    assert padded_lengths(lengths, 8).tolist() == [8, 8, 8, 16, 40, 40, 48]
+    assert padded_lengths(lengths, 8, 38).tolist() == [8, 8, 8, 16, 38, 40, 41]  # never under the row itself
 
 
 def test_grouped_batches_do_not_come_in_order_of_length() -> None:
