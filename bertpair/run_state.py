@@ -125,6 +125,8 @@ def find_resume(output_dir: Path, resume: str) -> RunState | None:
 def finished_run(output_dir: Path) -> RunState | None:
     """The final folder's account of the run that the folder belongs to, if that run is over."""
     if not (output_dir / MANIFEST_NAME).is_file():
+        if (output_dir / STATE_FILE).is_file():
+            logger.warning("the final model is passed over: %s has no %s", output_dir, MANIFEST_NAME)
         return None
     try:
         final = read_run_state(output_dir, verify_folder(output_dir, allow_extra=True))
