@@ -22,6 +22,7 @@ import bertpair.run_folder
 import bertpair.run_state
 import bertpair.training
 from bertpair import Config
+from bertpair.checkpoint import list_checkpoints
 from bertpair.optim import AdamW
 from bertpair.run_folder import RunFolder
 from bertpair.runtime import install_signal_handlers
@@ -200,7 +201,7 @@ def make_material(folder: Path, *, amp: str) -> Settings:
 
 def outcome(output_dir: Path) -> dict[str, object]:
     """What must be the same to the bit, by name; metrics.jsonl without its time, rate and memory fields."""
-    last = max(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    last = list_checkpoints(output_dir)[-1][1]
     found: dict[str, object] = {
         "final weights": (output_dir / "model.safetensors").read_bytes(),
         "predictions": (output_dir / "predictions.tsv").read_bytes(),

@@ -117,8 +117,8 @@ def draw_kills(count: int, whole: Uninterrupted, rng: random.Random) -> list[lis
     runs += [[_draw(early, whole, rng), _draw(["step 2"], whole, rng)] for _ in range(tenth)]
     steps = [place for place in whole.events if place.startswith("step ")]
     for index in range(count - len(runs)):
-        by_clock = Kill("clock", seconds=rng.uniform(0.1, whole.seconds))
-        runs.append([by_clock if index % 2 else _draw(steps, whole, rng)])
+        by_clock = [Kill("clock", seconds=rng.uniform(0.1, whole.seconds))] if index % 2 else []
+        runs.append([_draw(steps, whole, rng), *by_clock])
     return runs
 
 
@@ -136,10 +136,6 @@ def run_with_kills(
     died = 0
     for kill in [*kills, None]:
         code = wait(_start_and_kill(settings, kill, kill_now, board, log))
-        if code == 0 and died == 0 and kill is not None and kill.place == "clock":
-            shutil.rmtree(output_dir)  # the clock was too late: once more, sooner
-            sooner = [Kill("clock", seconds=kill.seconds / 2)]
-            return run_with_kills(settings, folder, sooner, kill_now, tally)
         if code == 0:
             break
         if code not in (-signal.SIGKILL, -signal.SIGTERM):
