@@ -192,9 +192,7 @@ class RunFolder:
         moved = staged and _attempt(move, self.path, f"the final model stays in {FINAL_READY}; {again}")
         self._final_failed = not moved
         if self._checkpoint_failed:
-            logger.error(
-                "%s: the last checkpoint could not be written", self.path
-            )
+            logger.error("%s: the last checkpoint could not be written", self.path)
         if moved:
             try:
                 discard_others(self.path, self.run_id, is_finished=True)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 from collections import namedtuple
@@ -367,3 +368,21 @@ def test_a_full_disk_costs_a_whole_line_of_the_log(
     run(settings)
     steps = [json.loads(line)["step"] for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert steps == [4, 6, 8]
+
+
+def test_a_file_size_limit_of_the_system_costs_checkpoints_and_not_the_run(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Real short writes, by the kernel: the file of the optimizer is too large, that of the model is not."""
+    run(settings, output_dir="whole")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = Path("whole/checkpoint-8/optimizer.safetensors").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+    try:
+        result = run(settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.save_failed and "File too large" in caplog.text
+    assert "the last checkpoint could not be written" in caplog.text
+    assert not list(Path("out").glob("checkpoint-*"))
+    assert Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
