@@ -133,7 +133,8 @@ def report(seconds: dict[str, list[float]], parts: list[SaveSeconds]) -> None:
     for part in ("write", "checksum", "fsync"):
         print(f"  {part:9} {statistics.median(getattr(p, part) for p in parts):6.2f} s")
     ratio = statistics.median(seconds["bertpair"]) / statistics.median(seconds["plain"])
-    print(json.dumps({"ratio": round(ratio, 3), "allowed": 1.5}))
+    best = min(seconds["bertpair"]) / min(seconds["plain"])
+    print(json.dumps({"ratio": round(ratio, 3), "ratio_of_best": round(best, 3), "allowed": 1.5}))
 
 
 def size_of(tensors: dict[str, Tensor]) -> float:

@@ -36,7 +36,7 @@ def run_script(main: Callable[[], int]) -> int:
         return main()
     except StoppedError as stopped:
         sys.stderr.write(f"{stopped}\n")
-        return 128 + stopped.signum
+        return 1 if stopped.save_failed else 128 + stopped.signum
     except BertpairError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

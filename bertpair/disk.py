@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 FILE_MODE = 0o644  # others may serve what this user trained
 FOLDER_MODE = 0o755
+SMALL_FILES = 4 << 20  # bytes of a folder's tokenizer files and JSON, block sizes included
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # file systems without it
 
@@ -37,8 +39,12 @@ def naming(path: Path) -> Iterator[None]:
 def create_file(path: Path) -> int:
     """Open a file that must not exist yet; returns its descriptor."""
     descriptor = os.open(path, _NEW_FILE, FILE_MODE)
-    if hasattr(os, "fchmod"):
-        os.fchmod(descriptor, FILE_MODE)  # whatever the umask
+    try:
+        if hasattr(os, "fchmod"):
+            os.fchmod(descriptor, FILE_MODE)  # whatever the umask
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
@@ -101,6 +107,33 @@ def _write_durably(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
+def append(path: Path, data: bytes) -> None:
+    """Add `data` at the end of a file, all of it or nothing: a full disk leaves no half line."""
+    with naming(path):
+        descriptor = os.open(path, _APPEND, FILE_MODE)
+        try:
+            length = os.fstat(descriptor).st_size
+            try:
+                write_all(descriptor, data)
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(descriptor, length)
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def durable_length(path: Path) -> int:
+    """Make a file's contents durable (made empty if it is gone); how many bytes they are."""
+    with naming(path):
+        descriptor = os.open(path, _APPEND, FILE_MODE)
+        try:
+            os.fsync(descriptor)
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+
+
 def install_folder(source: Path, target: Path, *, keep_old: bool = False) -> None:
     """Rename a finished folder to its final name, durably; after an exception everything is as it was.
 
@@ -158,9 +191,7 @@ def retire_folder(path: Path) -> bool:
 
 def free_space_needed(weights: int, optimizer: int, *, kept: int) -> int:
     """Bytes a run may need at once: `kept` checkpoints, one more while it is written, and the final model."""
-    checkpoint = weights + optimizer
-    overhead = (kept + 2) * (4 << 20)  # tokenizer files, JSON, block sizes
-    return (kept + 1) * checkpoint + weights + overhead
+    return (kept + 1) * (weights + optimizer) + weights + (kept + 2) * SMALL_FILES
 
 
 def check_free_space(folder: Path, bytes_needed: int, what: str) -> None:
@@ -168,8 +199,9 @@ def check_free_space(folder: Path, bytes_needed: int, what: str) -> None:
     existing = folder.absolute()
     while not os.path.exists(existing):
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < bytes_needed:
+    usage = shutil.disk_usage(existing)
+    free = usage.free
+    if usage.total and free < bytes_needed:  # some network shares say 0 of 0
         raise CheckpointError(
             f"{folder}: {what} needs {bytes_needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
             "free some space, choose another output_dir, or keep fewer checkpoints (save_total_limit)"

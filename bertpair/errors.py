@@ -32,11 +32,16 @@ class TrainingError(BertpairError):
 
 
 class StoppedError(BertpairError):
-    """A signal asked the program to stop and a long-running part obeyed; `signum` is that signal."""
+    """A signal asked the program to stop and a long-running part obeyed; `signum` is that signal.
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by signal {signum}")
+    `save_failed`: the checkpoint that should keep the work could not be written; scripts then exit with 1.
+    """
+
+    def __init__(self, signum: int, *, save_failed: bool = False) -> None:
+        lost = "; the last save failed: what came after the newest checkpoint is lost" if save_failed else ""
+        super().__init__(f"stopped by signal {signum}{lost}")
         self.signum = signum
+        self.save_failed = save_failed
 
 
 def list_faults(faults: Sequence[str], total: int | None = None, limit: int = 10) -> str:

@@ -53,6 +53,10 @@ class RunLock:
     ) -> None:
         self.release()
 
+    @property
+    def is_held(self) -> bool:
+        return self._descriptor is not None
+
     def acquire(self) -> None:
         """Take the lock or say who has it; never waits."""
         assert self._descriptor is None, "the lock is already held"

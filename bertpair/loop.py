@@ -20,6 +20,7 @@ from bertpair.errors import StoppedError, TrainingError
 from bertpair.evaluation import Evaluation
 from bertpair.metrics import is_better
 from bertpair.model import loss_weight
+from bertpair.plan import Plan, Progression
 from bertpair.progress import Progress
 from bertpair.run_folder import RunFolder, Snapshot
 from bertpair.runtime import peak_memory_gb, random_state, restore_random_state, stop_flag
@@ -30,41 +31,6 @@ logger = logging.getLogger(__name__)
 
 RANDOM = "rng."  # begins the names of random states among a checkpoint's tensors
 READ_VERDICTS_EVERY = 1000  # steps whose masked failures may wait on the device at most
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """When things happen, in optimizer steps."""
-
-    total_steps: int
-    steps_per_epoch: int
-    learning_rate: Callable[[int], float]  # updates done before → the next one's rate
-    logging_steps: int  # 0: only the last step
-    save_steps: int  # 0: none but what evaluation asks for
-    eval_steps: int  # 0: no evaluation within training
-    metric: str
-    patience: int | None
-    max_skipped_steps: int
-
-    def logs_at(self, step: int) -> bool:
-        return step == self.total_steps or (self.logging_steps > 0 and step % self.logging_steps == 0)
-
-    def evaluates_at(self, step: int) -> bool:
-        return self.eval_steps > 0 and (step == self.total_steps or step % self.eval_steps == 0)
-
-    def saves_at(self, step: int) -> bool:
-        return self.save_steps > 0 and step % self.save_steps == 0
-
-
-@dataclasses.dataclass
-class Progression:
-    """How far a run has come; kept in trainer_state.json."""
-
-    global_step: int = 0
-    best_metric: float | None = None
-    best_step: int | None = None
-    evaluations_without_improvement: int = 0
-    evaluation_pending: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +96,15 @@ class Loop:
                     stop_flag.raise_if_set()
                     self._step()
                     self._after_step()
-            except StoppedError:
-                if self.progression.global_step > 0:  # before step 1 there is nothing to keep
-                    self._save()
-                raise
+            except StoppedError as stopped:
+                raise self.kept(stopped) from None
+
+    def kept(self, stopped: StoppedError) -> StoppedError:
+        """Save the weights as they are, and return `stopped` with how that went."""
+        if self.progression.global_step == 0:  # before step 1 there is nothing to keep
+            return stopped
+        self._save()
+        return StoppedError(stopped.signum, save_failed=self._saved_step is None)
 
     def _step(self) -> None:
         _, _, batch_rows = next(self.stream)
@@ -250,8 +221,8 @@ class Loop:
         step = self.progression.global_step
         self._check_verdicts()
         if step != self._saved_step:
-            self.folder.save_checkpoint(step, self.snapshot, self.progression.best_step)
-            self._saved_step = None if self.folder.save_failed else step
+            saved = self.folder.save_checkpoint(step, self.snapshot, self.progression.best_step)
+            self._saved_step = step if saved else None
         self._clock.restart_timer()
 
     @property
@@ -265,6 +236,7 @@ class Loop:
             state={
                 **self.identity,
                 **dataclasses.asdict(self.progression),
+                "metric": self.plan.metric,
                 "epoch": self.epoch,
                 "position": self.stream.state_dict(),
                 "meter": self.stepper.meter.state_dict(),
@@ -281,8 +253,20 @@ class Loop:
         self.stream.load_state_dict(state["position"])
         self.stepper.meter.load_state_dict(state["meter"])
         self.stepper.scaler.load_state_dict(state["scaler"])
+        self._check_watched(state)
         states = {name.removeprefix(RANDOM): tensor for name, tensor in snapshot.tensors.items()}
         restore_random_state(states, self.stepper.device)
+
+    def _check_watched(self, state: Mapping[str, Any]) -> None:
+        """Forget the best evaluation where it is of another metric, or on other rows, than those to come."""
+        if self.progression.best_step is None or self.identity["dev_sha256"] is None:
+            return
+        watched = {"metric": self.plan.metric, "dev_sha256": self.identity["dev_sha256"]}
+        if any(state.get(name, value) != value for name, value in watched.items()):
+            logger.warning("another metric or dev set is watched from here on: the best so far starts anew")
+            fresh = Progression(self.progression.global_step)
+            fresh.evaluation_pending = self.progression.evaluation_pending
+            self.progression = fresh
 
 
 class _Clock:

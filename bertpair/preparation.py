@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from bertpair.checkpoint import final_folder
 from bertpair.config import Config
 from bertpair.corpus import Encoding, Split
 from bertpair.dataset import DataSettings, Source, overlap_warnings, resolve_source, training_labels
-from bertpair.errors import CheckpointError, ConfigError
+from bertpair.errors import ConfigError
 from bertpair.hub import resolve_folder
 from bertpair.model import BertClassifier
 from bertpair.model_config import ModelFolder, label_order, read_folder
+from bertpair.optim import learning_rate_at, num_warmup_steps
+from bertpair.plan import Plan
 from bertpair.pretrained import load_model
-from bertpair.run_folder import RunState
+from bertpair.run_state import RunState
 from bertpair.runtime import (
     Precision,
     keep_freed_memory,
@@ -256,11 +259,25 @@ def class_weight_tensor(
     return torch.tensor([setting[label] for label in labels], dtype=torch.float32)
 
 
-def check_same_data(job: Job, resumed_from: RunState) -> None:
-    """CheckpointError unless the training rows, as the model sees them, are those of the run."""
-    if resumed_from.state.get("data_sha256") != job.data_digest:
-        raise CheckpointError(
-            f"{resumed_from.folder}: the training data (or how it is read) has changed since this "
-            "checkpoint; a resume needs the same rows. To train on from its weights, start a new run with "
-            f"--model_name_or_path {resumed_from.folder} and another --output_dir"
-        )
+def make_plan(config: Config, steps_per_epoch: int, metrics: Sequence[str], *, has_dev: bool) -> Plan:
+    """When the run logs, evaluates, saves and ends, in optimizer steps."""
+    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+    warmup = num_warmup_steps(config.warmup_steps, config.warmup_ratio, total)
+    every = {"no": 0, "epoch": steps_per_epoch, "steps": config.eval_interval or 0}[config.eval_strategy]
+    return Plan(
+        total_steps=total,
+        steps_per_epoch=steps_per_epoch,
+        learning_rate=lambda step: learning_rate_at(
+            step,
+            scheduler=config.lr_scheduler_type,
+            learning_rate=config.learning_rate,
+            warmup_steps=warmup,
+            total_steps=total,
+        ),
+        logging_steps=max(0, config.logging_steps),
+        save_steps=max(0, config.save_steps),
+        eval_steps=every if has_dev else 0,
+        metric=config.metric_for_best_model or metrics[0],
+        patience=config.early_stopping_patience,
+        max_skipped_steps=config.max_skipped_steps,
+    )

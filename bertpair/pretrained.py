@@ -12,6 +12,7 @@ from torch import Tensor
 from bertpair.errors import CheckpointError, list_faults
 from bertpair.model import BertClassifier, BertConfig, init_module
 from bertpair.model_config import ModelFolder
+from bertpair.runtime import physical_memory
 from bertpair.weights import WEIGHT_FILES, find_weights, read_weights, to_float32
 
 MODULES = {  # ours: Hugging Face's
@@ -105,7 +106,20 @@ def _start_from_scratch(
             f"{path}: no weights in it ({', '.join(WEIGHT_FILES)});"
             " add them, or set `from_scratch: true` to start from random ones"
         )
+    _check_memory(path, config)
     return BertClassifier(config), [f"{path}: no weights in it: starting from random ones"]
+
+
+def _check_memory(path: Path, config: BertConfig) -> None:
+    """CheckpointError where config.json describes weights that this machine has no memory for."""
+    with torch.device("meta"):
+        needed = sum(p.numel() * p.element_size() for p in BertClassifier(config).parameters())
+    there = physical_memory()
+    if there and needed > there:
+        raise CheckpointError(
+            f"{path / 'config.json'}: describes {needed / 1e9:.3g} GB of weights; this machine has "
+            f"{there / 1e9:.3g} GB of memory: is it damaged?"
+        )
 
 
 def _translate(stored: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tensor], list[str]]:

@@ -1,17 +1,68 @@
-"""The settings of a resumed run: its own, with what was given now on top, if the two agree."""
+"""Where a run goes on, and the settings it then has: its own, and on top what was given now."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from bertpair.command_line import config_from_folder
 from bertpair.config import Config, changed_settings, check_config, resume_rule, to_dict
-from bertpair.errors import ConfigError, list_faults
-from bertpair.run_folder import RunState
+from bertpair.errors import CheckpointError, ConfigError, list_faults
+from bertpair.lock import RunLock
+from bertpair.preparation import Job
+from bertpair.run_state import (
+    RunState,
+    check_new_run,
+    enter_folder,
+    find_resume,
+    finished_run,
+    may_start_over,
+    versions,
+)
+
+logger = logging.getLogger(__name__)
 
 Change = tuple[str, object, object]
 RESOLVED = {"amp": "auto", "num_threads": None, "device": "auto"}  # these mean: as it was
+
+
+def name_output_dir(config: Config) -> Config:
+    """The settings with output_dir filled in, where a resume names a checkpoint and nothing else."""
+    if config.resume in (False, "auto") or config.output_dir is not None:
+        return config
+    return dataclasses.replace(config, output_dir=str(Path(str(config.resume)).absolute().parent))
+
+
+def find_start(config: Config, explicit: Collection[str], lock: RunLock) -> tuple[RunState | None, Config]:
+    """Where the run goes on, if it does, and the settings it then has. Takes the lock if the folder is there.
+
+    Raises ConfigError or CheckpointError where the run may not begin there, or there is nothing whole to
+    resume from.
+    """
+    output_dir = Path(str(config.output_dir))
+    if not config.resume:
+        check_new_run(output_dir, config.overwrite_output_dir)
+    enter_folder(output_dir, lock)
+    if not config.resume:
+        return None, config
+    if config.resume == "auto" and (finished := finished_run(output_dir)) is not None:
+        merged, changes = merge_settings(config, explicit, finished)
+        if not changes:
+            return finished, merged
+    start = find_resume(output_dir, str(config.resume))
+    if start is None:
+        check_new_run(output_dir, overwrite=may_start_over(output_dir))
+        logger.info("%s: no checkpoint to resume from: starting at step 0", output_dir)
+        return None, check_config(config, training=True)
+    merged, changes = merge_settings(config, explicit, start)
+    for name, old, new in changes:
+        only_rounding = "; results then agree to rounding" if resume_rule(name) == "warn" else ""
+        logger.warning("%s was %s, is now %s%s", name, old, new, only_rounding)
+    logger.info("resuming from %s", start.folder)
+    return start, merged
 
 
 def merge_settings(config: Config, explicit: Collection[str], run: RunState) -> tuple[Config, list[Change]]:
@@ -42,3 +93,22 @@ def _refuse(never: list[Change], unless_anyway: list[Change], run: RunState) -> 
         advice = "a resume cannot change this; start a new run from the weights: "
         advice += f"--model_name_or_path {run.folder}"
     raise ConfigError(f"{run.folder}: these settings differ from the run's\n{list_faults(faults)}\n{advice}")
+
+
+def check_same_data(job: Job, resumed_from: RunState) -> None:
+    """CheckpointError unless the training rows, as the model sees them, are those of the run."""
+    if resumed_from.state.get("data_sha256") != job.data_digest:
+        raise CheckpointError(
+            f"{resumed_from.folder}: the training data (or how it is read) has changed since this "
+            "checkpoint; a resume needs the same rows. To train on from its weights, start a new run with "
+            f"--model_name_or_path {resumed_from.folder} and another --output_dir"
+        )
+
+
+def warn_of_other_machine(job: Job, resumed_from: RunState) -> None:
+    """Say so where device or versions are others than before: the run then ends alike to rounding only."""
+    then = {"device": resumed_from.state.get("device"), **resumed_from.manifest.versions}
+    now = {"device": job.device.type, **versions()}
+    for name, found in now.items():
+        if then.get(name, found) != found:
+            logger.warning("%s was %s, is now %s; results then agree to rounding", name, then[name], found)

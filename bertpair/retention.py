@@ -38,7 +38,7 @@ RUN_FILES = (
     "training_args.yaml",
 )
 _FOLDER_NAME = rf"checkpoint-(?:0|[1-9]\d{{0,17}})|{re.escape(FINAL_READY)}"
-_TEMPORARY_FOLDER = re.compile(rf"({_FOLDER_NAME})\.(tmp|old)-\d{{1,10}}", re.ASCII)
+_TEMPORARY_FOLDER = re.compile(rf"({_FOLDER_NAME})\.(tmp|old)-\d{{1,10}}(?:-\d{{1,10}})?", re.ASCII)
 _TEMPORARY_FILE = re.compile(r"\.(.+)\.tmp-(\d{1,10})", re.ASCII)
 _TEMPORARY_EVALUATION = re.compile(r".+\.tmp-(\d{1,10})", re.ASCII)
 

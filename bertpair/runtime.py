@@ -145,6 +145,14 @@ def keep_freed_memory() -> bool:
     return all([mallopt(option, value) == 1 for option, value in ((-1, -1), (-2, 64 * 2**20), (-4, 0))])
 
 
+def physical_memory() -> int:
+    """Bytes of memory that the machine has; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """The most memory so far, in 10⁹ bytes: tensors on a GPU, the whole process on a CPU."""
     if device.type == "cuda":

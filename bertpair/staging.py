@@ -44,13 +44,14 @@ class SaveSeconds:
 
 
 class _HashedFile:
-    """An open file whose bytes are hashed in a thread of its own while they are written and made durable."""
+    """An open file whose bytes are hashed in a thread of its own while they, and later files, are written."""
 
-    def __init__(self, descriptor: int, hasher: ThreadPoolExecutor, seconds: SaveSeconds) -> None:
+    def __init__(self, name: str, descriptor: int, seconds: SaveSeconds) -> None:
+        self._name = name
         self._digest = sha256()
         self._size = 0
         self._descriptor = descriptor
-        self._hasher = hasher
+        self._hasher = ThreadPoolExecutor(1)
         self._seconds = seconds
         self._pending: deque[tuple[int, Future[None]]] = deque()
 
@@ -69,11 +70,16 @@ class _HashedFile:
         os.fsync(self._descriptor)
         self._seconds.fsync += time.monotonic() - started
 
-    def entry(self, name: str) -> FileEntry:
+    def entry(self) -> FileEntry:
         """Wait for the checksum; what the manifest is to say."""
         while self._pending:
             self._pending.popleft()[1].result()
-        return FileEntry(name, self._size, self._digest.hexdigest())
+        self._hasher.shutdown()
+        return FileEntry(self._name, self._size, self._digest.hexdigest())
+
+    def drop(self) -> None:
+        """Hash no further."""
+        self._hasher.shutdown(cancel_futures=True)
 
     def _hash(self, data: bytes | memoryview) -> None:
         started = time.monotonic()
@@ -93,7 +99,7 @@ class Staging:
         self.versions = dict(versions)
         self.meta = dict(meta)
         self.seconds = SaveSeconds()
-        self._entries: list[FileEntry] = []
+        self._files: list[_HashedFile] = []
         self._open: dict[Path, int] = {}  # kept open until fsync: its errors reach only who had the file open
 
     def write_bytes(self, name: str, data: bytes) -> None:
@@ -109,7 +115,10 @@ class Staging:
     def write_tensors(
         self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
     ) -> None:
-        """Write a safetensors file, one tensor at a time: only one that must come from a device is copied."""
+        """Write a safetensors file, one tensor at a time: only one that must come from a device is copied.
+
+        The tensors must stay as they are until the folder is finished: their checksum may lag behind.
+        """
         with self._new_file(name) as file:
             file.write(encode_header(tensors, metadata or {}))
             for tensor_name in file_order(tensors):
@@ -120,21 +129,23 @@ class Staging:
     def _new_file(self, name: str) -> Iterator[_HashedFile]:
         assert is_plain_name(name) and name != MANIFEST_NAME, name
         path = self.folder / name
-        with naming(path), ThreadPoolExecutor(1) as hasher:
+        with naming(path):
             self._open[path] = create_file(path)
-            file = _HashedFile(self._open[path], hasher, self.seconds)
-            yield file
-            self._entries.append(file.entry(name))
+            self._files.append(_HashedFile(name, self._open[path], self.seconds))
+            yield self._files[-1]
 
     def _begin(self) -> None:
-        if self.folder.is_dir():  # left by an earlier save of this very process
-            remove(self.folder)
+        attempt = 1
+        while os.path.lexists(self.folder) and not (self.folder.is_dir() and remove(self.folder)):
+            # An earlier attempt of this very process that cannot be removed: never written into again.
+            attempt += 1
+            self.folder = self.final.with_name(f"{self.final.name}.tmp-{os.getpid()}-{attempt}")
         os.mkdir(self.folder, FOLDER_MODE)
         os.chmod(self.folder, FOLDER_MODE)  # whatever the umask
 
     def _finish(self) -> None:
         self._make_durable()
-        manifest = Manifest(tuple(self._entries), self.versions, self.meta)
+        manifest = Manifest(tuple(file.entry() for file in self._files), self.versions, self.meta)
         path = self.folder / MANIFEST_NAME
         with naming(path):
             self._open[path] = create_file(path)
@@ -155,6 +166,8 @@ class Staging:
         self.seconds.fsync += time.monotonic() - started
 
     def _undo(self) -> None:
+        for file in self._files:
+            file.drop()
         for descriptor in self._open.values():
             try:
                 os.close(descriptor)

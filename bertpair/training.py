@@ -8,38 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bertpair.batching import BatchStream, padded_lengths
 from bertpair.checkpoint import checkpoint_folder
 from bertpair.config import Config, check_config, dump_yaml
-from bertpair.errors import CheckpointError, ConfigError
+from bertpair.errors import CheckpointError, ConfigError, StoppedError
 from bertpair.evaluation import Evaluation, curves_file, evaluate_split, result_files
 from bertpair.inference import Scorer
-from bertpair.loop import RANDOM, Loop, Plan, TrainingRows
+from bertpair.lock import RunLock
+from bertpair.loop import RANDOM, Loop, TrainingRows
 from bertpair.model_config import config_json
-from bertpair.optim import AdamW, learning_rate_at, load_state_tensors, num_warmup_steps, parameter_groups
+from bertpair.optim import AdamW, load_state_tensors, parameter_groups
 from bertpair.optim import state_tensors as optimizer_tensors
-from bertpair.preparation import Job, check_same_data, prepare
+from bertpair.preparation import Job, digest_of, make_plan, prepare
 from bertpair.pretrained import WORD_TABLE, load_state, state_tensors
-from bertpair.resumption import merge_settings
-from bertpair.run_folder import (
-    SETTINGS_FILE,
-    RunFolder,
-    RunState,
-    Snapshot,
-    check_new_run,
-    find_resume,
-    finished_run,
-    only_started,
-    read_run_state,
-)
+from bertpair.resumption import check_same_data, find_start, name_output_dir, warn_of_other_machine
+from bertpair.run_folder import SETTINGS_FILE, Contents, RunFolder, Snapshot
+from bertpair.run_state import RunState, read_run_state
+from bertpair.runtime import stop_flag
 from bertpair.staging import Staging
 from bertpair.stepper import Stepper
 from bertpair.vocabulary import USED_IDS
@@ -82,11 +74,16 @@ def train(
     config = check_config(config, training=not config.resume)
     for note in notes:
         logger.info("%s", note)
-    start, config = _find_start(config, given)
-    if start is not None and "result" in start.state:
-        logger.info("%s: this run is finished; its result:", start.folder)
-        return TrainResult(**{**start.state["result"], "output_dir": str(config.output_dir)})
-    return _Run(prepare(config, start), start).run()
+    config = name_output_dir(config)
+    lock = RunLock(Path(str(config.output_dir)))
+    try:
+        start, config = find_start(config, given, lock)
+        if start is not None and "result" in start.state:
+            logger.info("%s: this run is finished; its result:", start.folder)
+            return TrainResult(**{**start.state["result"], "output_dir": str(config.output_dir)})
+        return _Run(prepare(config, start), start, lock).run()
+    finally:
+        lock.release()
 
 
 def changed_from_defaults(config: Config) -> set[str]:
@@ -96,34 +93,10 @@ def changed_from_defaults(config: Config) -> set[str]:
     return {name for name in names if getattr(config, name) != getattr(defaults, name)}
 
 
-def _find_start(config: Config, explicit: Collection[str]) -> tuple[RunState | None, Config]:
-    """Where the run goes on, if it does, and the settings it then has."""
-    if config.resume not in (False, "auto") and config.output_dir is None:
-        config = dataclasses.replace(config, output_dir=str(Path(str(config.resume)).absolute().parent))
-    output_dir = Path(str(config.output_dir))
-    if config.resume is False:
-        check_new_run(output_dir, config.overwrite_output_dir)
-        return None, config
-    if config.resume == "auto" and (finished := finished_run(output_dir)) is not None:
-        merged, changes = merge_settings(config, explicit, finished)
-        if not changes:
-            return finished, merged
-    start = find_resume(output_dir, str(config.resume))
-    if start is None:
-        check_new_run(output_dir, only_started(output_dir))
-        logger.info("%s: no checkpoint to resume from: starting at step 0", output_dir)
-        return None, check_config(config, training=True)
-    merged, changes = merge_settings(config, explicit, start)
-    for name, old, new in changes:
-        logger.warning("%s was %s, is now %s", name, old, new)
-    logger.info("resuming from %s", start.folder)
-    return start, merged
-
-
 class _Run:
     """One prepared run, from its loop to its final folder."""
 
-    def __init__(self, job: Job, start: RunState | None) -> None:
+    def __init__(self, job: Job, start: RunState | None, lock: RunLock) -> None:
         self.job = job
         self.start = start
         config = job.config
@@ -154,14 +127,26 @@ class _Run:
         )
         self.folder = RunFolder(
             Path(str(config.output_dir)),
+            lock,
+            self._contents(optimizer, names),
             run_id=start.run_id if start is not None else None,
             save_total_limit=config.save_total_limit,
-            write_model=self._write_model,
-            optimizer_tensors=lambda: {**optimizer_tensors(optimizer, names), **self._used_ids()},
         )
+        self._put_back: Callable[[], None] = lambda: None  # the last weights, once the best are loaded
         self.loop = self._make_loop()
         if start is not None:
             self._restore(start, optimizer, names)
+
+    def _contents(self, optimizer: AdamW, names: dict[str, nn.Parameter]) -> Contents:
+        trained = sum(p.numel() * p.element_size() for p in names.values())
+        table = self.job.table
+        left_out = 0 if table is None else (len(table.full) - len(table.used)) * table.full[0].nbytes
+        return Contents(
+            self._write_model,
+            lambda: {**optimizer_tensors(optimizer, names), **self._used_ids()},
+            weights_bytes=trained + left_out,
+            optimizer_bytes=2 * trained,
+        )
 
     def _make_loop(self) -> Loop:
         job, config = self.job, self.job.config
@@ -186,7 +171,9 @@ class _Run:
         return Loop(plan, self.stepper, stream, rows, self.folder, self._evaluate, self._identity())
 
     def _identity(self) -> dict[str, Any]:
-        return {"data_sha256": self.job.data_digest}
+        job = self.job
+        dev = None if job.dev is None else digest_of(job.dev)
+        return {"data_sha256": job.data_digest, "dev_sha256": dev, "device": job.device.type}
 
     def _evaluate(self) -> Evaluation:
         assert self.job.dev is not None
@@ -194,6 +181,7 @@ class _Run:
 
     def _restore(self, start: RunState, optimizer: AdamW, names: Mapping[str, Tensor]) -> None:
         check_same_data(self.job, start)
+        warn_of_other_machine(self.job, start)
         tensors = start.optimizer_tensors()
         used, stored = self._used_ids().get(USED_IDS), tensors.pop(USED_IDS, None)
         if (used is None) != (stored is None) or (
@@ -208,20 +196,14 @@ class _Run:
         return {} if self.job.table is None else {USED_IDS: torch.from_numpy(self.job.table.used)}
 
     def run(self) -> TrainResult:
-        self.folder.begin(self.start)
-        try:
-            self.loop.run()
-            return self._finish()
-        finally:
-            self.folder.close()
+        kept = self.loop.plan.checkpoints_kept(self.job.config.save_total_limit)
+        self.folder.begin(self.start, checkpoints=kept)
+        self.loop.run()
+        return self._finish()
 
     def _finish(self) -> TrainResult:
         """Choose the weights, measure them, and write the final folder."""
-        source = self._load_best() if self.job.config.load_best_model_at_end else "last"
-        step = self.loop.progression.best_step if source == "best" else self.loop.progression.global_step
-        evaluation = None
-        if self.job.dev is not None:
-            evaluation = self.loop.last_evaluation_of(step) or self._evaluate()
+        source, step, evaluation = self._measured()
         result = TrainResult(
             output_dir=str(self.folder.path),
             global_step=self.loop.progression.global_step,
@@ -235,6 +217,23 @@ class _Run:
         self.folder.write_final(state, self._result_files(evaluation))
         return dataclasses.replace(result, save_failed=self.folder.save_failed)
 
+    def _measured(self) -> tuple[str, int | None, Evaluation | None]:
+        """The weights chosen (best or last), their step, and how they do on the dev rows.
+
+        A stop here loses nothing either: the last weights are saved, put back first if need be.
+        """
+        progression = self.loop.progression
+        try:
+            stop_flag.raise_if_set()
+            source = self._load_best() if self.job.config.load_best_model_at_end else "last"
+            step = progression.best_step if source == "best" else progression.global_step
+            if self.job.dev is None:
+                return source, step, None
+            return source, step, self.loop.last_evaluation_of(step) or self._evaluate()
+        except StoppedError as stopped:
+            self._put_back()
+            raise self.loop.kept(stopped) from None
+
     def _load_best(self) -> str:
         """Put the best checkpoint's weights into the model; "best", or "last" where that cannot be."""
         step = self.loop.progression.best_step
@@ -245,14 +244,30 @@ class _Run:
         try:
             best = read_run_state(checkpoint_folder(self.folder.path, step))
             weights = best.weights()
+            self._put_back = self._weights_kept()
             if self.job.table is not None:
-                self._whole_table()  # steps done so far are not for the table that comes
                 weights[WORD_TABLE] = self.job.table.replace(weights[WORD_TABLE])
             load_state(self.job.model, weights, str(best.folder))
         except CheckpointError as error:
             logger.error("the best weights are lost, the last ones are kept instead: %s", error)
+            self._put_back()
             return "last"
         return "best"
+
+    def _weights_kept(self) -> Callable[[], None]:
+        """Keep a copy of the weights as they are now; the function puts it back."""
+        model, table = self.job.model, self.job.table
+        if table is not None:
+            self._whole_table()  # steps done so far are not for the table that comes
+        kept = {name: tensor.to("cpu", copy=True) for name, tensor in state_tensors(model).items()}
+        full = None if table is None else table.full
+
+        def put_back() -> None:
+            load_state(model, kept, "the last weights")
+            if table is not None and full is not None:
+                table.full = full
+
+        return put_back
 
     def _result_files(self, evaluation: Evaluation | None) -> dict[str, bytes]:
         files = curves_file(self.folder.read_metrics())
@@ -282,27 +297,3 @@ class _Run:
         table.catch_up(meter.applied_rates, self.job.config.weight_decay)
         meter.applied_rates.clear()
         return table.whole(self.job.model.embeddings.words.weight)
-
-
-def make_plan(config: Config, steps_per_epoch: int, metrics: Sequence[str], *, has_dev: bool) -> Plan:
-    """When the run logs, evaluates, saves and ends, in optimizer steps."""
-    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
-    warmup = num_warmup_steps(config.warmup_steps, config.warmup_ratio, total)
-    every = {"no": 0, "epoch": steps_per_epoch, "steps": config.eval_interval or 0}[config.eval_strategy]
-    return Plan(
-        total_steps=total,
-        steps_per_epoch=steps_per_epoch,
-        learning_rate=lambda step: learning_rate_at(
-            step,
-            scheduler=config.lr_scheduler_type,
-            learning_rate=config.learning_rate,
-            warmup_steps=warmup,
-            total_steps=total,
-        ),
-        logging_steps=max(0, config.logging_steps),
-        save_steps=max(0, config.save_steps),
-        eval_steps=every if has_dev else 0,
-        metric=config.metric_for_best_model or metrics[0],
-        patience=config.early_stopping_patience,
-        max_skipped_steps=config.max_skipped_steps,
-    )

@@ -6,12 +6,16 @@ import shutil
 import stat
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
-from disk_faults import failing_at, files_below, killed_at, run_with_fault
+from disk_faults import Call, failing_at, files_below, killed_at, run_with_fault
 
 from bertpair.disk import (
+    append,
     check_free_space,
+    create_file,
+    durable_length,
     free_space_needed,
     fsync_file,
     fsync_folder,
@@ -43,6 +47,40 @@ def test_a_replaced_file_is_the_old_or_the_new_wherever_it_is_killed(tmp_path: P
         if not killed:
             break
     assert k > 6 and path.read_bytes() == b"new"
+
+
+def test_an_appended_line_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+
+    def short(count: int, name: str, real: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "write" and count == 2:
+            return real(args[0], args[1][:3])
+        return failing_at(3, errno.ENOSPC)(count, name, real, args, kwargs)
+
+    append(path, b"one\n")
+    log, error = run_with_fault(lambda: append(path, b"second\n"), short)
+    assert log[:3] == ["open", "write", "write"] and error is not None and error.filename == str(path)
+    assert path.read_bytes() == b"one\n"
+    append(path, b"two\n")
+    assert path.read_bytes() == b"one\ntwo\n" and durable_length(path) == 8
+    path.unlink()
+    assert durable_length(path) == 0 and path.exists()
+
+
+def test_a_file_whose_mode_cannot_be_set_is_not_left_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+
+    def refuse(descriptor: int, mode: int) -> None:
+        opened.append(descriptor)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    with pytest.raises(OSError):
+        create_file(tmp_path / "f")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
 
 
 def test_a_folder_that_cannot_be_synced_is_tolerated_only_where_the_system_has_no_such_thing(
@@ -94,5 +132,8 @@ def test_too_little_free_space_is_an_error_that_says_what_to_do(
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     check_free_space(tmp_path / "not" / "there" / "yet", 1_100_000_000, "training")
     assert asked == [tmp_path]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 0))
+    check_free_space(tmp_path, 10**12, "training")  # a share that does not say
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     with pytest.raises(CheckpointError, match=r"training needs 2\.30 GB, 1\.10 GB are free; .*total_limit"):
         check_free_space(tmp_path, 2_300_000_000, "training")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_tiny_bert
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
@@ -195,6 +196,12 @@ def test_no_weights_need_from_scratch(tiny_config_folder: Path) -> None:
     assert model.config.num_labels == 4
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
+
+
+def test_a_config_that_describes_more_than_the_memory_is_refused(tmp_path: Path) -> None:
+    shape = {"hidden_size": 65_536, "num_attention_heads": 64, "num_hidden_layers": 40}
+    with pytest.raises(CheckpointError, match=r"config.json: describes 2\.77e\+03 GB of weights; this"):
+        load(write_tiny_bert(tmp_path / "huge", **shape), num_labels=2, from_scratch=True)
 
 
 def test_weights_that_are_there_are_loaded_whatever_from_scratch_says(hf_folder: Path) -> None:

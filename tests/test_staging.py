@@ -259,3 +259,29 @@ def test_the_manifest_states_itself(tmp_path: Path) -> None:
     assert [entry["name"] for entry in stated["files"]] == [
         "model.safetensors", "trainer_state.json", "vocab.txt",
     ]  # fmt: skip
+
+
+def test_a_second_attempt_never_writes_into_what_the_first_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A temporary folder that cannot be removed is left to the next start; the save takes another name."""
+    left = tmp_path / f"checkpoint-3.tmp-{os.getpid()}"
+    left.mkdir()
+    (left / "vocab.txt").write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "remove", lambda path: False)
+        save(tmp_path, 3)
+    verify_folder(tmp_path / "checkpoint-3")
+    assert (left / "vocab.txt").read_bytes() == b"half"
+    (tmp_path / f"checkpoint-4.tmp-{os.getpid()}-2").mkdir()
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_many_files_are_hashed_while_later_ones_are_written(tmp_path: Path) -> None:
+    blobs = {f"f{i}": os.urandom(1 << 20) for i in range(6)}
+    with staged_folder(tmp_path / "checkpoint-1") as folder:
+        for name, data in blobs.items():
+            folder.write_bytes(name, data)
+    entries = {entry.name: entry.sha256 for entry in verify_folder(tmp_path / "checkpoint-1").files}
+    assert entries == {name: hashlib.sha256(data).hexdigest() for name, data in blobs.items()}
