@@ -101,7 +101,9 @@ def test_grouping_by_length_keeps_padding_low() -> None:
 
 def test_grouping_padded_lengths_costs_no_padding_and_parts_rows_of_one_length() -> None:
     rng = np.random.default_rng(0)
-    lengths = np.repeat(rng.normal(30, 12, 2500).clip(6, 64).astype(np.int64), 2)  # row 2n and 2n + 1: a family
+    lengths = np.repeat(
+        rng.normal(30, 12, 2500).clip(6, 64).astype(np.int64), 2
+    )  # row 2n and 2n + 1: a family
 
     def measure(keys: NDArray[np.int64]) -> tuple[float, float]:
         batches = epoch_batches(keys, 16, seed=1, epoch=0, group_by_length=True)
