@@ -1,7 +1,7 @@
 """The model as a server wants it: rows of token ids in, predictions out, and what a client may know of it.
 
-No HTTP and no queue here: `encode` may run on any thread, `run`, `warm_up` and `check_agreement` belong to
-the one thread that runs the model.
+No HTTP and no queue here: `encode` and `check_agreement` may run on any thread, `run` and `time_batch` belong
+to the one thread that runs the model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 TARGET_SECONDS = 0.3  # of the largest batch, where max_batch_tokens is left to the warm-up
 CHARS_PER_TOKEN = 250  # of the cut: longer texts are refused before they are tokenized
 CHECK_ROWS = 256
+MOST_ROWS = 4096  # of a batch in the warm-up
 ENOUGH_AGREEMENT = 0.98
 LENGTHS = (8, 16, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -63,6 +64,10 @@ class Agreement:
     agreement: float  # part of the rows with the same label; for a regression, 1 within rounding of 0.01
     largest_change: float  # of a probability, or of the value
 
+    @property
+    def is_enough(self) -> bool:
+        return self.agreement >= ENOUGH_AGREEMENT
+
 
 @dataclasses.dataclass
 class Predictor:
@@ -75,6 +80,8 @@ class Predictor:
     max_text_chars: int
     precision: str  # float32, bf16, fp16 or int8
     settings: Mapping[str, Any]  # those it was trained with
+    num_threads: int
+    budget: int = 4096  # padded tokens of a batch; the warm-up finds it
     agreement: Agreement | None = None
 
     @property
@@ -99,35 +106,17 @@ class Predictor:
         predictions = self.classifier.predict_tokens(join_rows(rows))
         return [p if math.isfinite(p.score) else BadNumberError() for p in predictions]
 
-    def warm_up(self) -> list[tuple[int, float]]:
-        """Run a row of every length bucket, then ever larger batches: padded tokens and seconds of each.
+    # Warm-up: one call each on the model's thread, so that none of them looks like a hang
 
-        Ends with the first batch beyond TARGET_SECONDS. Largest rows are the cut long.
-        """
-        set_threads(None)  # torch's setting is per thread; this one has just begun
-        for length in sorted({n for n in LENGTHS if n < self.cut} | {self.cut}):
-            self._time(1, length)
-        timed = []
-        for num_rows in _doubling(4096):
-            timed.append((num_rows * self.cut, self._time(num_rows, self.cut)))
-            if timed[-1][1] > TARGET_SECONDS:
-                break
-        return timed
+    def begin_thread(self) -> None:
+        """torch's number of threads is a setting of each thread."""
+        set_threads(self.num_threads)
 
-    def find_budget(self, timed: Sequence[tuple[int, float]]) -> int:
-        """The largest number of padded tokens that runs within TARGET_SECONDS, to an eighth; one row's at
-        least. Halves the gap that `warm_up` found."""
-        good = max((tokens for tokens, seconds in timed if seconds <= TARGET_SECONDS), default=0) // self.cut
-        bad = min((tokens for tokens, seconds in timed if seconds > TARGET_SECONDS), default=0) // self.cut
-        while bad - good > max(1, good // 8):
-            middle = (good + bad) // 2
-            if self._time(middle, self.cut) <= TARGET_SECONDS:
-                good = middle
-            else:
-                bad = middle
-        return max(1, good) * self.cut
+    def warm_lengths(self) -> list[int]:
+        """A length of every bucket; the longest is the cut."""
+        return sorted({n for n in LENGTHS if n < self.cut} | {self.cut})
 
-    def _time(self, num_rows: int, length: int) -> float:
+    def time_batch(self, num_rows: int, length: int) -> float:
         """Seconds of one batch, the better of two runs: the first may still be preparing something."""
         ids = np.full(length, self.classifier.tokenizer.sep_id, np.int32)
         rows = [TokenRow(ids, length, False)] * num_rows
@@ -138,19 +127,33 @@ class Predictor:
             seconds = min(seconds, time.perf_counter() - began)
         return seconds
 
+    def budget_search(self) -> Generator[int, float, None]:
+        """Yields how many rows of the cut's length to time next and is sent the seconds.
+
+        Doubles until a batch takes longer than TARGET_SECONDS, then halves the gap down to an eighth. When it
+        ends, `budget` is the largest number of padded tokens that stayed below; one row's at least.
+        """
+        good, bad = 0, 0
+        while not bad and good < MOST_ROWS:
+            num_rows = max(1, 2 * good)
+            if (yield num_rows) <= TARGET_SECONDS:
+                good = num_rows
+            else:
+                bad = num_rows
+        while bad - good > max(1, good // 8):
+            middle = (good + bad) // 2
+            if (yield middle) <= TARGET_SECONDS:
+                good = middle
+            else:
+                bad = middle
+        self.budget = max(1, good) * self.cut
+
     def check_agreement(self, path: str, folder: str | Path) -> Agreement:
         """Compare with float32 on the first CHECK_ROWS rows of `path`, whose columns are the training's."""
         pairs = _read_rows(path, self.settings)
         exact = PairClassifier.from_pretrained(folder, max_seq_length=self.cut, device="cpu", optimize=False)
         rows = pairs if self.takes_pairs else [a for a, _ in pairs]
         return compare(self.classifier.predict(rows), exact.predict(rows))
-
-
-def _doubling(most: int) -> Iterator[int]:
-    num_rows = 1
-    while num_rows <= most:
-        yield num_rows
-        num_rows *= 2
 
 
 def join_rows(rows: Sequence[TokenRow]) -> Tokens:
@@ -224,6 +227,7 @@ def load_predictor(config: ServeConfig) -> Predictor:
         max_text_chars=chars,
         precision=config.quantize or precision,
         settings=settings,
+        num_threads=threads,
     )
     reason = "as set" if config.quantize else classifier.scorer.precision.reason
     logger.info(
