@@ -181,6 +181,11 @@ def _info(facts: Mapping[str, Any]) -> Schema:
 
 
 def _error() -> Schema:
-    text = {"type": "string"}
-    fields = {"type": text, "message": text, "field": {"type": ["string", "null"]}, "request_id": text}
+    text: Schema = {"type": "string"}
+    fields: dict[str, Schema] = {
+        "type": text,
+        "message": text,
+        "field": {"type": ["string", "null"]},
+        "request_id": text,
+    }
     return _object({"error": _object(fields)})

@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 TARGET_SECONDS = 0.3  # of the largest batch, where max_batch_tokens is left to the warm-up
 CHARS_PER_TOKEN = 250  # of the cut: longer texts are refused before they are tokenized
 CHECK_ROWS = 256
-MOST_ROWS = 4096  # of a batch in the warm-up
 ENOUGH_AGREEMENT = 0.98
 LENGTHS = (8, 16, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -127,15 +126,16 @@ class Predictor:
             seconds = min(seconds, time.perf_counter() - began)
         return seconds
 
-    def budget_search(self) -> Generator[int, float, None]:
+    def budget_search(self, most_rows: int) -> Generator[int, float, None]:
         """Yields how many rows of the cut's length to time next and is sent the seconds.
 
-        Doubles until a batch takes longer than TARGET_SECONDS, then halves the gap down to an eighth. When it
-        ends, `budget` is the largest number of padded tokens that stayed below; one row's at least.
+        Doubles until a batch takes longer than TARGET_SECONDS (or has `most_rows`: more never wait together),
+        then halves the gap down to an eighth. When it ends, `budget` is the largest number of padded tokens
+        that stayed below; one row's at least.
         """
         good, bad = 0, 0
-        while not bad and good < MOST_ROWS:
-            num_rows = max(1, 2 * good)
+        while not bad and good < most_rows:
+            num_rows = min(most_rows, max(1, 2 * good))
             if (yield num_rows) <= TARGET_SECONDS:
                 good = num_rows
             else:

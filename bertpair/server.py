@@ -195,7 +195,8 @@ async def warm_up(
     await batcher.call(predictor.begin_thread)
     for length in predictor.warm_lengths():
         await batcher.call(functools.partial(predictor.time_batch, 1, length))
-    search = predictor.budget_search()
+    given = max_batch_tokens or 0
+    search = predictor.budget_search(given // predictor.cut or batcher.limits.max_queue_rows)
     num_rows = next(search)
     with contextlib.suppress(StopIteration):
         while True:
