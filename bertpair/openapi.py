@@ -132,8 +132,10 @@ def _legacy(facts: Mapping[str, Any]) -> Schema:
 
 
 def _legacy_answer(facts: Mapping[str, Any]) -> Schema:
-    items = [{"type": "string", "enum": facts["labels"]}, _probability()]
-    return {"type": "array", "prefixItems": items, "minItems": 2, "maxItems": 2}
+    """[label, score]. Not as prefixItems, which several readers of OpenAPI 3.1 stumble over."""
+    label: Schema = {"type": "string", "enum": facts["labels"]}
+    items = {"anyOf": [label, _probability()]}
+    return {"type": "array", "items": items, "minItems": 2, "maxItems": 2, "description": "label, score"}
 
 
 def _probability() -> Schema:

@@ -4,7 +4,12 @@ Linear layers see tokens only, never padding; query, key and value are one produ
 [CLS] alone; the weights are held in the type they are used in, packed once. In float32 the logits equal
 `BertClassifier`'s up to rounding.
 
-Shapes: B batch, L length, T tokens without padding, D hidden size, N heads, H head size, C classes.
+oneDNN keeps a kernel, some 300 KB, for every number of rows it has ever multiplied. So tokens, and rows in
+the last layer, are filled up to one of a few counts (`fill_up`) with copies of the first token; nobody looks
+at what becomes of those.
+
+Shapes: B batch, L length, T tokens without padding, T' and B' filled up, D hidden size, N heads, H head size,
+C classes.
 """
 
 from __future__ import annotations
@@ -38,8 +43,9 @@ class _Batch:
 
     num_rows: int
     length: int
-    places: Tensor | None  # (T,) among B × L; None: nothing is padded
-    firsts: Tensor  # (B,) of each row's [CLS] among the T tokens
+    num_tokens: int
+    places: Tensor  # (T',) among B × L; from T on zeros
+    firsts: Tensor  # (B',) of each row's [CLS] among the T tokens; from B on zeros
     mask: Tensor | None  # (B, 1, 1, L)
 
 
@@ -62,34 +68,34 @@ class PackedClassifier(nn.Module):
         """Logits (B, C) in float32; the arguments are `BertClassifier`'s."""
         with torch.autocast("cpu", enabled=False):
             batch = locate(input_ids, attention_mask)
-            x = self.embed(input_ids, token_type_ids, batch)  # (T, D)
+            x = self.embed(input_ids, token_type_ids, batch)  # (T', D)
             for layer in self.packed:
-                x = self.run_layer(layer, x, batch)  # (T, D), after the last (B, D)
-            logits: Tensor = self.classifier(torch.tanh(self.pooler(x.float())))  # (B, C)
+                x = self.run_layer(layer, x, batch)  # (T', D), after the last (B', D)
+            x = x[: batch.num_rows].float()
+            logits: Tensor = self.classifier(torch.tanh(self.pooler(x)))  # (B, C)
             return logits
 
     def embed(self, input_ids: Tensor, token_type_ids: Tensor | None, batch: _Batch) -> Tensor:
         table = self.embeddings
         positions = torch.arange(batch.length).expand(batch.num_rows, -1)
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        ids, types, positions = (
-            pick(each.reshape(-1), batch.places) for each in (input_ids, types, positions)
-        )
-        x = table.words(ids) + table.types(types) + table.positions(positions)  # (T, D)
+        ids, kinds, at = (each.reshape(-1)[batch.places] for each in (input_ids, types, positions))
+        x = table.words(ids) + table.types(kinds) + table.positions(at)  # (T', D)
         normed: Tensor = table.norm(x)
         return normed.to(self.dtype)
 
     def run_layer(self, layer: PackedLayer, x: Tensor, batch: _Batch) -> Tensor:
-        N = self.config.num_attention_heads
+        N, B = self.config.num_attention_heads, batch.num_rows
         context = spread(layer.context(x), batch)  # (B, L, 2 D or 3 D)
-        split = context.view(batch.num_rows, batch.length, -1, N, x.shape[1] // N)  # (B, L, 2 or 3, N, H)
+        split = context.view(B, batch.length, -1, N, x.shape[1] // N)  # (B, L, 2 or 3, N, H)
         *own, k, v = (part.transpose(1, 2) for part in split.unbind(2))  # (B, N, L, H)
+        places = batch.places
         if layer.queries is not None:
-            x = x[batch.firsts]  # (B, D)
-            own = [layer.queries(x).view(batch.num_rows, N, 1, -1)]  # (B, N, 1, H)
+            x = x[batch.firsts]  # (B', D)
+            own = [layer.queries(x)[:B].view(B, N, 1, -1)]  # (B, N, 1, H)
+            places = torch.arange(len(x)).clamp(max=B - 1)
         mixed = F.scaled_dot_product_attention(own[0], k, v, attn_mask=batch.mask).transpose(1, 2)
-        places = batch.places if layer.queries is None else None
-        mixed = pick(mixed.reshape(-1, x.shape[1]), places)  # (T, D), in the last layer (B, D)
+        mixed = mixed.reshape(-1, x.shape[1]).index_select(0, places)  # (T', D), in the last layer (B', D)
         x = normalise(layer.attention_norm, layer.out(mixed) + x)
         return normalise(layer.output_norm, layer.down(layer.up(x)) + x)
 
@@ -120,24 +126,32 @@ def pack_layer(
 def locate(input_ids: Tensor, attention_mask: Tensor | None) -> _Batch:
     B, L = input_ids.shape
     if attention_mask is None:
-        return _Batch(B, L, None, torch.arange(0, B * L, L), None)
-    is_token = attention_mask.bool()
-    lengths = is_token.sum(dim=1)
-    firsts = lengths.cumsum(0) - lengths
-    return _Batch(B, L, is_token.reshape(-1).nonzero().squeeze(1), firsts, is_token[:, None, None, :])
+        places, firsts, mask = torch.arange(B * L), torch.arange(0, B * L, L), None
+    else:
+        is_token = attention_mask.bool()
+        lengths = is_token.sum(dim=1)
+        places, firsts = is_token.reshape(-1).nonzero().squeeze(1), lengths.cumsum(0) - lengths
+        mask = is_token[:, None, None, :]
+    return _Batch(B, L, len(places), extend(places), extend(firsts), mask)
 
 
-def pick(x: Tensor, places: Tensor | None) -> Tensor:
-    """(B × L, …) → the tokens among them, (T, …)."""
-    return x if places is None else x.index_select(0, places)
+def fill_up(count: int) -> int:
+    """The next of a few counts: steps of 4 up to 64, then of at most an eighth."""
+    step = max(4, 2 ** ((count - 1).bit_length() - 4)) if count > 1 else 4
+    return -(-count // step) * step
+
+
+def extend(indices: Tensor) -> Tensor:
+    """With zeros up to a count of `fill_up`."""
+    return F.pad(indices, (0, fill_up(len(indices)) - len(indices)))
 
 
 def spread(x: Tensor, batch: _Batch) -> Tensor:
-    """(T, …) → (B, L, …), zeros at padding."""
-    if batch.places is not None:
-        padded = x.new_zeros(batch.num_rows * batch.length, x.shape[1])
-        x = padded.index_copy_(0, batch.places, x)
-    return x.view(batch.num_rows, batch.length, -1)
+    """(T', …) → (B, L, …), zeros at padding."""
+    B, L, T = batch.num_rows, batch.length, batch.num_tokens
+    if T < B * L:
+        x = x.new_zeros(B * L, x.shape[1]).index_copy_(0, batch.places[:T], x[:T])
+    return x[: B * L].view(B, L, -1)
 
 
 def normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from bertpair.errors import ConfigError
 from bertpair.hub import resolve_folder
 from bertpair.inference import PairClassifier, Prediction
 from bertpair.model_config import read_folder
+from bertpair.packed import fill_up
 from bertpair.refusal import BadNumberError
 from bertpair.runtime import set_threads
 from bertpair.serve_config import ServeConfig
@@ -40,7 +41,7 @@ TARGET_SECONDS = 0.3  # of the largest batch, where max_batch_tokens is left to 
 CHARS_PER_TOKEN = 250  # of the cut: longer texts are refused before they are tokenized
 CHECK_ROWS = 256
 ENOUGH_AGREEMENT = 0.98
-LENGTHS = (8, 16, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+SHORTEST = 8  # tokens of a row, as the queue counts them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,20 +112,24 @@ class Predictor:
         """torch's number of threads is a setting of each thread."""
         set_threads(self.num_threads)
 
-    def warm_lengths(self) -> list[int]:
-        """A length of every bucket; the longest is the cut."""
-        return sorted({n for n in LENGTHS if n < self.cut} | {self.cut})
-
-    def time_batch(self, num_rows: int, length: int) -> float:
-        """Seconds of one batch, the better of two runs: the first may still be preparing something."""
-        ids = np.full(length, self.classifier.tokenizer.sep_id, np.int32)
-        rows = [TokenRow(ids, length, False)] * num_rows
+    def time_batch(self, lengths: Sequence[int]) -> float:
+        """Seconds of one batch of rows of these lengths, the better of two runs: the first may still be
+        preparing something."""
+        sep = self.classifier.tokenizer.sep_id
+        tokens = join_rows([TokenRow(np.full(n, sep, np.int32), n, False) for n in lengths])
         seconds = math.inf
         for _ in range(2):
             began = time.perf_counter()
-            self.classifier.predict_tokens(join_rows(rows))
+            self.classifier.predict_tokens(tokens)
             seconds = min(seconds, time.perf_counter() - began)
         return seconds
+
+    def warm_shapes(self, max_tokens: int, max_rows: int) -> Iterator[list[int]]:
+        """Lengths of batches that bring every number of tokens and of rows that a kernel is kept for."""
+        for count in sorted({fill_up(n) for n in range(1, max_tokens + 1)}):
+            yield [self.cut] * (count // self.cut) + ([count % self.cut] if count % self.cut else [])
+        for count in sorted({fill_up(n) for n in range(1, min(max_rows, max_tokens // SHORTEST) + 1)}):
+            yield [SHORTEST] * min(count, max_rows)
 
     def budget_search(self, most_rows: int) -> Generator[int, float, None]:
         """Yields how many rows of the cut's length to time next and is sent the seconds.

@@ -191,19 +191,21 @@ def make_uvicorn(service: Service) -> uvicorn.Server:
 async def warm_up(
     predictor: Predictor, batcher: MicroBatcher[Any, Any], max_batch_tokens: int | None
 ) -> None:
-    """Run every length bucket once, then find the budget and the speed, each batch on the model's thread."""
+    """Find the budget and the speed, then run every shape once, each batch on the model's thread."""
     await batcher.call(predictor.begin_thread)
-    for length in predictor.warm_lengths():
-        await batcher.call(functools.partial(predictor.time_batch, 1, length))
     given = max_batch_tokens or 0
-    search = predictor.budget_search(given // predictor.cut or batcher.limits.max_queue_rows)
+    most_rows = batcher.limits.max_queue_rows
+    search = predictor.budget_search(given // predictor.cut or most_rows)
     num_rows = next(search)
     with contextlib.suppress(StopIteration):
         while True:
-            seconds = await batcher.call(functools.partial(predictor.time_batch, num_rows, predictor.cut))
-            batcher.note_speed(num_rows * predictor.cut, seconds)
+            lengths = [predictor.cut] * num_rows
+            seconds = await batcher.call(functools.partial(predictor.time_batch, lengths))
+            batcher.note_speed(sum(lengths), seconds)
             num_rows = search.send(seconds)
     batcher.limits.max_batch_tokens = max_batch_tokens or predictor.budget
+    for lengths in predictor.warm_shapes(batcher.limits.max_batch_tokens, most_rows):
+        await batcher.call(functools.partial(predictor.time_batch, lengths))
 
 
 def configure_serve_logging() -> None:
