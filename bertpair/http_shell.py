@@ -90,6 +90,7 @@ class Shell:
         except RequestError as error:
             await send_error(send, error, exchange)
         except HTTPException as error:
+            exchange.route = getattr(scope.get("endpoint"), "route_path", UNMATCHED)  # a 405 has one
             await send_error(send, translate(error), exchange)
         except Exception:
             logger.exception("request %s failed", exchange.request_id)

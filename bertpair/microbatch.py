@@ -160,15 +160,15 @@ class MicroBatcher(Generic[Row, Answer]):
         """Wait until nothing waits and nothing runs."""
         await self._idle.wait()
 
-    async def close(self) -> None:
-        """Take nothing any more, fail what waits, end the thread; a batch that runs is left to itself."""
+    async def close(self, timeout: float = 0.0) -> bool:
+        """Take nothing any more, fail what waits, end the thread; whether it did within `timeout` seconds."""
         self._closed = True
         self._feeder.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._feeder
         for waiting in list(self._waiting):
             self._fail(waiting.request, ClosedError())
-        self._worker.end()
+        return await self._worker.end(timeout)
 
     # Admission and expiry
 

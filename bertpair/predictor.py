@@ -30,7 +30,7 @@ from bertpair.refusal import BadNumberError
 from bertpair.runtime import set_threads
 from bertpair.serve_config import ServeConfig
 from bertpair.task import find_task
-from bertpair.tokenizer import Tokens
+from bertpair.tokenizer import Tokens, check_max_length
 from bertpair.truncation import offsets_of
 from bertpair.tsv import read_pairs
 from bertpair.weights import find_weights, weight_files
@@ -216,6 +216,7 @@ def load_predictor(config: ServeConfig) -> Predictor:
         max_batch_tokens=2**31,  # the queue cuts batches, not the scorer
     )
     cut = classifier.max_seq_length
+    check_max_length(cut, num_texts=2 if takes_pairs(settings) else 1)
     if config.max_batch_tokens is not None and config.max_batch_tokens < cut:
         raise ConfigError(
             f"max_batch_tokens {config.max_batch_tokens} is below the cut of {cut} tokens: a row must fit"

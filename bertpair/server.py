@@ -15,9 +15,10 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 
@@ -103,19 +104,25 @@ class _Server:
     async def _drain(self, server: uvicorn.Server, serving: asyncio.Task[None]) -> int:
         await asyncio.wait({serving}, timeout=self.config.drain_seconds)
         server.should_exit = True
+        end = time.monotonic() + self.config.grace_seconds
         done, _ = await asyncio.wait({serving}, timeout=self.config.grace_seconds)
-        if not done:
-            logger.error("work was left over after %g s", self.config.grace_seconds)
-            logging.shutdown()
-            if self.config.uds:
-                Path(self.config.uds).unlink(missing_ok=True)
-            os._exit(1)  # a thread that hangs in the model cannot be waited for
+        batcher = self.service.batcher
+        assert batcher is not None
+        # A client may have left while its rows ran: nobody waits for those, but the thread is at them.
+        if not done or not await batcher.close(end - time.monotonic()):
+            self._give_up()
         serving.result()
-        assert self.service.batcher is not None
-        await self.service.batcher.close()
         self.service.tokenizing.shutdown(wait=False)
         logger.info("drained")
         return 0
+
+    def _give_up(self) -> NoReturn:
+        """End although a thread hangs in the model: it cannot be waited for."""
+        logger.error("work was left over after %g s", self.config.grace_seconds)
+        logging.shutdown()
+        if self.config.uds:
+            Path(self.config.uds).unlink(missing_ok=True)
+        os._exit(1)
 
     async def _warm(self, server: uvicorn.Server) -> None:
         while not server.started:

@@ -123,6 +123,7 @@ class Service:
             self._check_size(request.scope)
             return await handler(request)
 
+        guarded.route_path = path  # type: ignore[attr-defined]  # for the figures of a 405
         return guarded
 
     def _check_size(self, scope: Scope) -> None:

@@ -62,10 +62,17 @@ class Worker:
             return math.inf
         return 0.0 if self._began is None else time.monotonic() - self._began
 
-    def end(self) -> None:
-        """Let the thread end after what it is at."""
+    async def end(self, timeout: float) -> bool:
+        """Let the thread end after what it is at; whether it did within `timeout` seconds.
+
+        A daemon that is inside a library when the interpreter goes is killed there, which may abort it all.
+        """
         self._ended = True
         self._jobs.put(None)
+        deadline = time.monotonic() + timeout
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

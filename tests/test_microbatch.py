@@ -321,6 +321,19 @@ async def test_drain_waits_and_close_fails_the_rest() -> None:
             await waits
 
 
+async def test_close_says_whether_the_thread_has_ended() -> None:
+    gate = Gate()
+    async with batching(gate) as batcher:
+        first = await busy(batcher, gate)
+        first.cancel()  # nobody waits for it, and the thread is still at it
+        assert not await batcher.close(0.05)
+        gate.open.set()
+        assert await batcher.close(20)
+    async with batching(digests) as batcher:
+        await batcher.submit(["a"], [8])
+        assert await batcher.close(20)
+
+
 async def test_rows_without_lengths_are_a_defect_of_the_caller() -> None:
     async with batching(digests) as batcher:
         for rows, lengths in (([], []), (["a"], []), (["a"], [1, 2])):

@@ -218,6 +218,7 @@ def test_methods_and_paths(live: LiveServer) -> None:
     assert live.ask("POST", "/livez", {}).headers["allow"].count("GET") == 1
     for method in ("PUT", "DELETE", "PATCH", "TRACE", "QUERY"):
         assert live.ask(method, "/v1/predict").status == 405
+    assert live.metric("bertpair_requests_total", route="/v1/predict", status="405") >= 5
     answer = live.ask("OPTIONS", "/v1/predict")
     assert (answer.status, answer.headers["allow"]) == (204, "OPTIONS, POST")
     for path in ("/nope", "//livez", "/v1//predict", "/../livez", "/%2e%2e/livez", "/v1/predict//", "/LIVEZ"):
@@ -387,23 +388,26 @@ def shrink_head(folder: Path) -> None:
 
 
 def test_the_log_is_one_plain_line_each(live: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
+    def lines() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "bertpair.access"]
+
     with caplog.at_level(logging.INFO, "bertpair.access"):
         live.ask("GET", "/%0aevil%1b[31m", headers={"x-request-id": "of-this-test"})
         live.ask("GET", "/" + "a" * 5000)
         live.predict({"text_a": "a text nobody may log", "text_b": "b\n\x1b[31m"})
-    lines = [record.getMessage() for record in caplog.records if record.name == "bertpair.access"]
-    assert len(lines) == 3
-    for line in lines:
+        live.wait_for(lambda: len(lines()) >= 3)  # a line is written once its answer is out
+    assert len(lines()) == 3
+    for line in lines():
         assert line.isascii() and line.isprintable() and len(line) < 1000 and "nobody" not in line
         assert {"time", "request_id", "client", "method", "path", "status", "ms"} <= set(json.loads(line))
-    assert json.loads(lines[0])["request_id"] == "of-this-test" and json.loads(lines[2])["rows"] == 1
+    assert json.loads(lines()[0])["request_id"] == "of-this-test" and json.loads(lines()[2])["rows"] == 1
 
 
 def test_many_clients_get_their_own_answers(live: LiveServer, offline: PairClassifier) -> None:
     """Fault 14: 140 texts from 20 clients, each held against the offline answer for its own text."""
     words = "the cat sat mat good bad food service café 中文 数据库 hello".split()
     pairs = [
-        (f"{words[i % 12]} {words[i // 12 % 12]} {i}", " ".join(words[: 1 + i % 12])) for i in range(200)
+        (f"{words[i % 12]} {words[i // 12 % 12]} {i}", " ".join(words[: 1 + i % 12])) for i in range(140)
     ]
     expected = offline.predict(pairs)
     found: dict[int, dict[str, object]] = {}

@@ -343,6 +343,45 @@ def test_24_sigterm_drains_and_a_second_one_ends_at_once(folder: Path) -> None:
         assert server.wait(5) == -signal.SIGTERM
 
 
+def test_24_clients_that_left_do_not_spoil_the_exit(folder: Path) -> None:
+    """Batches nobody waits for run on while the interpreter goes: that must not abort the process."""
+    flags = ["--model_dir", str(folder), "--port", "0", "--amp", "off", "--drain_seconds", "0"]
+    body = json.dumps({"pairs": [{"text_a": "the cat " * 30, "text_b": "sat"}] * 32}).encode()
+    with Process(*flags, "--num_threads", "2") as server:
+        port = int(server.wait_for(r"listening on http://127\.0\.0\.1:(\d+)")[1])
+        server.wait_for("^ready")
+        lines = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
+        for line in lines:
+            line.sendall(
+                b"POST /v1/predict/batch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(body) + body
+            )
+        time.sleep(0.02)
+        for line in lines:
+            line.close()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+        assert not [said for said in server.said if "terminate" in said or "Traceback" in said]
+
+
+def test_24_work_left_over_after_the_grace_is_exit_1(folder: Path) -> None:
+    flags = ["--model_dir", str(folder), "--port", "0", "--amp", "off", "--drain_seconds", "0"]
+    with Process(
+        *flags, "--queue_deadline", "0.5", "--grace_seconds", "1", "--receive_timeout", "60"
+    ) as server:
+        port = int(server.wait_for(r"listening on http://127\.0\.0\.1:(\d+)")[1])
+        server.wait_for("^ready")
+        with socket.create_connection(("127.0.0.1", port)) as line:
+            line.sendall(
+                b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100\r\n\r\n{"
+            )
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.wait(15) == 1
+        assert any("left over" in said for said in server.said)
+
+
 def test_27_what_cannot_start_says_so_in_one_line(folder: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -373,6 +412,8 @@ def test_27_wrong_labels_files_and_limits(folder: Path, tmp_path: Path) -> None:
         make_predictor(wrong)
     with pytest.raises(ConfigError, match="below the cut of 64"):
         make_predictor(folder, max_batch_tokens=63)
+    with pytest.raises(ConfigError, match="needs 5 at least"):
+        make_predictor(folder, max_seq_length=4)
     with pytest.raises(BertpairError, match="absent.tsv"):
         make_predictor(folder, quantize_check=str(tmp_path / "absent.tsv"))
     key = tmp_path / "key"
