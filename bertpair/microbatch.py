@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from bertpair.refusal import ClosedError, ExpiredError, NoMemoryError, QueueFullError
+from bertpair.refusal import ClosedError, ExpiredError, NoMemoryError, QueueFullError, is_out_of_memory
 from bertpair.window import choose_batch, count_tokens, window_size
 from bertpair.worker import Worker
 
@@ -24,7 +24,7 @@ Row = TypeVar("Row")
 Answer = TypeVar("Answer")
 
 MAX_RETRY_SECONDS = 60
-MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory")
+SAFETY = 0.9  # of the deadline: an estimate errs, and to be admitted and then dropped is worse than refused
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ class MicroBatcher(Generic[Row, Answer]):
         self._running_tokens = 0
         self._busy = False
         self._tokens, self._seconds = 0.0, 0.0  # decaying sums: their ratio is the speed
+        self._last_end: float | None = None  # of a batch behind which others waited: pauses count as work
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -174,7 +175,10 @@ class MicroBatcher(Generic[Row, Answer]):
 
     def _admit(self, num_rows: int) -> None:
         wait = self.estimated_wait
-        if len(self._waiting) + num_rows > self.limits.max_queue_rows or wait > self.limits.queue_deadline:
+        if (
+            len(self._waiting) + num_rows > self.limits.max_queue_rows
+            or wait > SAFETY * self.limits.queue_deadline
+        ):
             raise QueueFullError(self._retry_after(wait))
 
     def _retry_after(self, wait: float) -> int:
@@ -282,7 +286,7 @@ class MicroBatcher(Generic[Row, Answer]):
             return None
         rows = [waiting.request.rows[waiting.index] for waiting in batch]
         padded = max(waiting.length for waiting in batch) * len(batch)
-        self._running_tokens = padded
+        self._running_tokens = sum(waiting.length for waiting in batch)
         began = time.monotonic()
         error: Exception | None = None
         try:
@@ -290,12 +294,13 @@ class MicroBatcher(Generic[Row, Answer]):
         except Exception as raised:
             error = raised
         finally:
-            self._running_tokens = 0
-        seconds = time.monotonic() - began
-        self._on_batch(BatchReport(len(rows), padded, seconds, error is not None))
+            tokens, self._running_tokens = self._running_tokens, 0
+        ended = time.monotonic()
+        self._on_batch(BatchReport(len(rows), padded, ended - began, error is not None))
         if error is None:
-            self.note_speed(padded, seconds)
+            self.note_speed(tokens, ended - (self._last_end or began))
             self._hand_out(batch, answers)
+        self._last_end = ended if self._waiting else None
         return error
 
     def _checked_run(self, rows: list[Row]) -> Sequence[Answer | Exception]:
@@ -321,9 +326,3 @@ class MicroBatcher(Generic[Row, Answer]):
         values = [request.answers[index] for index in range(len(request.rows))]
         seconds = time.monotonic() - started
         request.future.set_result(Answers(values, started - request.submitted, seconds))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether it says that memory ran out: Python's, PyTorch's or a device's way of saying so."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(word in text for word in MEMORY_WORDS)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
-WINDOW_BATCHES = 4  # rows are sorted by length within the oldest rows that fill so many batches
+WINDOW_BATCHES = 2  # rows are sorted by length within the oldest rows that fill so many batches; more are
+# hardly worth it, and every row that is passed over waits longer than it was admitted for
 ROUND_UP = 8  # a row counts as a multiple of so many tokens: what it is padded to, or costs anyhow
 
 
