@@ -19,9 +19,11 @@ from bertpair.checkpoint import final_folder
 from bertpair.errors import ConfigError, DataError
 from bertpair.hub import resolve_folder
 from bertpair.manifest import MANIFEST_NAME, verify_folder
-from bertpair.model import BertClassifier
+from bertpair.model import BertClassifier, Layer
 from bertpair.model_config import read_folder
+from bertpair.packed import PackedClassifier
 from bertpair.pretrained import load_model
+from bertpair.quantize import check_int8, choose_linear, int8_linear
 from bertpair.runtime import Precision, resolve_device, resolve_precision, set_threads, stop_flag
 from bertpair.tokenizer import Tokenizer, Tokens
 
@@ -43,7 +45,7 @@ class Prediction:
 class Scorer:
     """A live model with what running it takes; scores rows of token ids."""
 
-    model: BertClassifier
+    model: BertClassifier | PackedClassifier
     pad_id: int
     device: torch.device
     precision: Precision
@@ -77,7 +79,8 @@ class Scorer:
             tokens,
             rows,
             pad_id=self.pad_id,
-            pad_to_multiple_of=self.pad_to_multiple_of,
+            # Padding is free of work in a packed model, and rows of one length need no mask.
+            pad_to_multiple_of=1 if isinstance(self.model, PackedClassifier) else self.pad_to_multiple_of,
             max_length=self.max_length,
         ).to(self.device)
         logits: torch.Tensor = self.model(batch.input_ids, batch.token_type_ids, batch.attention_mask)
@@ -134,12 +137,17 @@ class PairClassifier:
         amp: str = "off",
         num_threads: int | None = None,
         max_batch_tokens: int = 4096,
+        optimize: bool = True,
+        quantize: str | None = None,
     ) -> PairClassifier:
         """Open a folder that training wrote, a checkpoint in it, or any fine-tuned Hugging Face BERT.
 
         Texts are cut at `max_seq_length`: by default where training cut them, never beyond the model's
         positions. `num_threads` sets PyTorch's threads for the whole process; None leaves them alone. A
         folder with a manifest of ours is verified first. `max_batch_tokens` bounds a batch, padding included.
+        On a CPU the network is prepared for answering (`packed.py`) unless `optimize` is false: then it
+        computes as training's evaluation did, bit for bit. `quantize="int8"` (CPU, amp off) trades a little
+        accuracy for speed.
         Raises CheckpointError where the folder cannot be used, ConfigError for a bad argument.
         """
         if num_threads is not None:
@@ -162,12 +170,19 @@ class PairClassifier:
         labels = None
         if not folder.regression:
             labels = folder.labels or tuple(f"LABEL_{i}" for i in range(folder.config.num_labels))
-        scorer = Scorer(model.to(target).eval(), tokenizer.pad_id, target, precision, cut, max_batch_tokens)
+        check_quantize(quantize, target, precision)
+        ready: BertClassifier | PackedClassifier = model.to(target).eval()
+        if target.type == "cpu" and (optimize or quantize):
+            ready = prepare(model, precision, quantize)
+        scorer = Scorer(ready, tokenizer.pad_id, target, precision, cut, max_batch_tokens)
         return cls(scorer, tokenizer, labels)
 
     def predict(self, pairs: Sequence[Pair]) -> list[Prediction]:
         """One `Prediction` a row, in the order given. `pairs` holds (text_a, text_b), or single texts."""
-        tokens = self._encode(pairs)
+        return self.predict_tokens(self._encode(pairs))
+
+    def predict_tokens(self, tokens: Tokens) -> list[Prediction]:
+        """One `Prediction` a row of token ids, as `tokenizer.encode` gives them."""
         return make_predictions(self.scorer.logits(tokens), tokens, self.labels)
 
     def logits(self, pairs: Sequence[Pair]) -> npt.NDArray[np.float32]:
@@ -199,7 +214,33 @@ def make_predictions(
     ]
 
 
-def trained_cut(tokenizer: Tokenizer, positions: int, asked: int | None) -> int:
+def check_quantize(quantize: str | None, device: torch.device, precision: Precision) -> None:
+    """ConfigError where `quantize` is unknown, or cannot stand with the device or the precision."""
+    if quantize is None:
+        return
+    if quantize != "int8":
+        raise ConfigError(f"quantize: found {quantize!r}; allowed: int8, or null")
+    if device.type != "cpu":
+        raise ConfigError(f"quantize int8 runs on the CPU only, found device {device}")
+    if precision.name != "off":
+        raise ConfigError(f"quantize int8 goes with float32, found amp {precision.name}")
+    check_int8()
+
+
+@torch.no_grad()
+def prepare(model: BertClassifier, precision: Precision, quantize: str | None) -> PackedClassifier:
+    """The model prepared for answering on this CPU; its own weights are free to go."""
+    if quantize is not None:
+        return PackedClassifier(model, int8_linear).eval()
+    dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
+    first = model.layers[0]
+    assert isinstance(first, Layer)
+    return PackedClassifier(model, choose_linear(first.up.weight.detach().to(dtype)), dtype).eval()
+
+
+def trained_cut(
+    tokenizer: Tokenizer, positions: int, asked: int | None, trained_at: int | None = None
+) -> int:
     """Where texts are cut: as asked, else where training cut them, never beyond the model's positions."""
     if asked is not None and not 1 <= asked <= positions:
         raise ConfigError(f"max_seq_length: found {asked}; this model has {positions} positions")

@@ -151,7 +151,12 @@ def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> P
         logger.warning("trained with amp %s, which this machine does not have: evaluated in float32", amp)
         amp = "off"
     return PairClassifier.from_pretrained(
-        candidate.path, max_seq_length=cut, device=config.device, amp=amp, max_batch_tokens=budget
+        candidate.path,
+        max_seq_length=cut,
+        device=config.device,
+        amp=amp,
+        max_batch_tokens=budget,
+        optimize=False,  # the figures are those of training's own evaluation, bit for bit
     )
 
 

@@ -26,7 +26,7 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     if len(data) > MAX_BYTES:
         raise CheckpointError(f"{where}: more than {MAX_BYTES >> 20} MiB of JSON")
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except RecursionError as error:
         raise CheckpointError(f"{where}: not usable JSON (nested too deeply)") from error
     except ValueError as error:  # bytes that are not UTF-8, syntax, a key twice, a number of 5,000 digits
@@ -36,7 +36,8 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, as json's `object_pairs_hook`; ValueError where a key stands twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]

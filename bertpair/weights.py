@@ -31,6 +31,13 @@ def find_weights(folder: Path) -> Path | None:
     return next((folder / name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold what `find_weights` found: itself, or the shards of an index by name."""
+    if not path.name.endswith(INDEX_SUFFIX):
+        return [path]
+    return [path.parent / name for name in sorted(_read_index(path))]
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """What `find_weights` found, as stored: any number type, perhaps mapped from the file (copy, don't keep).
 

@@ -66,10 +66,14 @@ def write_tiny_bert(folder: Path, **changes: object) -> Path:
 @pytest.fixture
 def hf_folder(tmp_path: Path) -> Path:
     """A tiny random BertForSequenceClassification with three named labels, as transformers saves it."""
+    return write_hf_folder(tmp_path / "hf-tiny")
+
+
+def write_hf_folder(folder: Path) -> Path:
+    """Write it to `folder`, which is made."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-    folder = tmp_path / "hf-tiny"
     vocabulary = tiny_vocabulary()
     labels = ["negative", "neutral", "positive"]
     config = BertConfig(
@@ -84,7 +88,7 @@ def hf_folder(tmp_path: Path) -> Path:
         torch.nn.init.normal_(parameter, std=0.2)
     torch.random.set_rng_state(state)
     model.save_pretrained(folder)
-    vocab = tmp_path / "hf-vocab.txt"
+    vocab = folder.parent / "hf-vocab.txt"
     vocab.write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     tokenizer = BertTokenizerFast(vocab=str(vocab), do_lower_case=False, strip_accents=False)
     assert len(tokenizer) == len(vocabulary)

@@ -51,6 +51,7 @@ def test_only_these_modules_see_a_config() -> None:
         "preparation",
         "resumption",
         "scoring",
+        "serve_command_line",
         "training",
         "sweep",
     }

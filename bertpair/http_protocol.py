@@ -1,0 +1,276 @@
+"""uvicorn's HTTP/1.1 protocol with what it leaves open: deadlines, a cap on connections, honest errors.
+
+A subclass that leans on private parts of one minor version of uvicorn (pinned; tests name each of them).
+Whatever goes wrong below the application is answered as JSON too. A connection that is closed while its
+client still sends is half-closed first and read dry for a while: a bare close would reset it, and the client
+would lose the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from bertpair.http_json import error_json
+from bertpair.refusal import RequestError
+
+MAX_URL_BYTES = 8192
+LINGER_SECONDS = 2.0
+LINGER_BYTES = 2**20
+UNANSWERED = (h11.IDLE, h11.SEND_RESPONSE)  # states of ours in which an answer can still begin
+
+
+@dataclass(frozen=True)
+class ProtocolLimits:
+    """`receive_timeout` in seconds: for a request to arrive whole, and for an answer to be taken."""
+
+    max_header_bytes: int
+    max_connections: int
+    receive_timeout: float
+
+
+class RememberingConnection(h11.Connection):
+    """h11's connection; it keeps what the peer did wrong, and counts requests."""
+
+    def __init__(self, max_incomplete_event_size: int) -> None:
+        super().__init__(h11.SERVER, max_incomplete_event_size)
+        self.fault: h11.RemoteProtocolError | None = None
+        self.num_cycles = 0
+
+    def next_event(self) -> Any:
+        try:
+            return super().next_event()
+        except h11.RemoteProtocolError as error:
+            self.fault = error
+            raise
+
+    def start_next_cycle(self) -> None:
+        super().start_next_cycle()
+        self.num_cycles += 1
+
+    @property
+    def is_mid_request(self) -> bool:
+        """Whether part of a request has come, and part has not."""
+        if self.their_state is h11.IDLE:
+            return bool(self.trailing_data[0])
+        return self.their_state is h11.SEND_BODY
+
+
+class GentleTransport:
+    """The real transport, save that closing it asks the protocol how."""
+
+    def __init__(self, real: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.real, self.close, self.closing = real, close, False
+
+    def is_closing(self) -> bool:
+        return self.closing or self.real.is_closing()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+class GuardedProtocol(H11Protocol):
+    """One connection. `on_event` is told the status or name of each thing that was settled down here."""
+
+    def __init__(
+        self, *args: Any, limits: ProtocolLimits, on_event: Callable[[str], None], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.limits, self.on_event = limits, on_event
+        # Larger than what the application allows: it is the one that answers 431 and 414, after 404 and 401.
+        room = limits.max_header_bytes + MAX_URL_BYTES + 1024
+        self.conn: RememberingConnection = RememberingConnection(room)
+        self.is_refused = self.is_lost = False
+        self.num_discarded = 0
+        self.watched_cycle = -1
+        self.timers: dict[str, asyncio.TimerHandle] = {}
+
+    # Timers
+
+    def _arm(self, name: str, seconds: float, then: Callable[[], None]) -> None:
+        self._disarm(name)
+        self.timers[name] = self.loop.call_later(seconds, then)
+
+    def _disarm(self, name: str) -> None:
+        if timer := self.timers.pop(name, None):
+            timer.cancel()
+
+    def _watch(self) -> None:
+        """Let the receive deadline run while a request is under way, from its first byte on.
+
+        On a new connection it runs from the start; between requests uvicorn's keep-alive timer does.
+        """
+        conn = self.conn
+        is_new = self.cycle is None and conn.their_state is h11.IDLE
+        if self.transport.is_closing() or not (is_new or conn.is_mid_request):
+            self._disarm("receive")
+        elif "receive" not in self.timers or self.watched_cycle != conn.num_cycles:
+            self.watched_cycle = conn.num_cycles
+            self._arm("receive", self.limits.receive_timeout, self._give_up)
+
+    def _give_up(self) -> None:
+        """The deadline has come: 408 if part of a request came and no answer has begun, else silence."""
+        self.timers.pop("receive", None)
+        if self.conn.is_mid_request and self.conn.our_state in UNANSWERED:
+            self._answer(RequestError(408, "request_timeout", "the request did not arrive in time"))
+        else:
+            self.on_event("silent_timeout")
+            self._end_cycle()
+            self._end()
+
+    # Callbacks of the transport
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if len(self.connections) >= self.limits.max_connections:
+            self.is_refused = True
+            self.on_event("connection_refused")
+            transport.close()
+            return
+        gentle: Any = GentleTransport(transport, self._close)
+        super().connection_made(gentle)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.is_refused:
+            return
+        self.is_lost = True
+        for name in list(self.timers):
+            self._disarm(name)
+        self._unset_keepalive_if_required()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.is_refused:
+            return
+        if self.transport.is_closing():
+            self.num_discarded += len(data)
+            if self.num_discarded > LINGER_BYTES:
+                self._end()
+            return
+        super().data_received(data)
+        self._watch()
+
+    def eof_received(self) -> None:
+        if not self.is_refused:  # asyncio closes now, once what is buffered is taken: not for ever
+            self._arm("abort", self.limits.receive_timeout, self._abort)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._arm("write", self.limits.receive_timeout, self._abort_unread)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._disarm("write")
+
+    # Callbacks of uvicorn
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def _should_upgrade(self) -> bool:
+        return False  # h2c and websocket are ignored, without a line in the log each
+
+    def send_400_response(self, msg: str) -> None:
+        self._answer(self._describe_fault())
+
+    def shutdown(self) -> None:
+        if self.is_refused:
+            return
+        if self.transport.is_closing():
+            self._end()
+            return
+        try:
+            super().shutdown()
+        except h11.LocalProtocolError:
+            self._end()
+
+    # Errors
+
+    def _describe_fault(self) -> RequestError:
+        fault = self.conn.fault
+        hint = fault.error_status_hint if fault else 400
+        if hint == 431 and self.conn.their_state is not h11.SEND_BODY and self.cycle_is_over:
+            if b"\n" not in self.conn.trailing_data[0]:
+                return RequestError(414, "url_too_long", f"the URL is longer than {MAX_URL_BYTES} bytes")
+            limit = self.limits.max_header_bytes
+            return RequestError(431, "headers_too_large", f"the headers are larger than {limit} bytes")
+        if hint == 501:
+            return RequestError(501, "not_implemented", "of transfer codings only chunked is known")
+        return RequestError(400, "bad_request", "this is not a sound HTTP/1.1 request")
+
+    @property
+    def cycle_is_over(self) -> bool:
+        """Whether no request is being answered: what came last belongs to a new one."""
+        return self.cycle is None or bool(self.cycle.response_complete)
+
+    def _answer(self, error: RequestError) -> None:
+        """Answer in the application's place, if an answer can still begin, and close."""
+        self.on_event(str(error.status))
+        self._disarm("receive")
+        self._end_cycle()
+        if self.conn.our_state in UNANSWERED:
+            self._write_answer(error)
+        self._close(is_reading=True)
+
+    def _write_answer(self, error: RequestError) -> None:
+        request_id = secrets.token_hex(8)
+        body = error_json(error, request_id)
+        headers = [
+            *self.server_state.default_headers,
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"x-request-id", request_id.encode()),
+            (b"connection", b"close"),
+        ]
+        is_head = not self.cycle_is_over and self.scope["method"] == "HEAD"
+        events = [
+            h11.Response(status_code=error.status, headers=headers),
+            h11.Data(data=b"" if is_head else body),
+        ]
+        for event in [*events, h11.EndOfMessage()]:
+            self.transport.write(self.conn.send(event) or b"")
+
+    def _end_cycle(self) -> None:
+        """Tell the application, which may be waiting for the rest of a body, that its client is gone."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
+    # Closing
+
+    def _close(self, *, is_reading: bool = False) -> None:
+        """Close: at once, or if more may come from the client, half now and half when that has ended."""
+        gentle: Any = self.transport
+        if gentle.closing or self.is_lost:
+            return
+        gentle.closing = True
+        self._disarm("receive")
+        if is_reading or self.conn.is_mid_request:
+            if gentle.real.can_write_eof() and not gentle.real.is_closing():
+                gentle.real.write_eof()
+            self.flow.resume_reading()
+            self._arm("linger", LINGER_SECONDS, self._end)
+        else:
+            gentle.real.close()
+        self._arm("abort", self.limits.receive_timeout + LINGER_SECONDS, self._abort)
+
+    def _end(self) -> None:
+        """Close for good; what is not taken by its reader in time is thrown away."""
+        gentle: Any = self.transport
+        gentle.closing = True
+        gentle.real.close()
+        self._arm("abort", self.limits.receive_timeout, self._abort)
+
+    def _abort(self) -> None:
+        self.transport.abort()
+
+    def _abort_unread(self) -> None:
+        self.on_event("unread_answer")
+        self._abort()

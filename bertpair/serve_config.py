@@ -1,0 +1,204 @@
+"""Every setting of serve.py, in one flat dataclass: the field names are the YAML keys and the flags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+
+from bertpair.errors import ConfigError, list_faults
+from bertpair.setting import (
+    DEVICE,
+    PATH,
+    Kind,
+    choice,
+    clean_text,
+    convert,
+    number,
+    or_null,
+    plain,
+    suggest,
+    whole,
+)
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]|\*")
+_ADDRESS = re.compile(r"[A-Za-z0-9.:*-]{1,253}(%[A-Za-z0-9]+)?")
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?|\*")
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+_MEGABYTE = 2**20
+
+
+def _accept_auto(value: object) -> object:
+    return None if value in ("auto", None) else whole(1).accept(value)
+
+
+def _matching(expected: str, pattern: re.Pattern[str]) -> Kind:
+    def accept(value: object) -> object:
+        text = clean_text(value)
+        if not pattern.fullmatch(text):
+            raise ValueError
+        return text
+
+    return Kind(expected, accept)
+
+
+def _several(one: Kind, expected: str) -> Kind:
+    def accept(value: object) -> object:
+        found = list(value) if isinstance(value, list | tuple) else [value]
+        if not found:
+            raise ValueError
+        return [one.accept(item) for item in found]
+
+    return or_null(Kind(expected, accept, list, "many"))
+
+
+_AUTO = Kind("auto, or a whole number of at least 1", _accept_auto, whole(1).read)
+_HOST = _matching("a host name or an IP address", _ADDRESS)
+_HOSTS = _several(_matching("a host name", _HOST_NAME), "host names without a port, or *")
+_ORIGINS = _several(_matching("an origin", _ORIGIN), "origins such as https://example.com, or *")
+_ROOT = or_null(_matching("a path such as /pairs, without a slash at its end", _ROOT_PATH))
+_SECONDS = number(above=0, high=86_400)
+_TEXT = or_null(Kind("text without spaces", clean_text))
+
+
+@dataclass(frozen=True)
+class ServeSetting:
+    """What --help and a check want to know of one field."""
+
+    name: str
+    group: str
+    kind: Kind
+    default: object
+    help: str
+
+
+def _setting(default: object, kind: Kind, help: str, *, group: str) -> Any:
+    return field(default=default, metadata={"group": group, "kind": kind, "help": help})
+
+
+_model = partial(_setting, group="model")
+_listen = partial(_setting, group="listening")
+_limit = partial(_setting, group="limits")
+_time = partial(_setting, group="time")
+_access = partial(_setting, group="access")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """The settings of a server; `make_serve_config` gives a checked one."""
+
+    model_dir: str | None = _model(None, PATH, "trained folder; null: the configured output_dir")
+    max_seq_length: int | None = _model(
+        None, or_null(whole(3, 65_535)), "cut texts here; null: where training cut them"
+    )
+    device: str = _model("auto", DEVICE, "where to compute")
+    amp: str = _model("auto", choice("auto", "off", "bf16", "fp16"), "precision; off: float32")
+    num_threads: int | None = _model(None, or_null(whole(1, 1024)), "null: as many as cores")
+    quantize: str | None = _model(None, or_null(choice("int8")), "linear layers in dynamic int8 (CPU)")
+    quantize_check: str | None = _model(
+        None, PATH, "TSV whose first 256 rows are compared with float32 before the server is ready"
+    )
+
+    host: str = _listen("127.0.0.1", _HOST, "address to listen on")
+    port: int = _listen(8000, whole(0, 65_535), "0: any free one")
+    uds: str | None = _listen(None, PATH, "listen on this Unix socket instead")
+    root_path: str | None = _listen(None, _ROOT, "prefix under which a proxy shows this server")
+    forwarded_allow_ips: str | None = _listen(
+        None, _TEXT, "comma-separated proxies whose X-Forwarded-* are believed, or *"
+    )
+
+    max_body_bytes: int = _limit(65_536, whole(256, 64 * _MEGABYTE), "of a request's body: 413 above")
+    max_header_bytes: int = _limit(16_384, whole(512, _MEGABYTE), "of a request's headers: 431 above")
+    max_text_chars: int | None = _limit(
+        None, or_null(whole(1)), "of one text: 422 above; null: 250 times the cut"
+    )
+    max_request_rows: int = _limit(32, whole(1, 100_000), "pairs in one request: 422 above")
+    max_queue_rows: int = _limit(256, whole(1, 1_000_000), "rows that may wait: 429 above")
+    max_batch_tokens: int | None = _limit(
+        None, _AUTO, "padded tokens of one batch; auto: as many as run in 300 ms"
+    )
+    max_connections: int = _limit(1000, whole(1, 100_000), "open at a time; more are closed at once")
+
+    queue_deadline: float = _time(5.0, _SECONDS, "seconds a request may wait to be run: 503 after")
+    receive_timeout: float = _time(10.0, _SECONDS, "seconds for a request to arrive, or an answer to be read")
+    keep_alive: float = _time(65.0, _SECONDS, "seconds an idle connection is kept")
+    drain_seconds: float = _time(5.0, number(low=0, high=3600), "after SIGTERM: unready, but still answering")
+    grace_seconds: float = _time(20.0, _SECONDS, "after that: for accepted work to finish")
+    stall_seconds: float = _time(30.0, _SECONDS, "a batch that runs longer: readyz 503; twice that: livez")
+
+    api_key_file: str | None = _access(None, PATH, "file whose first line is the bearer key asked for")
+    cors_origin: list[str] | None = _access(None, _ORIGINS, "web pages that may call from a browser")
+    allowed_hosts: list[str] | None = _access(
+        None, _HOSTS, "Host names answered; null: any, but only local ones on a loopback address"
+    )
+
+
+_DEFAULTS = ServeConfig()
+SERVE_SETTINGS: dict[str, ServeSetting] = {
+    item.name: ServeSetting(item.name, default=getattr(_DEFAULTS, item.name), **item.metadata)
+    for item in fields(ServeConfig)
+}
+
+
+def convert_serve_settings(
+    raw: Mapping[str, object], where: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Typed values of the sound ones, and the faults of the others, each led by its place in `where`."""
+    values: dict[str, Any] = {}
+    faults: list[str] = []
+    for name, value in raw.items():
+        if name not in SERVE_SETTINGS:
+            faults.append(f"unknown setting {plain(name)}{suggest(name, SERVE_SETTINGS)}")
+            continue
+        try:
+            values[name] = convert(SERVE_SETTINGS[name].kind, value)
+        except ValueError as error:
+            faults.append(f"{where.get(name, name)}: {error}")
+    return values, faults
+
+
+def make_serve_config(values: Mapping[str, object]) -> ServeConfig:
+    """A checked `ServeConfig` from settings as a YAML file would hold them; ConfigError with all faults."""
+    typed, faults = convert_serve_settings(values, {})
+    config = ServeConfig(**typed)
+    faults += serve_contradictions(config)
+    if faults:
+        raise ConfigError(list_faults(faults))
+    return config
+
+
+def serve_contradictions(config: ServeConfig) -> list[str]:
+    """What is sound one by one and cannot stand together."""
+    chars = config.max_text_chars
+    table = [
+        (
+            config.max_request_rows > config.max_queue_rows,
+            f"max_request_rows {config.max_request_rows} is above max_queue_rows {config.max_queue_rows}: "
+            "such a request could never be admitted",
+        ),
+        (
+            chars is not None and chars > config.max_body_bytes,
+            f"max_text_chars {chars} is above max_body_bytes {config.max_body_bytes}: "
+            "no body could hold such a text",
+        ),
+        (
+            config.grace_seconds <= config.queue_deadline,
+            f"grace_seconds {config.grace_seconds:g} is not above queue_deadline {config.queue_deadline:g}: "
+            "accepted work could not finish",
+        ),
+        (
+            config.uds is not None and config.host != _DEFAULTS.host,
+            f"uds {config.uds} and host {config.host} are both given: one place to listen",
+        ),
+        (
+            config.quantize is not None and config.amp in ("bf16", "fp16"),
+            f"quantize {config.quantize} and amp {config.amp} are both given: int8 goes with float32",
+        ),
+        (
+            config.quantize is not None and config.device not in ("auto", "cpu"),
+            f"quantize {config.quantize} runs on the CPU only, found device {config.device}",
+        ),
+    ]
+    return [fault for is_wrong, fault in table if is_wrong]

@@ -1,0 +1,224 @@
+"""A server's life: bind, load, listen, warm up, serve, drain.
+
+In that order, so that a busy port or a wrong folder is one line before anything listens, and a load balancer
+sees livez answer while readyz does not yet. uvicorn is handed a bound socket and no signals: SIGTERM first
+only makes readyz say no, because whoever routes to us must see that before the listener goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import uvicorn
+
+from bertpair.http_protocol import GuardedProtocol, ProtocolLimits
+from bertpair.http_shell import Shell, access_logger
+from bertpair.listening import allowed_hosts, bind, check_descriptors, is_local, read_key
+from bertpair.microbatch import MicroBatcher, QueueLimits
+from bertpair.page import Page
+from bertpair.predictor import Predictor, load_predictor
+from bertpair.runtime import stop_flag
+from bertpair.serve_config import ServeConfig
+from bertpair.serve_metrics import ServeMetrics
+from bertpair.service import Service
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+
+
+def serve(config: ServeConfig) -> int:
+    """Serve until a signal says stop. 0: drained; 1: work was left over after `grace_seconds`.
+
+    Raises ConfigError or CheckpointError before anything listens.
+    """
+    check_descriptors(config.max_connections)
+    key = read_key(config.api_key_file) if config.api_key_file else None
+    bound = bind(config)
+    try:
+        predictor = load_predictor(config)
+        stop_flag.raise_if_set()
+        if not is_local(config) and key is None:
+            logger.warning("%s is reachable from other machines and no api_key_file is set", config.host)
+        return asyncio.run(_Server(config, predictor, bound, key).run())
+    finally:
+        bound.close()
+        if config.uds:
+            Path(config.uds).unlink(missing_ok=True)
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn's server without handlers for signals: those are `_Server`'s."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Server:
+    """One run of the event loop."""
+
+    def __init__(
+        self, config: ServeConfig, predictor: Predictor, bound: socket.socket, key: bytes | None
+    ) -> None:
+        self.config, self.predictor, self.bound = config, predictor, bound
+        self.service = Service(config, predictor, ServeMetrics(), Page(), key)
+        self.stopping = asyncio.Event()
+
+    async def run(self) -> int:
+        service = self.service
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(signum, self._stop, signum)
+        start_queue(service)
+        server = make_uvicorn(service)
+        serving = asyncio.create_task(server.serve(sockets=[self.bound]))
+        warming = asyncio.create_task(self._warm(server))
+        stopped = asyncio.create_task(self.stopping.wait())
+        await asyncio.wait({serving, warming, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if warming.done():
+            warming.result()  # a defect in it ends the server
+        await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        warming.cancel()
+        return await self._drain(server, serving)
+
+    def _stop(self, signum: int) -> None:
+        """The first signal drains; from now on the next one ends the process at once."""
+        for each in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(each)
+            signal.signal(each, signal.SIG_DFL)
+        logger.info("%s: draining for %g s", signal.Signals(signum).name, self.config.drain_seconds)
+        self.service.is_draining = True
+        self.stopping.set()
+
+    async def _drain(self, server: uvicorn.Server, serving: asyncio.Task[None]) -> int:
+        await asyncio.wait({serving}, timeout=self.config.drain_seconds)
+        server.should_exit = True
+        end = time.monotonic() + self.config.grace_seconds
+        done, _ = await asyncio.wait({serving}, timeout=self.config.grace_seconds)
+        batcher = self.service.batcher
+        assert batcher is not None
+        # A client may have left while its rows ran: nobody waits for those, but the thread is at them.
+        if not done or not await batcher.close(end - time.monotonic()):
+            self._give_up()
+        serving.result()
+        self.service.tokenizing.shutdown(wait=False)
+        logger.info("drained")
+        return 0
+
+    def _give_up(self) -> NoReturn:
+        """End although a thread hangs in the model: it cannot be waited for."""
+        logger.error("work was left over after %g s", self.config.grace_seconds)
+        logging.shutdown()
+        if self.config.uds:
+            Path(self.config.uds).unlink(missing_ok=True)
+        os._exit(1)
+
+    async def _warm(self, server: uvicorn.Server) -> None:
+        while not server.started:
+            await asyncio.sleep(0.01)
+        logger.info("listening on %s", self._place())
+        batcher, predictor = self.service.batcher, self.predictor
+        assert batcher is not None
+        if self.config.quantize_check:
+            await self._check_agreement()
+        await warm_up(predictor, batcher, self.config.max_batch_tokens)
+        self.service.is_warm = True
+        logger.info("ready: batches of up to %d tokens", batcher.limits.max_batch_tokens)
+
+    async def _check_agreement(self) -> None:
+        file, folder = self.config.quantize_check, self.config.model_dir
+        assert file is not None and folder is not None
+        found = await asyncio.to_thread(self.predictor.check_agreement, file, folder)
+        self.predictor.agreement = found
+        say = logger.info if found.is_enough else logger.warning
+        say(
+            "%s agrees with float32 on %.1f %% of %d rows; largest change %.4f",
+            self.predictor.precision,
+            100 * found.agreement,
+            found.num_rows,
+            found.largest_change,
+        )
+
+    def _place(self) -> str:
+        if self.config.uds:
+            return self.config.uds
+        host, port = self.bound.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def start_queue(service: Service) -> MicroBatcher[Any, Any]:
+    """Give the service its queue; called on the event loop."""
+    config, metrics = service.config, service.metrics
+    limits = QueueLimits(config.max_batch_tokens or 4096, config.max_queue_rows, config.queue_deadline)
+    batcher = MicroBatcher(
+        service.predictor.run, limits, on_batch=metrics.count_batch, on_drop=metrics.count_drop
+    )
+    service.batcher = batcher
+    metrics.watch_queue(lambda: batcher.num_waiting, lambda: batcher.running_seconds)
+    return batcher
+
+
+def make_uvicorn(service: Service) -> uvicorn.Server:
+    """uvicorn with our protocol and our shell around the service's routes."""
+    config, metrics = service.config, service.metrics
+    hosts, origins = allowed_hosts(config), config.cors_origin or ()
+    shell = Shell(service.routes(), metrics, hosts=hosts, origins=origins)
+    limits = ProtocolLimits(config.max_header_bytes, config.max_connections, config.receive_timeout)
+    protocol: Any = functools.partial(GuardedProtocol, limits=limits, on_event=metrics.count_event)
+    return _QuietServer(
+        uvicorn.Config(
+            shell,
+            http=protocol,
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # a fraction does as well
+            root_path=config.root_path or "",
+            proxy_headers=config.forwarded_allow_ips is not None,
+            forwarded_allow_ips=config.forwarded_allow_ips or "",
+        )
+    )
+
+
+async def warm_up(
+    predictor: Predictor, batcher: MicroBatcher[Any, Any], max_batch_tokens: int | None
+) -> None:
+    """Find the budget and the speed, then run every shape once, each batch on the model's thread."""
+    await batcher.call(predictor.begin_thread)
+    given = max_batch_tokens or 0
+    most_rows = batcher.limits.max_queue_rows
+    search = predictor.budget_search(given // predictor.cut or most_rows)
+    num_rows = next(search)
+    with contextlib.suppress(StopIteration):
+        while True:
+            lengths = [predictor.cut] * num_rows
+            seconds = await batcher.call(functools.partial(predictor.time_batch, lengths))
+            batcher.note_speed(sum(lengths), seconds)
+            num_rows = search.send(seconds)
+    batcher.limits.max_batch_tokens = max_batch_tokens or predictor.budget
+    for lengths in predictor.warm_shapes(batcher.limits.max_batch_tokens, most_rows):
+        await batcher.call(functools.partial(predictor.time_batch, lengths))
+
+
+def configure_serve_logging() -> None:
+    """The access log, a JSON line per answer, goes to standard output; uvicorn's remarks are left out."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access_logger.addHandler(handler)
+    access_logger.propagate = False
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

@@ -1,0 +1,101 @@
+"""serve.py's settings: types, ranges, contradictions, and where they come from."""
+
+from pathlib import Path
+
+import pytest
+
+from bertpair.errors import ConfigError
+from bertpair.serve_command_line import parse_serve_command_line, serve_help_page
+from bertpair.serve_config import SERVE_SETTINGS, ServeConfig, make_serve_config
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_defaults_are_sound_and_those_promised() -> None:
+    config = make_serve_config({})
+    promised = {
+        "max_body_bytes": 65536,
+        "max_header_bytes": 16384,
+        "max_request_rows": 32,
+        "max_queue_rows": 256,
+        "max_batch_tokens": None,
+        "queue_deadline": 5,
+        "receive_timeout": 10,
+        "keep_alive": 65,
+        "max_connections": 1000,
+        "drain_seconds": 5,
+        "grace_seconds": 20,
+        "stall_seconds": 30,
+        "host": "127.0.0.1",
+    }
+    assert {name: getattr(config, name) for name in promised} == promised
+    assert set(SERVE_SETTINGS) == set(ServeConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"max_request_rows": 300}, "max_request_rows 300 is above max_queue_rows 256"),
+        ({"max_text_chars": 70_000}, "no body could hold such a text"),
+        ({"grace_seconds": 4}, "grace_seconds 4 is not above queue_deadline 5"),
+        ({"uds": "/tmp/x", "host": "0.0.0.0"}, "one place to listen"),
+        ({"quantize": "int8", "amp": "bf16"}, "int8 goes with float32"),
+        ({"quantize": "int8", "device": "cuda"}, "CPU only"),
+        ({"port": 70_000}, "from 0 to 65535, found 70000"),
+        ({"max_batch_tokens": "some"}, "auto, or a whole number"),
+        ({"root_path": "pairs/"}, "a path such as /pairs"),
+        ({"cors_origin": "example.com"}, "origins such as https://example.com"),
+        ({"allowed_hosts": []}, "host names without a port"),
+        ({"queue_deadline": "soon"}, "a number above 0"),
+        ({"quantise": "int8"}, "unknown setting quantise; did you mean quantize"),
+    ],
+)
+def test_faults_say_what_was_found_and_what_is_allowed(values: dict[str, object], fault: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        make_serve_config(values)
+    assert fault in str(raised.value)
+
+
+def test_flags_go_over_a_file_and_all_faults_come_at_once(folder: Path) -> None:
+    (folder / "my.yaml").write_text("output_dir: trained\nport: 9000\nmax_queue_rows: 64\nlearning_rate: 1\n")
+    call = parse_serve_command_line("--config my.yaml --port 9001 --max_batch_tokens auto".split())
+    assert (call.config.model_dir, call.config.port, call.config.max_queue_rows) == ("trained", 9001, 64)
+    assert call.config.max_batch_tokens is None and call.notes[0] == "settings read from my.yaml"
+    (folder / "bad.yaml").write_text("port: x\nqueue_dedline: 3\n")
+    with pytest.raises(ConfigError) as raised:
+        parse_serve_command_line("--config bad.yaml --host /etc --drain_seconds -1 --nonsense".split())
+    for part in (
+        "bad.yaml:1: port",
+        "did you mean queue_deadline",
+        "--host",
+        "--drain_seconds",
+        "--nonsense",
+    ):
+        assert part in str(raised.value)
+
+
+def test_the_model_folder_is_named_or_the_samples(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="model_dir must be set"):
+        parse_serve_command_line([])
+    (folder / "config.yaml").write_text("output_dir: output\nlearning_rate: 1e-4\n")
+    assert parse_serve_command_line([]).config.model_dir == "output"
+    assert parse_serve_command_line(["--model_dir", "other"]).config.model_dir == "other"
+
+
+def test_help_shows_every_setting_grouped(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_serve_command_line(["--help"])
+    page = capsys.readouterr().out
+    assert ended.value.code == 0 and page == serve_help_page()
+    assert all(f"--{name} " in page for name in SERVE_SETTINGS)
+    assert [line for line in page.splitlines() if line.endswith(":") and line[0] != " "] == [
+        "model:",
+        "listening:",
+        "limits:",
+        "time:",
+        "access:",
+    ]
