@@ -28,11 +28,9 @@ from bertpair.setting import (
     WEIGHTS,
     Kind,
     choice,
-    convert,
+    convert_all,
     number,
     or_null,
-    plain,
-    suggest,
     whole,
 )
 from bertpair.task import find_task
@@ -197,17 +195,7 @@ SETTINGS: dict[str, Setting] = {
 
 def convert_settings(raw: Mapping[str, object], where: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Typed values of the sound ones, and the faults of the others, each led by its place in `where`."""
-    values: dict[str, Any] = {}
-    faults: list[str] = []
-    for name, value in raw.items():
-        if name not in SETTINGS:
-            faults.append(f"unknown setting {plain(name)}{suggest(name, SETTINGS)}")
-            continue
-        try:
-            values[name] = convert(SETTINGS[name].kind, value)
-        except ValueError as error:
-            faults.append(f"{where.get(name, name)}: {error}")
-    return values, faults
+    return convert_all({name: setting.kind for name, setting in SETTINGS.items()}, raw, where)
 
 
 def settle(values: Mapping[str, Any]) -> dict[str, Any]:

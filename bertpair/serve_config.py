@@ -15,11 +15,9 @@ from bertpair.setting import (
     Kind,
     choice,
     clean_text,
-    convert,
+    convert_all,
     number,
     or_null,
-    plain,
-    suggest,
     whole,
 )
 
@@ -146,17 +144,7 @@ def convert_serve_settings(
     raw: Mapping[str, object], where: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[str]]:
     """Typed values of the sound ones, and the faults of the others, each led by its place in `where`."""
-    values: dict[str, Any] = {}
-    faults: list[str] = []
-    for name, value in raw.items():
-        if name not in SERVE_SETTINGS:
-            faults.append(f"unknown setting {plain(name)}{suggest(name, SERVE_SETTINGS)}")
-            continue
-        try:
-            values[name] = convert(SERVE_SETTINGS[name].kind, value)
-        except ValueError as error:
-            faults.append(f"{where.get(name, name)}: {error}")
-    return values, faults
+    return convert_all({name: setting.kind for name, setting in SERVE_SETTINGS.items()}, raw, where)
 
 
 def make_serve_config(values: Mapping[str, object]) -> ServeConfig:

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Accept = Callable[[object], object]
 
@@ -75,6 +75,23 @@ def suggest(name: str, known: Iterable[str]) -> str:
     near = [known for known in names if len(plain) >= 3 and known.startswith(plain)]
     near = near[:3] or difflib.get_close_matches(plain[:60], names, n=1)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def convert_all(
+    kinds: Mapping[str, Kind], raw: Mapping[str, object], where: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Typed values of the sound ones, and the faults of the others, each led by its place in `where`."""
+    values: dict[str, Any] = {}
+    faults: list[str] = []
+    for name, value in raw.items():
+        if name not in kinds:
+            faults.append(f"unknown setting {plain(name)}{suggest(name, kinds)}")
+            continue
+        try:
+            values[name] = convert(kinds[name], value)
+        except ValueError as error:
+            faults.append(f"{where.get(name, name)}: {error}")
+    return values, faults
 
 
 def or_null(kind: Kind) -> Kind:

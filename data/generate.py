@@ -164,20 +164,15 @@ class Author:
         kinds = self.pick(KINDS[label])
         concept = self.random.choice(self.concepts)
         field = self.by_name[concept.field]
+        other = concept
         if label == "negative":
             other = self.mistake(concept) if kinds == "cc" else self.stranger(concept)
-            other_field = self.by_name[other.field]
-            return {
-                "cc": (concept, other),
-                "cf": (concept, other_field),
-                "fc": (other_field, concept),
-                "ff": (field, other_field),
-            }[kinds]
+        other_field = self.by_name[other.field]
         return {
-            "cc": (concept, concept),
-            "ff": (field, field),
-            "cf": (concept, field),
-            "fc": (field, concept),
+            "cc": (concept, other),
+            "cf": (concept, other_field),
+            "fc": (other_field, concept),
+            "ff": (field, other_field),
         }[kinds]
 
     def mistake(self, concept: Concept) -> Concept:

@@ -5,30 +5,21 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from bertpair import BertpairError, train
 from bertpair.command_line import parse_command_line
-from bertpair.runtime import stop_flag
 
 ROOT = Path(__file__).parent.parent
 HEADER = "index\tsentence1\tsentence2\tlabel\n"
 ROWS = "".join(f"{i}\tthe cat\tsat {i}\t{label}\n" for i, label in enumerate(["good", "bad"] * 6))
 
 
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
-    yield
-    stop_flag.clear()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
 @pytest.fixture

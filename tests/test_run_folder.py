@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,7 @@ from bertpair.runtime import stop_flag
 from bertpair.staging import Staging
 from bertpair.stepper import Stepper
 
-
-@pytest.fixture(autouse=True)
-def fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
-    yield
-    stop_flag.clear()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
 @pytest.fixture

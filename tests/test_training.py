@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,7 @@ ROOT = Path(__file__).parent.parent
 TIMES = {"step_seconds", "pairs_per_s", "tokens_per_s", "memory", "eval_seconds"}
 
 
-@pytest.fixture(autouse=True)
-def fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing outside temporary folders is read or written; the stop flag is clear; threads come back."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
-    yield
-    stop_flag.clear()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
 @pytest.fixture(scope="module")
