@@ -270,10 +270,10 @@ async def slow_sockets(chaos: Chaos, count: int, seconds: float) -> dict[str, ob
             try:
                 _, writer = await asyncio.open_connection("127.0.0.1", chaos.port)
                 for byte in b"GET /livez HTTP/1.1\r\nX-Slow: " + b"a" * 10_000:
+                    if writer.is_closing() or time.monotonic() > end:
+                        break
                     writer.write(bytes([byte]))
                     await asyncio.sleep(0.5)
-                    if time.monotonic() > end:
-                        break
                 writer.close()
             except OSError:
                 await asyncio.sleep(0.1)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from bertpair.pace import Pace
 from bertpair.refusal import ClosedError, ExpiredError, NoMemoryError, QueueFullError, is_out_of_memory
 from bertpair.window import choose_batch, count_tokens, window_size
 from bertpair.worker import Worker
@@ -102,7 +103,7 @@ class MicroBatcher(Generic[Row, Answer]):
         self._waiting_tokens = 0
         self._running_tokens = 0
         self._busy = False
-        self._tokens, self._seconds = 0.0, 0.0  # decaying sums: their ratio is the speed
+        self._pace = Pace()
         self._last_end: float | None = None  # of a batch behind which others waited: pauses count as work
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -138,7 +139,7 @@ class MicroBatcher(Generic[Row, Answer]):
 
     def note_speed(self, tokens: int, seconds: float) -> None:
         """Count a measurement made elsewhere (the warm-up) among those that estimates rest on."""
-        self._tokens, self._seconds = 0.8 * self._tokens + tokens, 0.8 * self._seconds + seconds
+        self._pace.note(tokens, seconds)
 
     @property
     def num_waiting(self) -> int:
@@ -147,10 +148,9 @@ class MicroBatcher(Generic[Row, Answer]):
 
     @property
     def estimated_wait(self) -> float:
-        """Seconds until what waits and runs now is done, by the speed measured so far; 0 while unknown."""
-        if not self._tokens or not (self._waiting or self._running_tokens):
-            return 0.0
-        return (self._waiting_tokens + self._running_tokens) * self._seconds / self._tokens
+        """Seconds until a row that came now would be run, by the pace of late; 0 while that is unknown."""
+        running = self._running_tokens, self._worker.running_seconds
+        return self._pace.seconds(self._waiting_tokens, *running, self.limits.max_batch_tokens)
 
     @property
     def running_seconds(self) -> float:
@@ -182,7 +182,7 @@ class MicroBatcher(Generic[Row, Answer]):
             raise QueueFullError(self._retry_after(wait))
 
     def _retry_after(self, wait: float) -> int:
-        return max(1, min(MAX_RETRY_SECONDS, math.ceil(wait)))
+        return max(1, math.ceil(min(wait, MAX_RETRY_SECONDS)))
 
     def _enqueue(self, rows: Sequence[Row], lengths: Sequence[int]) -> _Request[Row, Answer]:
         padded = [count_tokens(length) for length in lengths]
