@@ -25,7 +25,7 @@ Row = TypeVar("Row")
 Answer = TypeVar("Answer")
 
 MAX_RETRY_SECONDS = 60
-SAFETY = 0.9  # of the deadline: an estimate errs, and to be admitted and then dropped is worse than refused
+SAFETY = 0.8  # of the deadline: an estimate errs, and to be admitted and then dropped is worse than refused
 
 
 @dataclass(frozen=True)
