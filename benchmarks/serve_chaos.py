@@ -279,17 +279,38 @@ async def slow_sockets(chaos: Chaos, count: int, seconds: float) -> dict[str, ob
                 await asyncio.sleep(0.1)
 
     p95: dict[str, list[float]] = {"without": [], "with": []}
+    livez: list[float] = []
     for _ in range(3):
         for name in p95:
             end = time.monotonic() + seconds
             others = [asyncio.create_task(slow(end)) for _ in range(count if name == "with" else 0)]
+            probe = asyncio.create_task(watch_livez(chaos, end))
             _, found = await capacity(chaos, 16, seconds)
             p95[name].append(found[int(0.95 * len(found))])
+            livez += await probe
             await asyncio.gather(*others)
     medians = {name: statistics.median(values) for name, values in p95.items()}
     if medians["with"] > 1.5 * medians["without"]:
         chaos.faults.append(f"p95 with {count} slow sockets: {medians}")
-    return {f"p95_{name}_ms": round(1000 * value, 1) for name, value in medians.items()}
+    figures: dict[str, object] = {f"p95_{name}_ms": round(1000 * p, 1) for name, p in medians.items()}
+    return {**figures, "livez_asked": len(livez), "livez_slowest_ms": round(1000 * max(livez), 1)}
+
+
+async def watch_livez(chaos: Chaos, end: float) -> list[float]:
+    """Seconds that /livez took, asked twice a second on a connection of its own; all but a 200 is a fault."""
+    seconds = []
+    while time.monotonic() < end:
+        began = time.perf_counter()
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", chaos.port)
+            writer.write(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            chaos.expect("livez", (await asyncio.wait_for(read_answer(reader), 10))[0], (200,))
+            writer.close()
+        except (OSError, EOFError, TimeoutError) as error:
+            chaos.faults.append(f"livez: {error!r}")
+        seconds.append(time.perf_counter() - began)
+        await asyncio.sleep(0.5)
+    return seconds
 
 
 async def no_mix_up(num_rows: int) -> int:

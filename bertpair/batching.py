@@ -29,8 +29,7 @@ def epoch_batches(
 
     With `group_by_length` a batch holds rows of like length, sorted; without it, a plain permutation.
     Give `padded_lengths`: rows whose lengths differ by less than the padding then mix at no cost. Told apart
-    by single tokens they would not mix: rows that share a text would train in one batch over and over, and
-    measurably worse (benchmarks/LOG.md).
+    by single tokens, rows that share a text meet in one batch three times as often (benchmarks/LOG.md).
     """
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     order: Rows = generator.permutation(len(lengths))
