@@ -82,7 +82,7 @@ def try_faults(settings: Settings, folder: Path, every: int, say: Callable[[str]
     for number, some in enumerate(_chunks(faults, SAVES_PER_RUN)):
         try_saves(settings, folder, number, some, calls["save"], tried, troubles)
     saves = tried.total()
-    try_finals(settings, folder, every_fault(calls["final"], 3 * every), calls["final"], tried, troubles)
+    try_finals(settings, folder, every_fault(calls["final"], every), calls["final"], tried, troubles)
     for trouble in troubles:
         say(trouble)
     finals = tried.total() - saves

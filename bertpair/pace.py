@@ -34,7 +34,10 @@ class Pace:
 
         Where more waits than a batch holds, rows of another length pass some in the window: a batch more.
         """
-        pace = self.seconds_per_token(min(waiting + running, largest))
-        if running:  # a batch that is late already tells more than those before it
-            pace = max(pace, running_seconds / running)
+        batch = min(waiting + running, largest)
+        pace = self.seconds_per_token(batch)
+        if (
+            2 * running >= batch
+        ):  # late already, it tells more than those before it; a small one is all overhead
+            pace = max(pace, running_seconds / max(1, running))
         return (waiting + running + (largest if waiting > largest else 0)) * pace

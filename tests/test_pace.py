@@ -39,19 +39,26 @@ async def _admitted(batcher: MicroBatcher[str, str], count: int) -> tuple[int, l
     return count - len(refused), refused
 
 
-def _burst(notes: list[tuple[int, float]], *, count: int = 200, late: float = 0.0) -> tuple[int, list[int]]:
-    async def run() -> tuple[int, list[int]]:
-        batcher = MicroBatcher[str, str](lambda rows: time.sleep(late) or rows, QueueLimits(400, 10_000, 2.0))
+def _burst(notes: list[tuple[int, float]], *, first: int = 8, late: float = 0.0) -> tuple[int, list[int]]:
+    """200 rows of 8 tokens at once, while a row of `first` tokens runs for half of `late` seconds already."""
+    naps = iter([late])
+
+    def answer(rows: list[str]) -> list[str]:
+        time.sleep(next(naps, 0))
+        return rows
+
+    async def burst() -> tuple[int, list[int]]:
+        batcher = MicroBatcher[str, str](answer, QueueLimits(400, 10_000, 2.0))
         for tokens, seconds in notes:
             batcher.note_speed(tokens, seconds)
-        first = asyncio.create_task(batcher.submit(["first"], [8]))
+        running = asyncio.create_task(batcher.submit(["first"], [first]))
         await asyncio.sleep(late / 2)
-        found = await _admitted(batcher, count)
-        await first
+        found = await _admitted(batcher, 200)
+        await running
         await batcher.close()
         return found
 
-    return asyncio.run(run())
+    return asyncio.run(burst())
 
 
 def test_a_burst_after_single_requests_is_let_in() -> None:
@@ -65,7 +72,12 @@ def test_a_burst_beyond_the_deadline_is_not() -> None:
     assert 48 <= admitted <= 55 and set(refused) == {2}
 
 
-def test_a_batch_that_is_late_counts_before_it_ends() -> None:
-    """Half a second so far for 8 tokens that were to take 8 ms."""
-    admitted, _ = _burst([(8, 0.008), (400, 0.4)], late=1.0)
-    assert admitted < 30
+def test_a_full_batch_that_is_late_counts_before_it_ends() -> None:
+    """Half a second so far for 400 tokens that were to take 40 ms."""
+    admitted, refused = _burst([(400, 0.04)], first=400, late=1.0)
+    assert admitted < 100 and len(refused) > 100
+
+
+def test_a_small_batch_that_is_late_does_not_speak_for_full_ones() -> None:
+    """As long for 8 tokens: at that pace 1,600 would take 100 s."""
+    assert _burst([(8, 0.008), (400, 0.04)], late=1.0) == (200, [])
