@@ -6,7 +6,7 @@ answer equals the offline prediction for its own text within 1e-5; memory has no
 since 10 % of the requests; threads and descriptors after five idle seconds are what they were; the log holds
 no traceback. `--minutes N` goes on for that long instead (fault 23), `--overload` offers three times the
 capacity for 60 s (fault 19; with a model of real size: of a tiny one HTTP itself is the limit), `--slow N`
-holds N slow sockets beside 16 clients (fault 25). Exit code 1 if anything of it fails.
+holds N slow sockets beside 16 clients and asks livez meanwhile (fault 25). Exit code 1 if anything fails.
 """
 
 from __future__ import annotations
