@@ -30,14 +30,16 @@ class Pace:
         return max(self._recent[nearest])
 
     def seconds(self, waiting: int, running: int, running_seconds: float, largest: int) -> float:
-        """Until `waiting` tokens, and those `running` for so long already, are done in batches of `largest`.
+        """Until `waiting` tokens, and those `running` for `running_seconds`, are done; 0 if there are none.
 
-        Where more waits than a batch holds, rows of another length pass some in the window: a batch more.
+        They go in batches of at most `largest` tokens. Where more waits than one holds, the window lets rows
+        of another length pass: a batch more. A running batch much smaller than those is all overhead and
+        says nothing of them.
         """
-        batch = min(waiting + running, largest)
+        ahead = waiting + running
+        batch = min(ahead, largest)
         pace = self.seconds_per_token(batch)
-        if (
-            2 * running >= batch
-        ):  # late already, it tells more than those before it; a small one is all overhead
-            pace = max(pace, running_seconds / max(1, running))
-        return (waiting + running + (largest if waiting > largest else 0)) * pace
+        if running and 2 * running >= batch:  # of like size, and late: that tells more than those before it
+            pace = max(pace, running_seconds / running)
+        passed_over = largest if waiting > largest else 0
+        return (ahead + passed_over) * pace

@@ -1,6 +1,7 @@
 """The pace of batches: what is remembered, and what admission makes of it."""
 
 import asyncio
+import math
 import time
 
 import pytest
@@ -28,6 +29,13 @@ def test_batches_of_another_size_are_another_matter() -> None:
     pace.note(1000, 0.2)
     assert pace.seconds_per_token(1000) == pace.seconds_per_token(600) == pytest.approx(0.0002)
     assert pace.seconds_per_token(8) == pytest.approx(0.002)
+
+
+def test_nothing_ahead_is_no_wait_though_the_thread_is_dead() -> None:
+    pace = Pace()
+    pace.note(100, 1.0)
+    assert pace.seconds(0, 0, math.inf, 400) == 0.0
+    assert pace.seconds(100, 0, math.inf, 400) == pytest.approx(1.0)
 
 
 async def _admitted(batcher: MicroBatcher[str, str], count: int) -> tuple[int, list[int]]:
