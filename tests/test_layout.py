@@ -63,7 +63,7 @@ def test_names_and_sizes() -> None:
         for node in ast.walk(tree):
             assert not (isinstance(node, ast.ClassDef) and "Trainer" in node.name), name
             assert not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"), name
-        assert len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 330, name
+        assert len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 450, name
 
 
 def test_no_transformers_in_the_library() -> None:
