@@ -23,9 +23,10 @@ INTEGERS = {  # the lowest and highest that make sense; beyond lies a damaged fi
 }
 MAX_LABELS = 1_000_000
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
-NOT_WRITTEN = (  # would be untrue of what we write: float32, plain BERT, labels told by id2label
+NOT_WRITTEN = (  # would be untrue of what we write: float32, plain BERT, other data, labels told by id2label
     "_name_or_path",
     "auto_map",
+    "bertpair",
     "num_labels",
     "quantization_config",
     "torch_dtype",
@@ -42,6 +43,8 @@ class ModelFolder:
     config: BertConfig
     labels: tuple[str, ...] | None  # in id order; None: no names (none at all, LABEL_k, or a regression)
     regression: bool
+    takes_pairs: bool | None  # None: the folder does not say
+    header: tuple[str, ...] | None  # the training file's header row; None: it had none, or it is not known
     raw: dict[str, Any]  # config.json as it stands
 
 
@@ -59,11 +62,12 @@ def read_folder(path: Path, *, config_name: str | Path | None = None) -> ModelFo
     raw = read_json(file)
     faults = [*_family_faults(raw), *_field_faults(raw)]
     names, count, regression = _read_labels(raw, faults)
+    takes_pairs, header = _read_layout(raw, faults)
     if faults:
         raise CheckpointError(list_faults([f"{file}: {fault}" for fault in faults]))
     fields = {field.name for field in dataclasses.fields(BertConfig)} - {"num_labels"}
     config = BertConfig(**{name: raw[name] for name in fields & set(raw)}, num_labels=count)
-    return ModelFolder(path, config, names, regression, raw)
+    return ModelFolder(path, config, names, regression, takes_pairs, header, raw)
 
 
 def label_order(folder: ModelFolder, data_labels: Sequence[str], *, new_head: bool) -> tuple[str, ...]:
@@ -89,8 +93,14 @@ def config_json(
     labels: Sequence[str] | None,
     regression: bool,
     raw: Mapping[str, Any] | None = None,
+    *,
+    takes_pairs: bool,
+    header: Sequence[str] | None,
 ) -> bytes:
-    """config.json for weights as we write them; other keys of `raw`, the original's, stay."""
+    """config.json for weights as we write them; other keys of `raw`, the original's, stay.
+
+    `takes_pairs` and `header`, the training file's, stand in one object that transformers ignores.
+    """
     if labels is not None and (regression or len(labels) != config.num_labels):
         raise ValueError(f"{len(labels)} labels for a model of {config.num_labels} outputs ({regression=})")
     names = labels if labels is not None else [f"LABEL_{i}" for i in range(config.num_labels)]
@@ -101,6 +111,7 @@ def config_json(
         **kept,
         **shape,
         "architectures": ["BertForSequenceClassification"],
+        "bertpair": {"takes_pairs": takes_pairs, "header": None if header is None else list(header)},
         "dtype": "float32",
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
@@ -192,6 +203,25 @@ def _read_labels(raw: Mapping[str, Any], faults: list[str]) -> tuple[tuple[str, 
     if regression != (count == 1):
         faults.append(f"problem_type: found {problem} with {count} labels; one label means {REGRESSION}")
     return None if regression else names, count, regression
+
+
+def _read_layout(raw: Mapping[str, Any], faults: list[str]) -> tuple[bool | None, tuple[str, ...] | None]:
+    """Whether the model takes pairs, and the training file's header. Adds to `faults`."""
+    layout = raw.get("bertpair")
+    if layout is None:
+        return None, None
+    takes_pairs = layout.get("takes_pairs") if isinstance(layout, dict) else None
+    header = layout.get("header") if isinstance(layout, dict) else None
+    is_header = header is None or (
+        isinstance(header, list) and header != [] and all(isinstance(name, str) for name in header)
+    )
+    if not isinstance(takes_pairs, bool) or not is_header:
+        faults.append(
+            f"bertpair: found {layout!r:.200}; "
+            "expected takes_pairs (true or false) and header (names or null)"
+        )
+        return None, None
+    return takes_pairs, None if header is None else tuple(header)
 
 
 def _names_by_id(table: Any, faults: list[str]) -> tuple[str, ...]:

@@ -283,9 +283,16 @@ class _Run:
         if job.table is not None:
             tensors[WORD_TABLE] = self._whole_table()
         staging.write_tensors("model.safetensors", tensors, {"format": "pt"})
-        staging.write_bytes(
-            "config.json", config_json(job.model.config, job.labels, job.labels is None, job.folder.raw)
+        pairs = job.train.pairs
+        config = config_json(
+            job.model.config,
+            job.labels,
+            job.labels is None,
+            job.folder.raw,
+            takes_pairs=pairs.text_b is not None,
+            header=pairs.header,
         )
+        staging.write_bytes("config.json", config)
         for name, data in job.tokenizer.files(job.config.max_seq_length).items():
             staging.write_bytes(name, data)
         staging.write_bytes(SETTINGS_FILE, dump_yaml(job.config).encode("utf-8"))

@@ -38,6 +38,7 @@ class Pairs:
     files: tuple[str, ...]
     file_of_row: NDArray[np.int32]
     line_of_row: NDArray[np.int32]
+    header: tuple[str, ...] | None = None  # of the first file; None: it has none
     skipped: tuple[str, ...] = ()
     num_skipped: int = 0
 
@@ -145,6 +146,7 @@ class _Reader:
         self.files: list[str] = []
         self.file_of_row: list[int] = []
         self.line_of_row: list[int] = []
+        self.header: tuple[str, ...] | None = None
         self.headers: list[tuple[str, str]] = []  # where, and what stands there in the label's column
         self.faults: list[str] = []
         self.num_faults = 0
@@ -189,6 +191,8 @@ class _Reader:
                 where + (fault or "the header row is expected in the first line, not after empty ones")
             )
         places = locate_columns(self.columns, cells, where)
+        if self.columns.has_header and self.header is None:
+            self.header = tuple(cell.strip() for cell in cells)
         if self.columns.has_header and places.label is not None:
             self.headers.append((where, cells[places.label].strip()))
         return places
@@ -255,6 +259,7 @@ class _Reader:
             tuple(self.files),
             np.array(self.file_of_row, dtype=np.int32),
             np.array(self.line_of_row, dtype=np.int32),
+            self.header,
             tuple(self.faults),
             self.num_faults,
         )

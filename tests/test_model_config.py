@@ -244,11 +244,19 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     config = BertConfig(
         vocab_size=100, hidden_size=32, num_attention_heads=4, pad_token_id=None, num_labels=3
     )
-    for labels, regression, count in ((("错", "b", "right"), False, 3), (None, False, 3), (None, True, 1)):
+    kinds = (
+        (("错", "b", "right"), False, 3, True, ("句一", "b", "")),
+        (None, False, 3, False, None),
+        (None, True, 1, True, None),
+    )
+    for labels, regression, count, takes_pairs, header in kinds:
         written = BertConfig(**{**vars(config), "num_labels": count})
-        (tmp_path / "config.json").write_bytes(config_json(written, labels, regression))
+        (tmp_path / "config.json").write_bytes(
+            config_json(written, labels, regression, takes_pairs=takes_pairs, header=header)
+        )
         folder = read_folder(tmp_path)
         assert (folder.config, folder.labels, folder.regression) == (written, labels, regression)
+        assert (folder.takes_pairs, folder.header) == (takes_pairs, header)
         theirs = HuggingFaceConfig.from_pretrained(tmp_path)
         assert theirs.num_labels == count
         assert theirs.problem_type == ("regression" if regression else "single_label_classification")
@@ -272,7 +280,7 @@ def test_other_keys_of_the_original_stay_and_untrue_ones_go(tmp_path: Path) -> N
         transformers_version="4.8.2",
         auto_map={"AutoModel": "evil.py"},
     )
-    document = json.loads(config_json(BertConfig(), ["词", "b"], False, raw))
+    document = json.loads(config_json(BertConfig(), ["词", "b"], False, raw, takes_pairs=True, header=None))
     assert (document["directionality"], document["odd"]) == ("bidi", "\ud800")
     assert document["dtype"] == "float32"
     assert document["architectures"] == ["BertForSequenceClassification"]
@@ -286,4 +294,4 @@ def test_other_keys_of_the_original_stay_and_untrue_ones_go(tmp_path: Path) -> N
 def test_labels_that_do_not_fit_the_outputs_are_our_own_mistake() -> None:
     for labels, regression in ((["a", "b", "c"], False), (["a", "b"], True)):
         with pytest.raises(ValueError, match="labels for a model of 2 outputs"):
-            config_json(BertConfig(), labels, regression)
+            config_json(BertConfig(), labels, regression, takes_pairs=True, header=None)

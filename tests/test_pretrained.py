@@ -232,7 +232,9 @@ def test_transformers_loads_what_we_write(
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, mean=0.1, std=0.3)
     labels = ["a", "b", "c"] if num_labels == 3 else None
-    (tmp_path / "config.json").write_bytes(config_json(config, labels, labels is None, {"dtype": "float16"}))
+    (tmp_path / "config.json").write_bytes(
+        config_json(config, labels, labels is None, {"dtype": "float16"}, takes_pairs=True, header=None)
+    )
     save_file(state_tensors(ours), tmp_path / "model.safetensors", metadata={"format": "pt"})
     theirs, report = BertForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
