@@ -126,7 +126,7 @@ def _final_is_refused(output_dir: Path) -> bool:
     if finished_run(output_dir) is not None:
         return False
     try:
-        verify_folder(output_dir, allow_extra=True)
+        verify_folder(output_dir)
     except CheckpointError:
         return True
     return not (output_dir / MANIFEST_NAME).exists()

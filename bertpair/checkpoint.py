@@ -68,6 +68,12 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
     return output_dir / f"checkpoint-{step}"
 
 
+def output_dir_of(folder: Path) -> Path:
+    """The output folder that a `checkpoint-N` lies in; any other folder itself."""
+    absolute = folder.absolute()
+    return absolute.parent if _CHECKPOINT.fullmatch(absolute.name) else folder
+
+
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """Step and folder of every `checkpoint-N`, whole or not, in numeric order; links are not followed."""
     found = []

@@ -25,9 +25,7 @@ from bertpair.settings_file import read_settings
 IMPLICIT = "config.yaml"
 TRAINING_ARGS = "training_args.yaml"
 _OWN = ("model_name_or_path", "task_name", "data_dir", "train_file")
-# What belongs to one call of a script, or to one machine, and not to the model that came of it.
 _PER_CALL = ("resume", "resume_anyway", "overwrite_output_dir", "output_dir")
-_HOST = ("device", "num_threads")
 _GROUPS = {
     "train": ("data", "model", "optimisation", "device", "run"),
     "evaluate": ("data", "device", "evaluate"),
@@ -76,7 +74,7 @@ def parse_command_line(argv: Sequence[str], script: Script) -> Parsed:
 
 
 def config_from_folder(folder: str | Path) -> dict[str, Any]:
-    """The settings a model was trained with; none if its folder does not say, CheckpointError if damaged."""
+    """The settings of a folder's run; none if the folder does not say, CheckpointError if it is damaged."""
     path = os.path.join(folder, TRAINING_ARGS)
     if not os.path.lexists(path):
         return {}
@@ -86,6 +84,12 @@ def config_from_folder(folder: str | Path) -> dict[str, Any]:
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     return layer.values
+
+
+def model_settings(folder: str | Path) -> dict[str, Any]:
+    """Those of them that go where the model goes: the model's own, and the names of its data files."""
+    stored = config_from_folder(folder)
+    return {name: value for name, value in stored.items() if SETTINGS[name].owner != "run"}
 
 
 def _train(flags: Layer, path: str | None) -> Parsed:
@@ -163,17 +167,16 @@ def _model_dir(call: _Call) -> str | None:
 
 
 def _trained(call: _Call, model_dir: str) -> Layer:
-    """What the model was trained with, save for what belonged to that call or that machine."""
+    """What belongs to the model among the settings that it was trained with."""
     folder = Path(model_dir)
     newest_first = [path for _, path in reversed(list_checkpoints(folder))]
     for place in (final_folder(folder), *newest_first):
-        if stored := config_from_folder(place):
+        if stored := model_settings(place):
             call.notes.insert(0, f"settings read from {place / TRAINING_ARGS}")
             break
     else:
         call.notes.insert(0, f"{model_dir} holds no {TRAINING_ARGS}: default settings")
-    values = {name: value for name, value in stored.items() if name not in (*_PER_CALL, *_HOST)}
-    return Layer({**values, "model_dir": model_dir})
+    return Layer({**stored, "model_dir": model_dir})
 
 
 def _finish(call: _Call, stored: Layer, script: Script) -> Parsed:

@@ -1,8 +1,9 @@
 """Every setting, in one flat dataclass: the field names are the YAML keys and the flags.
 
 Names are run_glue's where it has one. Its defaults too, but for weight_decay 0.01, learning_rate 2e-5 and
-batches of 16. A field says what it may hold, what it means, and what a resume makes of another value:
-free, warn, anyway (only with resume_anyway) or never.
+batches of 16. A field says what it may hold, what it means, what a resume makes of another value (free,
+warn, anyway: only with resume_anyway, or never), and whom it belongs to. Settings of the model go wherever
+the model goes, and the names of its data files with them; those of the run end with it.
 """
 
 from collections.abc import Container, Mapping, Sequence
@@ -36,6 +37,7 @@ from bertpair.setting import (
 from bertpair.task import find_task
 
 ResumeRule = Literal["free", "warn", "anyway", "never"]
+Owner = Literal["model", "files", "run"]
 METRICS = ("acc", "f1", "macro_f1", "mcc", "pearson", "spearmanr", "corr", "loss")
 _COUNT = whole(1)
 _LIMIT = or_null(_COUNT)
@@ -54,11 +56,14 @@ class Setting:
     default: object
     help: str
     resume: ResumeRule
+    owner: Owner
 
 
-def setting(default: object, kind: Kind, help: str, resume: ResumeRule = "never", *, group: str) -> Any:
+def setting(
+    default: object, kind: Kind, help: str, resume: ResumeRule = "never", *, group: str, owner: Owner = "run"
+) -> Any:
     """A dataclass field that carries what a `Setting` needs."""
-    metadata = {"group": group, "kind": kind, "help": help, "resume": resume}
+    metadata = {"group": group, "kind": kind, "help": help, "resume": resume, "owner": owner}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -76,6 +81,8 @@ def _accept_task(value: object) -> object:
 
 _TASK = or_null(Kind("the name of a task", _accept_task))
 _data = partial(setting, group="data")
+_files = partial(setting, group="data", owner="files")
+_layout = partial(setting, group="data", owner="model")
 _model = partial(setting, group="model")
 _optim = partial(setting, group="optimisation")
 _device = partial(setting, group="device")
@@ -87,22 +94,26 @@ _evaluate = partial(setting, group="evaluate")
 class Config:
     """The settings of a run or an evaluation. `check_config` says whether they are sound."""
 
-    data_dir: str | None = _data(None, PATH, "folder with the TSV files", "free")
-    train_file: list[str] | None = _data(None, PATHS, "training TSV; null: the task's, in data_dir", "free")
-    dev_file: list[str] | None = _data(None, PATHS, "dev TSV; null: the task's, in data_dir", "free")
-    test_file: list[str] | None = _data(None, PATHS, "test TSV; null: the task's, in data_dir", "free")
-    task_name: str | None = _data(None, _TASK, "preset of columns, labels, files and metrics")
-    text_a_column: str | int = _data("auto", COLUMN, "first text; auto: the task's, else 1")
-    text_b_column: str | int | None = _data("auto", _COLUMN_B, "second; null: none; auto: the task's, else 2")
-    label_column: str | int = _data("auto", COLUMN, "label or score; auto: the task's, else 3")
-    has_header: bool | Literal["auto"] = _data("auto", HEADER, "the first row is a header; auto: as the task")
-    quoting: str = _data("none", choice("none", "csv"), "csv: quoted fields may hold tabs and newlines")
-    labels: list[str] | None = _data(None, LABELS, "labels in id order; null: found in the training data")
-    problem_type: str | None = _data(
+    data_dir: str | None = _files(None, PATH, "folder with the TSV files", "free")
+    train_file: list[str] | None = _files(None, PATHS, "training TSV; null: the task's, in data_dir", "free")
+    dev_file: list[str] | None = _files(None, PATHS, "dev TSV; null: the task's, in data_dir", "free")
+    test_file: list[str] | None = _files(None, PATHS, "test TSV; null: the task's, in data_dir", "free")
+    task_name: str | None = _layout(None, _TASK, "preset of columns, labels, files and metrics")
+    text_a_column: str | int = _layout("auto", COLUMN, "first text; auto: the task's, else 1")
+    text_b_column: str | int | None = _layout(
+        "auto", _COLUMN_B, "second; null: none; auto: the task's, else 2"
+    )
+    label_column: str | int = _layout("auto", COLUMN, "label or score; auto: the task's, else 3")
+    has_header: bool | Literal["auto"] = _layout(
+        "auto", HEADER, "the first row is a header; auto: as the task"
+    )
+    quoting: str = _layout("none", choice("none", "csv"), "csv: quoted fields may hold tabs and newlines")
+    labels: list[str] | None = _layout(None, LABELS, "labels in id order; null: found in the training data")
+    problem_type: str | None = _layout(
         None, or_null(choice("classification", "regression")), "null: as the task, else classification"
     )
     on_bad_row: str = _data("error", choice("error", "skip"), "skip: count and list bad rows, and go on")
-    max_seq_length: int = _data(128, whole(5, 65_535), "tokens of a pair, special ones included")
+    max_seq_length: int = _layout(128, whole(5, 65_535), "tokens of a pair, special ones included")
     max_train_samples: int | None = _data(None, _LIMIT, "only the first rows of the training data")
     max_eval_samples: int | None = _data(None, _LIMIT, "only the first rows of the dev data", "free")
     token_cache_dir: str | None = _data(None, PATH, "of token ids; null: the user's cache folder", "free")
@@ -113,7 +124,9 @@ class Config:
     cache_dir: str | None = _model(None, PATH, "where hub models are kept; null: the hub's own cache", "free")
     config_name: str | None = _model(None, TEXT, "another folder or name for config.json")
     tokenizer_name: str | None = _model(None, TEXT, "another folder or name for the vocabulary")
-    do_lower_case: bool | None = _model(None, _MAYBE, "null: as the tokenizer or vocabulary says")
+    do_lower_case: bool | None = _model(
+        None, _MAYBE, "null: as the tokenizer or vocabulary says", owner="model"
+    )
     from_scratch: bool = _model(False, SWITCH, "a folder without weights starts from random ones")
     new_head: bool = _model(False, SWITCH, "replace a classifier that was trained for other labels")
     compact_vocabulary: bool = _model(False, SWITCH, "train only the word rows in use, with the same result")
@@ -130,7 +143,13 @@ class Config:
     num_train_epochs: float = _optim(3.0, number(above=0), "passes over the data, fractions too", "anyway")
     max_steps: int = _optim(-1, whole(1, also=-1), "stop after so many steps; -1: num_train_epochs", "anyway")
     per_device_train_batch_size: int = _optim(16, _COUNT, "rows a device trains on at a time")
-    per_device_eval_batch_size: int = _optim(16, _COUNT, "rows it evaluates at a time", "free")
+    per_device_eval_batch_size: int = _optim(
+        16,
+        _COUNT,
+        "rows it evaluates at a time",
+        "free",
+        owner="model",  # or figures would differ in rounding
+    )
     gradient_accumulation_steps: int = _optim(1, _COUNT, "batches that make up one step")
     group_by_length: bool = _optim(True, SWITCH, "rows of like length share a batch")
     pad_to_multiple_of: int = _optim(8, whole(1, 512), "batch lengths are rounded up to a multiple")
@@ -140,7 +159,9 @@ class Config:
     seed: int = _optim(42, whole(0, 2**32 - 1), "of all that is random")
 
     device: str = _device("auto", DEVICE, "where to compute", "warn")
-    amp: str = _device("auto", choice("auto", "off", "bf16", "fp16"), "mixed precision", "anyway")
+    amp: str = _device(
+        "auto", choice("auto", "off", "bf16", "fp16"), "mixed precision", "anyway", owner="model"
+    )
     deterministic: bool = _device(False, SWITCH, "bitwise repeatable on CUDA too, and slower", "anyway")
     num_threads: int | None = _device(None, or_null(whole(1, 1024)), "null: as many as cores", "warn")
 
@@ -157,7 +178,7 @@ class Config:
     evaluate_during_training: bool = _run(False, SWITCH, "the old name of eval_strategy steps", "free")
     save_total_limit: int | None = _run(None, _LIMIT, "checkpoints kept besides the best", "free")
     metric_for_best_model: str | None = _run(
-        None, or_null(choice(*METRICS)), "what to watch; null: the task's first metric", "free"
+        None, or_null(choice(*METRICS)), "what to watch; null: the task's first metric", "free", owner="model"
     )
     load_best_model_at_end: bool = _run(False, SWITCH, "the final folder holds the best weights", "free")
     early_stopping_patience: int | None = _run(None, _LIMIT, "evaluations without a better one", "free")

@@ -77,12 +77,14 @@ def confusion_of(evaluation: Evaluation, split: Split, labels: Sequence[str]) ->
 
 def _predictions(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> bytes:
     predictions = make_predictions(evaluation.logits, split.tokens, labels)
+    pairs = split.pairs
     return format_predictions(
-        lines=split.pairs.line_of_row,
+        lines=pairs.line_of_row,
+        files=[pairs.files[i] for i in pairs.file_of_row] if len(pairs.files) > 1 else None,
         predicted=[p.score if p.label is None else p.label for p in predictions],
         scores=[p.score for p in predictions],
         truncated=split.tokens.truncated,
-        gold=split.pairs.labels,
+        gold=pairs.labels,
         labels=labels or (),
         probabilities=[list(p.probabilities.values()) for p in predictions],
     )

@@ -7,8 +7,10 @@ what a row rides with changes its logits by rounding only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +18,32 @@ import torch
 
 from bertpair.batching import pad_batch, token_budget_batches
 from bertpair.checkpoint import final_folder
-from bertpair.errors import ConfigError, DataError
+from bertpair.errors import CheckpointError, ConfigError, DataError
 from bertpair.hub import resolve_folder
 from bertpair.manifest import MANIFEST_NAME, verify_folder
-from bertpair.model import BertClassifier, Layer
-from bertpair.model_config import read_folder
+from bertpair.model import BertClassifier
+from bertpair.model_config import ModelFolder, read_folder
 from bertpair.packed import PackedClassifier
 from bertpair.pretrained import load_model
 from bertpair.quantize import check_int8, choose_linear, int8_linear
-from bertpair.runtime import Precision, resolve_device, resolve_precision, set_threads, stop_flag
+from bertpair.runtime import (
+    Precision,
+    resolve_device,
+    resolve_precision,
+    set_threads,
+    stop_flag,
+    survive_fork,
+)
+from bertpair.settings_file import read_settings
+from bertpair.task import find_task
 from bertpair.tokenizer import Tokenizer, Tokens
 
-Pair = tuple[str, str] | Sequence[str] | str
+logger = logging.getLogger(__name__)
+
+NAMES = (("text_a", "text_b"), ("sentence1", "sentence2"))  # of the service's routes, the new and the old
+_EXPECTED_NAMES = "text_a and text_b, or sentence1 and sentence2 (the first alone for a single text)"
+
+Pairs = Iterable[Any]  # (text_a, text_b) each, or single texts, or mappings with `NAMES`; or a data frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +74,7 @@ class Scorer:
 
         `on_rows(n)` is called after each batch of n rows. Raises StoppedError when the stop flag is set.
         """
+        survive_fork()
         lengths = np.diff(tokens.offsets)
         batches = token_budget_batches(lengths, self.max_batch_tokens, self.pad_to_multiple_of)
         out = torch.empty(len(tokens), self.model.config.num_labels, dtype=torch.float32, device=self.device)
@@ -94,35 +111,92 @@ def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
-def split_pairs(pairs: Sequence[Pair]) -> tuple[list[str], list[str] | None]:
-    """Pairs, or single texts, as two columns; the second is None for single texts.
+def as_rows(pairs: Pairs, takes_pairs: bool | None) -> list[Any]:
+    """What a caller gave as a list of rows: each a text, two texts, or a mapping with the service's names.
+
+    One pair alone is one row: two texts given to a model of pairs, or, where `takes_pairs` is not known, a
+    tuple of two texts. Raises DataError for what holds no rows.
+    """
+    if hasattr(pairs, "columns"):  # a data frame
+        return _rows_of_frame(pairs)
+    if isinstance(pairs, str | bytes) or not isinstance(pairs, Iterable):
+        raise DataError(f"pairs: found {pairs!r:.60}; expected a list of pairs, or of single texts")
+    if isinstance(pairs, Mapping):
+        return [pairs]
+    rows = list(pairs)
+    is_bare = takes_pairs or (takes_pairs is None and isinstance(pairs, tuple))
+    return [rows] if is_bare and len(rows) == 2 and all(isinstance(row, str) for row in rows) else rows
+
+
+def _rows_of_frame(frame: Any) -> list[Any]:
+    """The columns by the service's names; other names only where the frame has nothing but the texts."""
+    columns = [str(name) for name in frame.columns]
+    found = next(([n for n in names if n in columns] for names in NAMES if names[0] in columns), [])
+    if not found and len(columns) <= 2:
+        found = list(frame.columns)
+    if not found:
+        raise DataError(
+            f"pairs: found a table with the columns {', '.join(columns)}; expected {_EXPECTED_NAMES}"
+        )
+    texts = [list(frame[name]) for name in found]
+    return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
+
+
+def split_pairs(rows: Sequence[Any]) -> tuple[list[str], list[str] | None]:
+    """Rows as two columns; the second is None for single texts.
 
     Raises DataError naming the row where the two are mixed or something is not a text.
     """
-    if isinstance(pairs, str):
-        raise DataError(f"pairs: found one text {pairs[:40]!r}; expected a list of pairs, or of single texts")
-    single = bool(pairs) and isinstance(pairs[0], str)
-    for row, pair in enumerate(pairs):
-        texts = [pair] if single else pair
-        count = 1 if single else 2
-        if isinstance(texts, str) or len(texts) != count or not all(isinstance(text, str) for text in texts):
-            expected = "a text like the first row" if single else "two texts"
-            raise DataError(f"pairs[{row}]: expected {expected}, found {pair!r:.80}")
-    if single:
-        return [str(text) for text in pairs], None
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    found = [_texts_of(number, row) for number, row in enumerate(rows)]
+    count = len(found[0]) if found else 2
+    for number, texts in enumerate(found):
+        if len(texts) != count:
+            expected = "a single text" if count == 1 else "two texts"
+            raise DataError(
+                f"pairs[{number}]: expected {expected} like the first row, found {rows[number]!r:.80}"
+            )
+    return [texts[0] for texts in found], None if count == 1 else [texts[1] for texts in found]
+
+
+def _texts_of(number: int, row: Any) -> list[str]:
+    """The one or two texts of a row."""
+    if isinstance(row, str):
+        return [row]
+    if isinstance(row, Mapping):
+        names = next((names for names in NAMES if names[0] in row), None)
+        if names is None:
+            raise DataError(
+                f"pairs[{number}]: found the keys {', '.join(map(str, row))}; expected {_EXPECTED_NAMES}"
+            )
+        texts = [row[name] for name in names if row.get(name) is not None]
+    else:
+        texts = list(row) if isinstance(row, list | tuple | np.ndarray) else []
+    if not 1 <= len(texts) <= 2 or (len(texts) == 1 and not isinstance(row, Mapping)):
+        raise DataError(f"pairs[{number}]: expected two texts, found {row!r:.80}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"pairs[{number}]: expected texts, found {text!r:.80} ({type(text).__name__})")
+    return texts
 
 
 class PairClassifier:
     """A trained model folder, ready to answer: `PairClassifier.from_pretrained(folder).predict(pairs)`.
 
-    Thread-compatible, not thread-safe: one caller at a time.
+    Thread-compatible, not thread-safe: one caller at a time. Copies and pickles answer alike. A process that
+    is forked after the first use computes with one thread; started by spawn or forkserver, with all.
     """
 
-    def __init__(self, scorer: Scorer, tokenizer: Tokenizer, labels: tuple[str, ...] | None) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        tokenizer: Tokenizer,
+        labels: tuple[str, ...] | None,
+        takes_pairs: bool | None = None,
+    ) -> None:
         self.scorer = scorer
         self.tokenizer = tokenizer
         self.labels = labels  # in id order; None for a regression model
+        self.takes_pairs = takes_pairs  # None: not known; the first use settles it
         self.max_seq_length = scorer.max_length
 
     @classmethod
@@ -150,11 +224,12 @@ class PairClassifier:
         accuracy for speed.
         Raises CheckpointError where the folder cannot be used, ConfigError for a bad argument.
         """
+        survive_fork()
         if num_threads is not None:
             set_threads(num_threads)
         path = final_folder(resolve_folder(name_or_path, revision=revision, cache_dir=cache_dir))
         if (path / MANIFEST_NAME).is_file():
-            verify_folder(path, allow_extra=True)
+            verify_folder(path)
         folder = read_folder(path)
         tokenizer = Tokenizer.from_folder(path, word_table=folder.config.vocab_size)
         model, _ = load_model(folder, num_labels=folder.config.num_labels, require_head=True)
@@ -175,23 +250,53 @@ class PairClassifier:
         if target.type == "cpu" and (optimize or quantize):
             ready = prepare(model, precision, quantize)
         scorer = Scorer(ready, tokenizer.pad_id, target, precision, cut, max_batch_tokens)
-        return cls(scorer, tokenizer, labels)
+        return cls(scorer, tokenizer, labels, stored_takes_pairs(folder))
 
-    def predict(self, pairs: Sequence[Pair]) -> list[Prediction]:
-        """One `Prediction` a row, in the order given. `pairs` holds (text_a, text_b), or single texts."""
+    def predict(self, pairs: Pairs) -> list[Prediction]:
+        """One `Prediction` a row, in the order given.
+
+        `pairs` holds what the model was trained on: (text_a, text_b) each, or single texts. Rows may be
+        mappings with text_a and text_b; arrays, generators and data frames do too. Two texts alone, given to
+        a model of pairs, are one pair. Raises DataError for anything else.
+        """
         return self.predict_tokens(self._encode(pairs))
 
     def predict_tokens(self, tokens: Tokens) -> list[Prediction]:
         """One `Prediction` a row of token ids, as `tokenizer.encode` gives them."""
         return make_predictions(self.scorer.logits(tokens), tokens, self.labels)
 
-    def logits(self, pairs: Sequence[Pair]) -> npt.NDArray[np.float32]:
+    def logits(self, pairs: Pairs) -> npt.NDArray[np.float32]:
         """Raw logits, (rows, C) float32, in the order given."""
         return self.scorer.logits(self._encode(pairs))
 
-    def _encode(self, pairs: Sequence[Pair]) -> Tokens:
-        text_a, text_b = split_pairs(pairs)
+    def _encode(self, pairs: Pairs) -> Tokens:
+        text_a, text_b = split_pairs(as_rows(pairs, self.takes_pairs))
+        if text_a:
+            self._settle(text_b is not None)
         return self.tokenizer.encode(text_a, text_b, self.max_seq_length)
+
+    def _settle(self, pairs_came: bool) -> None:
+        """DataError for pairs where the model takes single texts, and the other way round."""
+        kinds = {True: "pairs of texts", False: "single texts"}
+        if self.takes_pairs is None:
+            logger.info("nothing in the model folder says so: from here on it takes %s", kinds[pairs_came])
+            self.takes_pairs = pairs_came
+        if self.takes_pairs != pairs_came:
+            raise DataError(f"pairs: this model takes {kinds[self.takes_pairs]}, found {kinds[pairs_came]}")
+
+
+def stored_takes_pairs(folder: ModelFolder) -> bool | None:
+    """Whether the model takes pairs: as config.json says, else as the settings of its training say."""
+    path = folder.path / "training_args.yaml"
+    if folder.takes_pairs is not None or not path.is_file():
+        return folder.takes_pairs
+    try:
+        settings: Mapping[str, Any] = read_settings(str(path)).values
+        column = settings.get("text_b_column", "auto")
+        text_b = find_task(settings.get("task_name")).text_b if column == "auto" else column
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    return text_b is not None
 
 
 def make_predictions(
@@ -233,9 +338,7 @@ def prepare(model: BertClassifier, precision: Precision, quantize: str | None) -
     if quantize is not None:
         return PackedClassifier(model, int8_linear).eval()
     dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
-    first = model.layers[0]
-    assert isinstance(first, Layer)
-    return PackedClassifier(model, choose_linear(first.up.weight.detach().to(dtype)), dtype).eval()
+    return PackedClassifier(model, choose_linear(dtype), dtype).eval()
 
 
 def trained_cut(

@@ -150,15 +150,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def verify_folder(folder: Path, *, allow_extra: bool = False) -> Manifest:
+def verify_folder(folder: Path) -> Manifest:
     """The manifest of a whole folder; CheckpointError names each file that is not as the manifest says.
 
-    Sizes are compared before anything is hashed. A file that the manifest does not name is a fault
-    unless `allow_extra`, or hidden (file managers and network file systems leave such).
+    Sizes are compared before anything is hashed. Files that the manifest does not name are passed over: they
+    are never loaded.
     """
     manifest = read_manifest(folder)
-    faults = [] if allow_extra else extra_files(folder, manifest)
-    faults += [fault for entry in manifest.files if (fault := _size_fault(folder, entry))]
+    faults = [fault for entry in manifest.files if (fault := _size_fault(folder, entry))]
     if not faults:
         faults = [fault for entry in manifest.files if (fault := file_fault(folder, entry))]
     if faults:

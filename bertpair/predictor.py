@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bertpair.checkpoint import final_folder
-from bertpair.command_line import config_from_folder
+from bertpair.command_line import model_settings
 from bertpair.dataset import DataSettings, resolve_source
 from bertpair.errors import ConfigError
 from bertpair.hub import resolve_folder
@@ -29,7 +29,6 @@ from bertpair.packed import fill_up
 from bertpair.refusal import BadNumberError
 from bertpair.runtime import set_threads
 from bertpair.serve_config import ServeConfig
-from bertpair.task import find_task
 from bertpair.tokenizer import Tokens, check_max_length
 from bertpair.truncation import offsets_of
 from bertpair.tsv import read_pairs
@@ -203,7 +202,7 @@ def load_predictor(config: ServeConfig) -> Predictor:
     assert config.model_dir is not None
     threads = set_threads(config.num_threads)
     path = final_folder(resolve_folder(config.model_dir))
-    settings = config_from_folder(path)
+    settings = model_settings(path)
     trained = settings.get("max_seq_length")
     if isinstance(trained, int):
         trained = min(trained, read_folder(path).config.max_position_embeddings)
@@ -216,7 +215,8 @@ def load_predictor(config: ServeConfig) -> Predictor:
         max_batch_tokens=2**31,  # the queue cuts batches, not the scorer
     )
     cut = classifier.max_seq_length
-    check_max_length(cut, num_texts=2 if takes_pairs(settings) else 1)
+    classifier.takes_pairs = classifier.takes_pairs is not False  # where nothing says so, pairs
+    check_max_length(cut, num_texts=2 if classifier.takes_pairs else 1)
     if config.max_batch_tokens is not None and config.max_batch_tokens < cut:
         raise ConfigError(
             f"max_batch_tokens {config.max_batch_tokens} is below the cut of {cut} tokens: a row must fit"
@@ -229,7 +229,7 @@ def load_predictor(config: ServeConfig) -> Predictor:
         classifier,
         Path(config.model_dir).resolve().name,
         weights_digest(path)[:12],
-        takes_pairs=takes_pairs(settings),
+        takes_pairs=classifier.takes_pairs,
         max_text_chars=chars,
         precision=config.quantize or precision,
         settings=settings,
@@ -247,14 +247,6 @@ def load_predictor(config: ServeConfig) -> Predictor:
         cut,
     )
     return found
-
-
-def takes_pairs(settings: Mapping[str, Any]) -> bool:
-    """Whether the model was trained on pairs, by the settings in its folder; where there are none, it was."""
-    column = settings.get("text_b_column", "auto")
-    if column == "auto":
-        return find_task(settings.get("task_name")).text_b is not None
-    return column is not None
 
 
 def weights_digest(folder: Path) -> str:

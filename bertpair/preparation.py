@@ -174,20 +174,20 @@ def _read_pairs(
     config: Config, source: Source, folder: ModelFolder
 ) -> tuple[Pairs, Pairs | None, tuple[str, ...] | None]:
     """Training pairs, dev pairs and the labels in the model's order; says what the two sets share."""
-    train = _read(config, source, source.train_files, source.labels, config.max_train_samples)
+    train = _read(config, source, source.train_files, source.labels, "max_train_samples")
     labels = training_labels(train, source)
     if labels is not None:
         labels = label_order(folder, labels, new_head=config.new_head)
     dev = None
     if source.dev_files and config.runs_evaluation:
-        dev = _read(config, source, source.dev_files, labels, config.max_eval_samples)
+        dev = _read(config, source, source.dev_files, labels, "max_eval_samples")
     for warning in overlap_warnings(train, dev, regression=source.regression):
         logger.warning("%s", warning)
     return train, dev, labels
 
 
 def _read(
-    config: Config, source: Source, files: Sequence[Path], labels: Sequence[str] | None, limit: int | None
+    config: Config, source: Source, files: Sequence[Path], labels: Sequence[str] | None, limit_name: str
 ) -> Pairs:
     return read_pairs(
         files,
@@ -195,7 +195,8 @@ def _read(
         labels=labels,
         regression=source.regression,
         on_bad_row=config.on_bad_row,
-        limit=limit,
+        limit=getattr(config, limit_name),
+        limit_name=limit_name,
     )
 
 

@@ -9,7 +9,6 @@ them. Where they are missing, `check_int8` says so.
 from __future__ import annotations
 
 import re
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,45 +25,73 @@ MakeLinear = Callable[[Tensor, Tensor, str | None], Linear]  # weight (out, in),
 
 _FUSED = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
 TYPICAL_ROWS = 256  # oneDNN chooses the weights' layout for about so many; any number runs
-PROBE_ROWS = 64
-PROBE_ROUNDS = 5
-PAYS = 1.1  # packing is taken where it is faster by this factor
 
 
-def plain_linear(weight: Tensor, bias: Tensor, activation: str | None) -> Linear:
+class PlainLinear:
     """PyTorch's own."""
-    if activation is None:
-        return lambda x: F.linear(x, weight, bias)
-    function = ACTIVATIONS[activation]
-    return lambda x: function(F.linear(x, weight, bias))
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str | None) -> None:
+        self.weight, self.bias, self.activation = weight, bias, activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return activate(F.linear(x, self.weight, self.bias), self.activation)
 
 
-def packed_linear(weight: Tensor, bias: Tensor, activation: str | None) -> Linear:
+class PackedLinear:
     """The same with the weight reordered once as oneDNN wants it, and the activation fused.
 
-    In float32 it equals `plain_linear` up to rounding.
+    In float32 it equals `PlainLinear` up to rounding.
     """
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
-    name, algorithm = _FUSED[activation]
-    run = torch.ops.mkldnn._linear_pointwise
-    return lambda x: run(x, packed, bias, name, [], algorithm)
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str | None) -> None:
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
+        self.bias, self.activation = bias, activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        name, algorithm = _FUSED[self.activation]
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
+        return result
+
+    def __reduce__(
+        self,
+    ) -> tuple[object, ...]:  # the reordered weight itself can be neither copied nor pickled
+        return type(self), (self.packed.to_dense(), self.bias, self.activation)
+
+
+class Int8Linear:
+    """Dynamic int8; inputs, bias and outputs are float32."""
+
+    def __init__(self, steps: Tensor, scales: Tensor, bias: Tensor, activation: str | None) -> None:
+        """`steps` (out, in) int8 times `scales` (out,) float64 are the weight."""
+        zeros = torch.zeros(len(steps), dtype=torch.int64)
+        with warnings.catch_warnings():  # that such tensors will be removed one day; `check_int8` will see it
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+            quantized = torch._make_per_channel_quantized_tensor(steps, scales, zeros, 0)
+        self.packed = torch.ops.quantized.linear_prepack(quantized, bias)
+        self.bias, self.activation = bias, activation
+        self.narrow = (
+            not cpu_has_vnni()
+        )  # without it, sums of two products overflow 16 bits: inputs get 7 bits
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product = torch.ops.quantized.linear_dynamic(x, self.packed, self.narrow)
+        return activate(product, self.activation)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        quantized, _ = torch.ops.quantized.linear_unpack(self.packed)
+        scales = quantized.q_per_channel_scales()
+        return type(self), (quantized.int_repr(), scales, self.bias, self.activation)
 
 
 def int8_linear(weight: Tensor, bias: Tensor, activation: str | None) -> Linear:
-    """Dynamic int8; inputs, bias and outputs are float32."""
+    """Round a float32 weight (out, in) to int8, each output row by its own scale."""
     scales = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny * 2**24)
     steps = (weight / scales[:, None]).round().clamp(-127, 127).to(torch.int8)
-    zeros = torch.zeros(len(weight), dtype=torch.int64)
-    with warnings.catch_warnings():  # that such tensors will be removed one day; `check_int8` will see it
-        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
-        quantized = torch._make_per_channel_quantized_tensor(steps, scales.double(), zeros, 0)
-    packed = torch.ops.quantized.linear_prepack(quantized, bias)
-    run = torch.ops.quantized.linear_dynamic
-    narrow = not cpu_has_vnni()  # without it, sums of two products overflow 16 bits: inputs get 7 bits
-    if activation is None:
-        return lambda x: run(x, packed, narrow)
-    function = ACTIVATIONS[activation]
-    return lambda x: function(run(x, packed, narrow))
+    return Int8Linear(steps, scales.double(), bias, activation)
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    return x if activation is None else ACTIVATIONS[activation](x)
 
 
 def check_int8() -> None:
@@ -89,23 +116,16 @@ def cpu_has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return any(not known.isdisjoint(line.split()) for line in lines)
 
 
-def choose_linear(weight: Tensor) -> MakeLinear:
-    """`packed_linear` where it pays for weights of this type and shape, else `plain_linear`."""
+def choose_linear(dtype: torch.dtype) -> MakeLinear:
+    """`PackedLinear` wherever this build of PyTorch runs it for weights of `dtype`, else `PlainLinear`.
+
+    Packing was the faster one for every size of layer and of batch that was measured.
+    """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return plain_linear
-    bias = torch.zeros(len(weight), dtype=weight.dtype)
-    x = torch.full((PROBE_ROWS, weight.shape[1]), 0.01, dtype=weight.dtype)
+        return PlainLinear
+    ones = torch.ones(16, 16, dtype=dtype)
     try:
-        candidates = [make(weight, bias, None) for make in (plain_linear, packed_linear)]
-        with torch.inference_mode():
-            rounds = [[_time(linear, x) for linear in candidates] for _ in range(1 + PROBE_ROUNDS)]
+        PackedLinear(ones, ones[0], None)(ones)
     except (AttributeError, RuntimeError):  # the operators are private, and some builds lack them
-        return plain_linear
-    plain, packed = (min(times) for times in zip(*rounds[1:], strict=True))
-    return packed_linear if plain > PAYS * packed else plain_linear
-
-
-def _time(linear: Linear, x: Tensor) -> float:
-    began = time.perf_counter()
-    linear(x)
-    return time.perf_counter() - began
+        return PlainLinear
+    return PackedLinear

@@ -30,6 +30,7 @@ def format_eval_results(metrics: Mapping[str, float | int | str]) -> dict[str, b
 def format_predictions(
     *,
     lines: Iterable[int],
+    files: Iterable[str] | None = None,
     predicted: Iterable[str | float],
     scores: Iterable[float],
     truncated: Iterable[bool],
@@ -37,9 +38,11 @@ def format_predictions(
     labels: Sequence[str] = (),
     probabilities: ArrayLike | None = None,
 ) -> bytes:
-    """`predictions.tsv`, a row per prediction: line, gold (if given), predicted, score, truncated (0 or 1),
-    and a column `prob_<label>` for each of `labels`; none for regression, where the score is the value."""
-    columns: dict[str, Iterable[str]] = {"line": map(str, lines)}
+    """`predictions.tsv`, a row per prediction: file (if given), line, gold (if given), predicted, score,
+    truncated (0 or 1), and a column `prob_<label>` for each of `labels`; none for regression, where the score
+    is the value."""
+    columns: dict[str, Iterable[str]] = {} if files is None else {"file": map(_cell, files)}
+    columns["line"] = map(str, lines)
     if gold is not None:
         columns["gold"] = map(_cell, gold)
     columns["predicted"] = map(_cell, predicted)

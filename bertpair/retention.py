@@ -1,23 +1,33 @@
 """What stays in an output folder and what goes: pruning, leftovers of a crash, an earlier run's checkpoints.
 
 Nothing is deleted that bertpair did not write, and a folder that goes is renamed first. All of it is for
-the process that holds the run's lock; what another process may be writing (evaluations) is told by its pid.
+the process that holds the run's lock.
 """
 
+import json
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from bertpair.checkpoint import FINAL_READY, list_checkpoints, newest_whole
 from bertpair.disk import remove, retire_folder
 from bertpair.errors import CheckpointError
 from bertpair.lock import is_alive
-from bertpair.manifest import MANIFEST_NAME, extra_files, file_fault, read_manifest, verify_folder
+from bertpair.manifest import MANIFEST_NAME, extra_files, read_manifest, verify_folder
 
 logger = logging.getLogger(__name__)
 
+INPUT_FILE = "input.json"
+RESULT_FILES = (
+    "confusion_matrix.png",
+    "eval_results.json",
+    "eval_results.txt",
+    "predictions.tsv",
+    INPUT_FILE,
+)
 MODEL_FILES = (
     "config.json",
     "model.safetensors",
@@ -27,20 +37,10 @@ MODEL_FILES = (
     "trainer_state.json",
     "vocab.txt",
 )
-RUN_FILES = (
-    ".run.json",
-    "confusion_matrix.png",
-    "curves.png",
-    "eval_results.json",
-    "eval_results.txt",
-    "metrics.jsonl",
-    "predictions.tsv",
-    "training_args.yaml",
-)
+RUN_FILES = (".run.json", "curves.png", "metrics.jsonl", "training_args.yaml", *RESULT_FILES)
 _FOLDER_NAME = rf"checkpoint-(?:0|[1-9]\d{{0,17}})|{re.escape(FINAL_READY)}"
 _TEMPORARY_FOLDER = re.compile(rf"({_FOLDER_NAME})\.(tmp|old)-\d{{1,10}}(?:-\d{{1,10}})?", re.ASCII)
 _TEMPORARY_FILE = re.compile(r"\.(.+)\.tmp-(\d{1,10})", re.ASCII)
-_TEMPORARY_EVALUATION = re.compile(r".+\.tmp-(\d{1,10})", re.ASCII)
 
 
 def prune(
@@ -101,10 +101,6 @@ def remove_leftovers(output_dir: Path) -> list[Path]:
             gone += [path] if remove(path) else []
         elif path.is_file() and _is_dead_file(path):
             gone += [path] if remove(path) else []
-    for path in _children(output_dir / "eval"):
-        matched = _TEMPORARY_EVALUATION.fullmatch(path.name)
-        if matched and path.is_dir() and not path.is_symlink() and _is_dead(matched[1]):
-            gone += [path] if remove(path) else []
     return gone
 
 
@@ -133,27 +129,23 @@ def _is_dead(pid: str) -> bool:
     return int(pid) == os.getpid() or not is_alive(int(pid))
 
 
-def owned_paths(output_dir: Path) -> list[Path]:
-    """What bertpair wrote into an output folder: what may go when the user asks to overwrite it.
+def discard_evaluations(output_dir: Path, run_id_to_keep: str) -> None:
+    """Delete the results that evaluate.py wrote for models of other runs, once those models are gone."""
+    for folder in _children(output_dir / "eval"):
+        try:
+            said = json.loads((folder / INPUT_FILE).read_bytes())
+        except (OSError, ValueError):
+            continue  # not evaluate.py's
+        if isinstance(said, dict) and said.get("run_id") != run_id_to_keep:
+            for name in RESULT_FILES:
+                (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # something of the user's lies in it
+                folder.rmdir()
 
-    Checkpoints and a staged model that their manifests describe without anything beside, the model's files
-    that are still as they were written, and the files of a run by their names. Not the lock.
-    """
-    owned = {output_dir / name for name in RUN_FILES}
-    owned |= {folder / name for folder in _children(output_dir / "eval") for name in RUN_FILES}
-    owned = {path for path in owned if path.is_file() and not path.is_symlink()}
-    folders = [path for _, path in list_checkpoints(output_dir)] + [output_dir / FINAL_READY]
-    owned |= {path for path in folders if not path.is_symlink() and _run_of(path) is not None}
-    owned.update(_model_files(output_dir))
-    return sorted(owned)
 
-
-def _model_files(output_dir: Path) -> Iterator[Path]:
+def run_id_of(folder: Path) -> str | None:
+    """Which run wrote a model folder; None where it is no folder of a run's."""
     try:
-        manifest = read_manifest(output_dir)
+        return read_manifest(folder).run_id
     except CheckpointError:
-        return
-    yield output_dir / MANIFEST_NAME
-    for entry in manifest.files:
-        if file_fault(output_dir, entry) is None:
-            yield output_dir / entry.name
+        return None

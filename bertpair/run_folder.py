@@ -30,7 +30,7 @@ from bertpair.disk import (
 )
 from bertpair.errors import CheckpointError, ConfigError
 from bertpair.lock import RunLock
-from bertpair.retention import discard_others, prune
+from bertpair.retention import discard_evaluations, discard_others, prune
 from bertpair.run_state import (
     METRICS_FILE,
     OPTIMIZER_FILE,
@@ -196,8 +196,9 @@ class RunFolder:
         if moved:
             try:
                 discard_others(self.path, self.run_id, is_finished=True)
+                discard_evaluations(self.path, self.run_id)
             except (OSError, CheckpointError) as error:
-                logger.warning("an earlier run's checkpoints stay: %s", error)
+                logger.warning("what an earlier run left stays: %s", error)
 
 
 def _attempt(write: Callable[[], None], target: Path, consequence: str) -> bool:

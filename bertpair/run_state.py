@@ -129,7 +129,7 @@ def finished_run(output_dir: Path) -> RunState | None:
             logger.warning("the final model is passed over: %s has no %s", output_dir, MANIFEST_NAME)
         return None
     try:
-        final = read_run_state(output_dir, verify_folder(output_dir, allow_extra=True))
+        final = read_run_state(output_dir, verify_folder(output_dir))
     except CheckpointError as error:
         logger.warning("the final model is passed over: %s", error)
         return None

@@ -6,6 +6,7 @@ caller stores with the run and passes in again on resume: a resumed run never pr
 
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import random
@@ -25,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bertpair.errors import ConfigError, StoppedError
+
+logger = logging.getLogger(__name__)
 
 PrecisionName = Literal["off", "bf16", "fp16"]
 PROBE_SECONDS = 1.0  # no new round of the bf16 probe starts after this
@@ -127,6 +130,21 @@ def set_threads(num_threads: int | None) -> int:
     """Set torch's threads and return what is in force; None: torch's own choice, cut to the usable cores."""
     torch.set_num_threads(num_threads or min(torch.get_num_threads(), usable_cores()))
     return torch.get_num_threads()
+
+
+_threads_of: int | None = None  # the process whose threads compute
+
+
+def survive_fork() -> None:
+    """Call before computing. A child forked after that has one thread from its first call on.
+
+    The parent's threads do not exist in the child, and PyTorch would wait for them for ever.
+    """
+    global _threads_of
+    if _threads_of not in (None, os.getpid()):
+        logger.info("forked after its first use: computing with one thread")
+        torch.set_num_threads(1)
+    _threads_of = os.getpid()
 
 
 def keep_freed_memory() -> bool:

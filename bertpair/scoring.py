@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertpair.checkpoint import final_folder, list_checkpoints
-from bertpair.command_line import config_from_folder
+import numpy as np
+
+from bertpair.checkpoint import final_folder, list_checkpoints, output_dir_of
+from bertpair.command_line import model_settings
 from bertpair.config import Config, check_config
 from bertpair.corpus import Encoding
 from bertpair.dataset import Source, columns_for, resolve_source
@@ -21,6 +26,7 @@ from bertpair.inference import PairClassifier
 from bertpair.metrics import per_class
 from bertpair.preparation import data_settings
 from bertpair.report import class_table, comparison_table, confusion_table
+from bertpair.retention import INPUT_FILE, RESULT_FILES, run_id_of
 from bertpair.runtime import allowed_precisions, resolve_device, set_deterministic, set_threads
 from bertpair.tsv import Pairs, read_pairs
 
@@ -44,11 +50,14 @@ class EvaluationResult:
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """A model folder to evaluate, its name in the table, and where its files go."""
+    """A model folder to evaluate, its name in the table, and what its results' folder is called after.
+
+    `prefix` is empty for the model that was asked for.
+    """
 
     name: str
     path: Path
-    output: Path
+    prefix: str = ""
 
 
 def evaluate(
@@ -57,10 +66,11 @@ def evaluate(
     """Evaluate the model in `model_dir` on `data_file` (default: the dev file it was trained with).
 
     Columns and labels are those of the model's training; the files go to `output_dir`, by default
-    `eval/<data file>/` in the model folder. Raises ConfigError, DataError or CheckpointError.
+    `eval/<data file>-<digest>/` in the model folder (for a checkpoint, in the folder above it). Raises
+    ConfigError, DataError or CheckpointError.
     """
     values: dict[str, Any] = {
-        **config_from_folder(final_folder(Path(model_dir))),
+        **model_settings(final_folder(Path(model_dir).expanduser())),
         "model_dir": str(model_dir),
     }
     values["data_file"] = None if data_file is None else [str(data_file)]
@@ -81,7 +91,7 @@ def evaluate_models(
     set_threads(config.num_threads)
     set_deterministic(config.deterministic)
     source, files = _resolve_files(config)
-    candidates = _candidates(config, files)
+    candidates = _candidates(config)
     first = _open(candidates[0], config, explicit)
     _check_task(config, first, source)
     pairs = read_pairs(
@@ -91,14 +101,18 @@ def evaluate_models(
         regression=first.labels is None,
         on_bad_row=config.on_bad_row,
         limit=config.max_eval_samples,
+        limit_name="max_eval_samples",
     )
+    data = _describe_data(pairs)
     by_model, folders, tables = {}, {}, []
     for candidate in candidates:
         model = first if candidate is candidates[0] else _open(candidate, config, explicit)
         _check_same_labels(first, model, candidate)
-        evaluation, table = _evaluate_one(config, candidate, model, pairs)
+        output = _output_folder(config, candidate, data)
+        evaluation, files_of_it, table = _evaluate_one(config, candidate, model, pairs)
+        _write_files(output, {**files_of_it, INPUT_FILE: _describe_input(config, candidate, data)})
         by_model[candidate.name] = evaluation.metrics
-        folders[candidate.name] = str(candidate.output)
+        folders[candidate.name] = str(output)
         tables.append(table)
     asked = candidates[-1 - len(config.compare or ())].name
     text = tables[0] if len(tables) == 1 else comparison_table(by_model, _watched(config, source))
@@ -117,28 +131,66 @@ def _resolve_files(config: Config) -> tuple[Source, tuple[Path, ...]]:
     return source, source.test_files if kind == "test" else source.dev_files
 
 
-def _candidates(config: Config, files: Sequence[Path]) -> list[_Candidate]:
+def _candidates(config: Config) -> list[_Candidate]:
     """The folders to evaluate: checkpoints in numeric order, then the model itself, then what it is
     compared with."""
-    if config.model_dir is None:
-        raise ConfigError("model_dir: not set; name a trained folder (or output_dir in config.yaml)")
-    model_dir = resolve_folder(config.model_dir, revision=config.revision, cache_dir=config.cache_dir)
-    data_name = files[0].name
-    given = None if config.eval_output_dir is None else Path(config.eval_output_dir)
-    own = given or model_dir / "eval" / data_name
+    model_dir = _model_folder(config)
     found = []
     if config.all_checkpoints:
-        root = given or model_dir / "eval"
-        found = [_Candidate(p.name, p, root / p.name) for _, p in list_checkpoints(model_dir)]
+        found = [_Candidate(p.name, p, p.name) for _, p in list_checkpoints(model_dir)]
         if not found:
             raise CheckpointError(f"{model_dir}: no checkpoint-N in it")
     final = final_folder(model_dir)
     if (final / "config.json").is_file() or not found:
-        found.append(_Candidate("final" if found else str(config.model_dir), final, own))
+        is_checkpoint = output_dir_of(model_dir) != model_dir
+        prefix = model_dir.absolute().name if is_checkpoint else ""
+        found.append(_Candidate("final" if found else str(config.model_dir), final, prefix))
     for other in config.compare or ():
         path = resolve_folder(other, revision=config.revision, cache_dir=config.cache_dir)
-        found.append(_Candidate(other, final_folder(path), own / f"compare-{path.name}"))
+        where = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]  # x/m and y/m are two models
+        found.append(_Candidate(other, final_folder(path), f"compare-{path.name}-{where}"))
     return found
+
+
+def _model_folder(config: Config) -> Path:
+    if config.model_dir is None:
+        raise ConfigError("model_dir: not set; name a trained folder (or output_dir in config.yaml)")
+    return resolve_folder(config.model_dir, revision=config.revision, cache_dir=config.cache_dir)
+
+
+def _describe_data(pairs: Pairs) -> list[dict[str, Any]]:
+    """Each data file by its path and content, and how many of its rows are scored."""
+    rows = np.bincount(pairs.file_of_row, minlength=len(pairs.files)).tolist()
+    described = []
+    for name, count in zip(pairs.files, rows, strict=True):
+        with open(name, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        described.append({"path": os.path.realpath(name), "sha256": digest, "rows": count})
+    return described
+
+
+def _describe_input(config: Config, candidate: _Candidate, data: list[dict[str, Any]]) -> bytes:
+    """input.json: which model was scored on which data."""
+    said = {
+        "model": os.path.realpath(candidate.path),
+        "run_id": run_id_of(candidate.path),
+        "data": data,
+        "predict": config.predict,
+    }
+    return (json.dumps(said, indent=2, ensure_ascii=False) + "\n").encode(errors="surrogateescape")
+
+
+def _output_folder(config: Config, candidate: _Candidate, data: list[dict[str, Any]]) -> Path:
+    """Where the files of one model's results on these data go; other data have another folder."""
+    if config.eval_output_dir is not None:
+        return Path(config.eval_output_dir) / candidate.prefix
+    digest = hashlib.sha256()
+    for file in data:
+        digest.update(os.fsencode(file["path"]) + b"\0" + file["sha256"].encode())
+    more = f"+{len(data) - 1}" if len(data) > 1 else ""
+    prefix = f"{candidate.prefix}-" if candidate.prefix else ""
+    name = f"{prefix}{os.path.basename(data[0]['path'])}{more}-{digest.hexdigest()[:8]}"
+    return output_dir_of(_model_folder(config)) / "eval" / (name + ("-predict" if config.predict else ""))
 
 
 def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> PairClassifier:
@@ -165,6 +217,11 @@ def _check_task(config: Config, model: PairClassifier, source: Source) -> None:
     kind = "regression" if model.labels is None else "classification"
     if source.regression != (model.labels is None):
         raise ConfigError(f"problem_type: {config.model_dir} is a {kind} model")
+    if model.takes_pairs is not None and model.takes_pairs != (source.columns.text_b is not None):
+        wanted = "pairs: name the column" if model.takes_pairs else "single texts: only null is allowed"
+        raise ConfigError(
+            f"text_b_column: found {source.columns.text_b!r}; {config.model_dir} takes {wanted}"
+        )
     if config.predict or model.labels is None or source.labels is None:
         return
     if set(source.labels) != set(model.labels):
@@ -182,27 +239,30 @@ def _check_same_labels(first: PairClassifier, model: PairClassifier, candidate: 
 
 def _evaluate_one(
     config: Config, candidate: _Candidate, model: PairClassifier, pairs: Pairs
-) -> tuple[Evaluation, str]:
-    """Score `pairs`, write the files, and give the tables for one model."""
+) -> tuple[Evaluation, dict[str, bytes], str]:
+    """Score `pairs`: the results, their files by name, and the tables for one model."""
     cache = Path(config.token_cache_dir) if config.token_cache_dir else None
     encoding = Encoding(model.tokenizer, model.max_seq_length, cache, config.overwrite_cache)
     split = encoding.split(pairs, model.labels, name=candidate.name)
     evaluation = evaluate_split(model.scorer, split, model.labels, label=candidate.name)
-    _write_files(candidate.output, result_files(evaluation, split, model.labels))
+    files = result_files(evaluation, split, model.labels)
     if split.targets is None:
-        return evaluation, f"{len(split)} rows predicted"
+        return evaluation, files, f"{len(split)} rows predicted"
     figures = "\n".join(f"{key} = {value:.6g}" for key, value in sorted(evaluation.metrics.items()))
     if model.labels is None:
-        return evaluation, figures
+        return evaluation, files, figures
     predicted = evaluation.logits.argmax(axis=1)
     classes = class_table(model.labels, per_class(split.targets, predicted, len(model.labels)))
     confusion = confusion_table(model.labels, confusion_of(evaluation, split, model.labels))
-    return evaluation, f"{classes}\n\n{confusion}\n\n{figures}"
+    return evaluation, files, f"{classes}\n\n{confusion}\n\n{figures}"
 
 
 def _write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write them; files of an earlier evaluation go first, so that nothing old ever stands beside them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in RESULT_FILES:
+            (folder / name).unlink(missing_ok=True)
         for name, data in files.items():
             replace_file(folder / name, data)
     except OSError as error:

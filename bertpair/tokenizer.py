@@ -92,6 +92,10 @@ class Tokenizer:
             check_size(tokenizer.vocab_size, word_table, folder)
         return tokenizer
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.backend.encode_special_tokens = True  # copies and pickles of the library's object forget it
+
     @cached_property
     def fingerprint(self) -> str:
         """Equal for tokenizers that give equal ids (under one version of the tokenizers library)."""

@@ -58,12 +58,14 @@ def read_pairs(
     regression: bool = False,
     on_bad_row: str = "error",
     limit: int | None = None,
+    limit_name: str = "limit",
 ) -> Pairs:
     """Read the files one after the other; texts come back verbatim, labels without surrounding spaces.
 
     `labels`: a label outside them is a bad row. `regression`: a label must be a finite number.
     `on_bad_row`: `error` raises a DataError with the first ten faults, `skip` leaves bad rows out, counts
-    and logs them; a file that cannot be read at all is an error in both. `limit`: so many good rows, no more.
+    and logs them; a file that cannot be read at all is an error in both. `limit`: so many good rows, no more;
+    the log then says of how many, and names the setting `limit_name`.
     """
     if on_bad_row not in ("error", "skip"):
         raise ConfigError(f"on_bad_row: found {on_bad_row!r}; allowed: error, skip")
@@ -77,12 +79,12 @@ def read_pairs(
         except DataError as error:
             broken.append(str(error))
             reader.note(str(error))
-        if reader.is_full:
-            break
     if on_bad_row == "error" and reader.num_faults:
         raise DataError(list_faults(reader.faults, reader.num_faults, _SHOWN_FAULTS))
     if broken:
         raise DataError(list_faults(broken, limit=_SHOWN_FAULTS))
+    if reader.num_rows > len(reader.text_a) and reader.is_full:
+        logger.info("%s: the first %s of %s rows", limit_name, f"{limit:,}", f"{reader.num_rows:,}")
     return reader.result()
 
 
@@ -150,6 +152,7 @@ class _Reader:
         self.headers: list[tuple[str, str]] = []  # where, and what stands there in the label's column
         self.faults: list[str] = []
         self.num_faults = 0
+        self.num_rows = 0  # those beyond the limit too
 
     @property
     def is_full(self) -> bool:
@@ -179,9 +182,9 @@ class _Reader:
                 self.note(f"{path}:{each}: an empty line; expected at least {places.needed} columns")
             empty_lines.clear()
             num_rows += 1
-            self._add(line, cells, fault, places)
-            if self.is_full:
-                return
+            if not self.is_full:
+                self._add(line, cells, fault, places)
+        self.num_rows += num_rows
         if not num_rows:
             raise DataError(f"{path}: " + ("only a header row, no rows" if places else "the file is empty"))
 

@@ -161,14 +161,15 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path: Path) -> N
     assert newest.path == tmp_path / "checkpoint-1" and "step 2" in newest.faults[0]
 
 
-def test_what_the_manifest_does_not_name_is_refused_unless_hidden(tmp_path: Path) -> None:
+def test_what_the_manifest_does_not_name_is_no_damage(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     (path / ".nfs0001").write_bytes(b"")
-    verify_folder(path)
     (path / "pytorch_model.bin").write_bytes(b"evil")
-    with pytest.raises(CheckpointError, match="pytorch_model.bin: not named"):
-        verify_folder(path)
-    verify_folder(path, allow_extra=True)
+    (path / "eval").mkdir()
+    verify_folder(path)
+    assert newest_whole(tmp_path).path == path
+    with pytest.raises(CheckpointError, match="not named"):
+        load_tensors(path, "pytorch_model.bin")
 
 
 def test_only_named_files_are_read_and_only_with_sense(tmp_path: Path) -> None:
@@ -201,7 +202,7 @@ def stage_final(output_dir: Path, word: str) -> None:
 def model_in(output_dir: Path) -> str:
     """Whose model a reader finds; it must never be a mixture, nor unverified."""
     folder = final_folder(output_dir)
-    verify_folder(folder, allow_extra=folder == output_dir)
+    verify_folder(folder)
     words = {(folder / name).read_text().split()[0] for name in MODEL}
     assert len(words) == 1
     return words.pop()

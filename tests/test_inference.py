@@ -1,10 +1,18 @@
+import copy
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_tiny_bert
 
-from bertpair import CheckpointError, ConfigError, DataError, PairClassifier, StoppedError
+from bertpair import CheckpointError, Config, ConfigError, DataError, PairClassifier, StoppedError, train
 from bertpair.inference import make_predictions, softmax
 from bertpair.runtime import stop_flag
 from bertpair.tokenizer import Tokens
@@ -53,8 +61,88 @@ def test_none_one_and_single_texts(hf_folder: Path) -> None:
     assert list(answer.probabilities) == ["negative", "neutral", "positive"] == list(model.labels or ())
     assert sum(answer.probabilities.values()) == pytest.approx(1) and answer.num_tokens == 6
     assert answer.score == max(answer.probabilities.values()) == answer.probabilities[answer.label or ""]
-    (single,) = model.predict(["the cat"])
+    (single,) = PairClassifier.from_pretrained(hf_folder).predict(["the cat"])
     assert single.num_tokens == 4 and not single.truncated
+
+
+def named(folder: Path, takes_pairs: bool) -> PairClassifier:
+    """A classifier whose folder says what it takes."""
+    config = json.loads((folder / "config.json").read_text())
+    config["bertpair"] = {"takes_pairs": takes_pairs, "header": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return PairClassifier.from_pretrained(folder)
+
+
+class Frame:
+    """What is asked of a data frame."""
+
+    def __init__(self, **columns: list[object]) -> None:
+        self.columns, self._columns = list(columns), columns
+
+    def __getitem__(self, name: str) -> list[object]:
+        return self._columns[name]
+
+
+A, B = ["the cat", "good food", "sat"], ["a mat", "bad", "中文 the"]
+ROWS = [list(row) for row in zip(A, B, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS,
+        zip(A, B, strict=True),
+        (row for row in ROWS),
+        np.array(ROWS),
+        np.array(ROWS, dtype=object),
+        [np.array(row) for row in ROWS],
+        [{"text_a": a, "text_b": b} for a, b in ROWS],
+        [{"index": 1, "sentence1": a, "sentence2": b} for a, b in ROWS],
+        Frame(index=[1, 2, 3], text_a=A, text_b=B),
+        Frame(question=A, answer=B),
+    ],
+)
+def test_pairs_in_every_form(hf_folder: Path, rows: object) -> None:
+    model = named(hf_folder, takes_pairs=True)
+    assert np.array_equal(model.logits(rows), model.logits(ROWS))
+
+
+def test_single_texts_in_every_form(hf_folder: Path) -> None:
+    model = named(hf_folder, takes_pairs=False)
+    expected = model.logits(A)
+    assert [p.num_tokens for p in model.predict(A)] == [4, 4, 3]
+    forms = (tuple(A), iter(A), np.array(A), [{"text_a": a} for a in A], Frame(text_a=A), Frame(question=A))
+    for rows in forms:
+        assert np.array_equal(model.logits(rows), expected)
+    assert len(model.predict((A[0], A[1]))) == 2
+
+
+@pytest.mark.parametrize(
+    "pair", [("the cat", "sat"), ["the cat", "sat"], {"text_a": "the cat", "text_b": "sat"}]
+)
+def test_one_pair_alone_is_one_pair(hf_folder: Path, pair: object) -> None:
+    model = named(hf_folder, takes_pairs=True)
+    assert model.predict(pair) == model.predict([("the cat", "sat")])
+
+
+def test_a_model_takes_what_it_was_trained_on(hf_folder: Path) -> None:
+    model = named(hf_folder, takes_pairs=True)
+    for rows in (A, ["only one"], np.array(A), [{"text_a": "x"}], Frame(text_a=A)):
+        with pytest.raises(DataError, match="takes pairs of texts, found single texts"):
+            model.predict(rows)
+    with pytest.raises(DataError, match="takes single texts, found pairs of texts"):
+        named(hf_folder, takes_pairs=False).predict(ROWS)
+
+
+def test_where_the_folder_does_not_say_the_first_use_settles_it(
+    hf_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "bertpair")
+    model = PairClassifier.from_pretrained(hf_folder)
+    assert len(model.predict(("the cat", "sat"))) == 1 and "pairs of texts" in caplog.text
+    with pytest.raises(DataError):
+        model.predict(A)
+    assert len(PairClassifier.from_pretrained(hf_folder).predict(["the cat", "sat"])) == 2
 
 
 def test_truncation_is_told(hf_folder: Path) -> None:
@@ -101,3 +189,60 @@ def test_softmax_and_predictions_of_extreme_logits() -> None:
     assert first.label == "a" and first.num_tokens == 2 and second.truncated
     value = make_predictions(np.array([[0.5], [-2.0]], np.float32), tokens, None)
     assert [p.score for p in value] == [0.5, -2.0] and value[0].label is None
+
+
+TYPED = [("a [SEP] b", "c"), ("the cat", "[CLS] sat 中文")]
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimize": False}, {"amp": "bf16"}, {"quantize": "int8"}])
+def test_copies_and_pickles_answer_alike(hf_folder: Path, settings: dict[str, object]) -> None:
+    model = PairClassifier.from_pretrained(hf_folder, **settings)
+    expected = model.logits(TYPED)
+    for other in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert np.array_equal(other.logits(TYPED), expected)
+        assert other.tokenizer.fingerprint == model.tokenizer.fingerprint
+        tokens, same = (each.tokenizer.encode(["[SEP] [PAD]"], None, 20) for each in (model, other))
+        assert np.array_equal(tokens.ids, same.ids)
+
+
+def answer(model: PairClassifier) -> list[list[float]]:
+    return model.logits(TYPED).tolist()
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_other_processes_answer_alike(hf_folder: Path, method: str) -> None:
+    model = PairClassifier.from_pretrained(hf_folder)
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        found = pool.apply_async(answer, (model,)).get(60)
+    assert np.allclose(found, model.logits(TYPED), atol=2e-6)
+
+
+def test_a_child_forked_after_use_answers(tmp_path: Path) -> None:
+    wide = write_tiny_bert(tmp_path / "wide", hidden_size=256, intermediate_size=1024)
+    train_file = tmp_path / "train.tsv"
+    train_file.write_text("i\ta\tb\tl\n" + "0\tcat\tsat\tx\n1\tmat\tgood\ty\n" * 8)
+    train(
+        Config(
+            model_name_or_path=str(wide),
+            from_scratch=True,
+            train_file=[str(train_file)],
+            max_steps=1,
+            max_seq_length=24,
+            output_dir=str(tmp_path / "out"),
+            amp="off",
+            num_threads=2,
+        )
+    )
+    model = PairClassifier.from_pretrained(tmp_path / "out")
+    pairs = [("the cat sat on the mat", "good")] * 64
+    expected = model.logits(pairs)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.allclose(model.logits(pairs), expected, atol=1e-5) else 3)
+    end = time.monotonic() + 30
+    while (found := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+        time.sleep(0.02)
+    if found[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert found == (child, 0)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from disk_faults import failing_at, files_below, killed_at, run_with_fault
 
-from bertpair.checkpoint import checkpoint_folder, list_checkpoints, newest_whole, publish_final
-from bertpair.retention import discard_others, owned_paths, prune, remove_leftovers
+from bertpair.checkpoint import checkpoint_folder, list_checkpoints, newest_whole
+from bertpair.retention import discard_evaluations, discard_others, prune, remove_leftovers
 from bertpair.staging import staged_folder
 
 
@@ -118,7 +118,6 @@ def test_leftovers_go_and_nothing_else(tmp_path: Path, dead_pid: int) -> None:
         "checkpoint-6.tmp-1",  # a number in use, but by no run: the lock is ours
         f"final.ready.tmp-{dead_pid}",
         f"checkpoint-7.old-{dead_pid}",
-        f"eval/dev.tsv.tmp-{dead_pid}",
     ]
     stays = [
         "checkpoint-5",
@@ -128,7 +127,6 @@ def test_leftovers_go_and_nothing_else(tmp_path: Path, dead_pid: int) -> None:
         "mine.tmp-12",
         f"checkpoint-5.tmp-{dead_pid}x",
         "eval/dev.tsv",
-        f"eval/dev.tsv.tmp-{os.getppid()}",
     ]
     for name in (*gone, *stays):
         (tmp_path / name).mkdir(parents=True)
@@ -152,29 +150,27 @@ def test_a_checkpoint_that_stepped_aside_comes_back(tmp_path: Path) -> None:
     assert newest_whole(tmp_path).path == tmp_path / "checkpoint-5"
 
 
-def test_owned_paths_are_what_bertpair_wrote_and_only_that(tmp_path: Path) -> None:
-    with staged_folder(tmp_path / "final.ready") as folder:
-        folder.write_bytes("config.json", b"{}")
-        folder.write_bytes("vocab.txt", b"a\n")
-    publish_final(tmp_path)
-    (tmp_path / "vocab.txt").write_bytes(b"b\n")  # the user's own since
-    save(tmp_path, 1)
-    (save(tmp_path, 2) / "notes.txt").write_text("mine")
-    (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "eval" / "dev.tsv").mkdir(parents=True)
-    reports = ("eval/dev.tsv/predictions.tsv", "eval/dev.tsv/mine.txt")
-    for name in ("metrics.jsonl", "notes.txt", ".lock", *reports):
-        (tmp_path / name).write_bytes(b"")
-    assert {str(path.relative_to(tmp_path)) for path in owned_paths(tmp_path)} == {
-        "checkpoint-1",
-        "config.json",
-        "eval/dev.tsv/predictions.tsv",
-        "manifest.json",
-        "metrics.jsonl",
+def test_only_results_of_other_runs_models_go(tmp_path: Path) -> None:
+    for name, content in (
+        ("old", '{"run_id": "r1"}'),
+        ("with-notes", '{"run_id": null}'),
+        ("now", '{"run_id": "r2"}'),
+        ("strange", "[]"),
+        ("not-ours", None),
+    ):
+        folder = tmp_path / "eval" / name
+        folder.mkdir(parents=True)
+        (folder / "predictions.tsv").write_bytes(b"x")
+        if content is not None:
+            (folder / "input.json").write_text(content)
+    (tmp_path / "eval/with-notes/notes.txt").write_text("mine")
+    discard_evaluations(tmp_path, "r2")
+    left = {str(p.relative_to(tmp_path / "eval")) for p in (tmp_path / "eval").rglob("*") if p.is_file()}
+    assert left == {
+        "now/predictions.tsv",
+        "now/input.json",
+        "strange/predictions.tsv",
+        "strange/input.json",
+        "not-ours/predictions.tsv",
+        "with-notes/notes.txt",
     }
-
-
-def test_another_program_s_model_folder_holds_nothing_of_ours(tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors", "vocab.txt", "manifest.json"):
-        (tmp_path / name).write_bytes(b"{}")
-    assert owned_paths(tmp_path) == []

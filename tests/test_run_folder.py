@@ -123,7 +123,7 @@ def test_a_staged_model_that_cannot_be_verified_does_not_end_the_run(
     assert f"the final model stays in {FINAL_READY}; --resume tries again" in caplog.text
     verify_folder(Path("out", FINAL_READY))
     assert not run(settings, resume="auto").save_failed
-    verify_folder(Path("out"), allow_extra=True)
+    verify_folder(Path("out"))
     assert not Path("out", FINAL_READY).exists()
 
 
@@ -279,7 +279,7 @@ def test_the_next_start_completes_a_move_that_was_cut_short(
     stop_when(monkeypatch, Stepper, "step", lambda self, number, *args: True)
     with pytest.raises(StoppedError):
         run(settings, overwrite_output_dir=True, seed=7)
-    verify_folder(Path("out"), allow_extra=True)
+    verify_folder(Path("out"))
     assert not Path("out", FINAL_READY).exists()
 
 
@@ -294,7 +294,7 @@ def test_a_damaged_staged_model_is_named_and_the_run_goes_on_from_its_checkpoint
     os.truncate(Path("out", FINAL_READY, "config.json"), 10)
     assert not run(settings, resume="auto").save_failed
     assert "final.ready/config.json: 10 bytes; the manifest says" in caplog.text
-    verify_folder(Path("out"), allow_extra=True)
+    verify_folder(Path("out"))
 
 
 def test_a_new_run_killed_before_its_first_save_can_be_started_again_over_the_old_one(

@@ -1,4 +1,7 @@
+import hashlib
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,11 +10,12 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-from bertpair import CheckpointError, ConfigError, DataError, PairClassifier, evaluate
+from bertpair import CheckpointError, Config, ConfigError, DataError, PairClassifier, evaluate, train
 from bertpair.command_line import parse_command_line
 from bertpair.evaluation import measure
 from bertpair.scoring import EvaluationResult, evaluate_models
 
+OLD = Path(__file__).parent / "written_by_0_1_0"
 LABELS = ["negative", "neutral", "positive"]
 
 
@@ -49,13 +53,19 @@ def test_figures_and_files_of_one_model(hf_folder: Path, dev: Path) -> None:
     assert result.metrics["macro_f1"] == pytest.approx(f1_score(gold, predicted, average="macro"))
     table = [[answer.probabilities[label] for label in LABELS] for answer in answers]
     assert result.metrics["loss"] == pytest.approx(log_loss(gold, table, labels=LABELS), rel=1e-6)
-    folder = hf_folder / "eval" / "some.tsv"
+    folder = Path(result.folders[str(hf_folder)])
+    assert re.fullmatch(r"some\.tsv-[0-9a-f]{8}", folder.name) and folder.parent == hf_folder / "eval"
     assert {path.name for path in folder.iterdir()} == {
         "confusion_matrix.png",
         "eval_results.json",
         "eval_results.txt",
+        "input.json",
         "predictions.tsv",
     }
+    said = json.loads((folder / "input.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256(dev.read_bytes()).hexdigest()
+    assert said["data"] == [{"path": str(dev.resolve()), "sha256": digest, "rows": 40}]
+    assert said["model"] == str(hf_folder.resolve()) and said["predict"] is False
     assert json.loads((folder / "eval_results.json").read_text()) == pytest.approx(result.metrics)
     lines = (folder / "eval_results.txt").read_text().splitlines()
     assert lines == sorted(lines) and f"acc = {result.metrics['acc']}" in lines
@@ -75,8 +85,10 @@ def test_all_checkpoints_in_numeric_order_each_kept(hf_folder: Path, dev: Path) 
     order = [result.text.index(name) for name in result.by_model]
     assert order == sorted(order)
     for name in list(result.by_model)[:3]:
-        assert (hf_folder / "eval" / name / "eval_results.txt").is_file()
-    assert (hf_folder / "eval" / "some.tsv" / "eval_results.txt").is_file()
+        folder = Path(result.folders[name])
+        assert folder.parent == hf_folder / "eval" and folder.name.startswith(f"{name}-some.tsv-")
+        assert (folder / "eval_results.txt").is_file()
+    assert len(set(result.folders.values())) == 4
 
 
 def test_predicting_a_file_without_labels(hf_folder: Path, dev: Path) -> None:
@@ -85,7 +97,7 @@ def test_predicting_a_file_without_labels(hf_folder: Path, dev: Path) -> None:
     labelled = evaluate(hf_folder, dev)
     result = run("--model_dir", hf_folder, "--data_file", bare, "--predict", "--output_dir", "here")
     assert result.metrics == {} and result.num_rows == 40
-    assert {path.name for path in Path("here").iterdir()} == {"predictions.tsv"}
+    assert {path.name for path in Path("here").iterdir()} == {"predictions.tsv", "input.json"}
     without = rows_of(Path("here/predictions.tsv"))
     with_gold = rows_of(Path(labelled.folders[str(hf_folder)]) / "predictions.tsv")
     assert without == [[row[0], *row[2:]] for row in with_gold]
@@ -111,7 +123,7 @@ def test_two_models_side_by_side_whatever_their_label_order(hf_folder: Path, dev
     assert result.metrics == mine
     gold = [row[3] for row in rows_of(dev)[1:]]
     swap = {"positive": "negative", "negative": "positive", "neutral": "neutral"}
-    predicted = [row[2] for row in rows_of(hf_folder / "eval/some.tsv/predictions.tsv")[1:]]
+    predicted = [row[2] for row in rows_of(Path(result.folders[str(hf_folder)]) / "predictions.tsv")[1:]]
     assert theirs["acc"] == pytest.approx(accuracy_score(gold, [swap[label] for label in predicted]))
 
 
@@ -136,3 +148,91 @@ def test_measure_of_a_regression() -> None:
     found = measure(logits, gold, None)
     assert found["loss"] == pytest.approx(np.mean((logits[:, 0].astype(float) - gold) ** 2))
     assert found["pearson"] == pytest.approx(np.corrcoef(logits[:, 0], gold)[0, 1], rel=1e-6)
+
+
+def test_a_checkpoint_that_was_evaluated_is_still_whole(tmp_path: Path) -> None:
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    before = {path.name for path in Path("stopped/checkpoint-16").iterdir()}
+    result = evaluate("stopped/checkpoint-16", "dev.tsv")
+    assert Path(result.folders["stopped/checkpoint-16"]).parent == tmp_path / "stopped" / "eval"
+    Path("stopped/checkpoint-16/notes.txt").write_text("mine")  # a stray file is no damage either
+    assert {path.name for path in Path("stopped/checkpoint-16").iterdir()} == {*before, "notes.txt"}
+    config = Config(output_dir="stopped", resume="auto")
+    assert train(config, explicit={"output_dir", "resume"}).global_step == 24
+
+
+def test_files_of_one_name_do_not_meet(hf_folder: Path, dev: Path) -> None:
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        shutil.copy(dev, f"{folder}/dev.tsv")
+    Path("b/dev.tsv").write_text("".join(dev.read_text(encoding="utf-8").splitlines(keepends=True)[:20]))
+    found = [
+        run("--model_dir", hf_folder, "--data_file", *words)
+        for words in (["a/dev.tsv"], ["b/dev.tsv"], ["a/dev.tsv", "--predict"], ["a/dev.tsv", "b/dev.tsv"])
+    ]
+    folders = [Path(each.folders[str(hf_folder)]) for each in found]
+    assert len(set(folders)) == 4 and folders[2].name.endswith("-predict")
+    both = rows_of(folders[3] / "predictions.tsv")
+    assert both[0][:2] == ["file", "line"]
+    assert [row[:2] for row in both[1:]] == [["a/dev.tsv", str(i + 2)] for i in range(40)] + [
+        ["b/dev.tsv", str(i + 2)] for i in range(19)
+    ]
+    again = run("--model_dir", hf_folder, "--data_file", "a/dev.tsv")
+    assert Path(again.folders[str(hf_folder)]) == folders[0]
+
+
+def test_nothing_of_an_earlier_evaluation_stands_beside_a_new_one(hf_folder: Path, dev: Path) -> None:
+    Path("here").mkdir()
+    Path("here/notes.txt").write_text("mine")
+    run("--model_dir", hf_folder, "--data_file", dev, "--output_dir", "here")
+    run("--model_dir", hf_folder, "--data_file", dev, "--predict", "--output_dir", "here")
+    assert {path.name for path in Path("here").iterdir()} == {"notes.txt", "predictions.tsv", "input.json"}
+
+
+def test_models_of_one_name_are_compared_in_places_of_their_own(hf_folder: Path, dev: Path) -> None:
+    for name in ("x/m", "y/m"):
+        shutil.copytree(hf_folder, name)
+    result = run("--model_dir", hf_folder, "--data_file", dev, "--compare", "x/m", "y/m")
+    assert len(set(result.folders.values())) == 3
+    for name in ("x/m", "y/m"):
+        said = json.loads((Path(result.folders[name]) / "input.json").read_text())
+        assert said["model"] == str(Path(name).resolve())
+
+
+def test_a_new_run_takes_the_results_of_the_old_ones_model_away(tmp_path: Path) -> None:
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    old = Path(evaluate("finished", "dev.tsv").folders["finished"])
+    assert old.is_dir()
+    base = {"model_name_or_path": "base", "from_scratch": True, "train_file": ["train.tsv"], "amp": "off"}
+    train(Config(**base, output_dir="finished", overwrite_output_dir=True, max_seq_length=16, max_steps=1))
+    assert not old.exists()
+    assert Path(evaluate("finished", "dev.tsv").folders["finished"]) == old
+
+
+def test_limits_of_the_training_end_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    with caplog.at_level("INFO", "bertpair"):
+        train(
+            Config(
+                **{"model_name_or_path": "base", "from_scratch": True, "output_dir": "out", "amp": "off"},
+                **{"train_file": ["train.tsv"], "dev_file": ["dev.tsv"], "max_seq_length": 16},
+                **{"max_steps": 1, "max_train_samples": 30, "max_eval_samples": 5, "on_bad_row": "skip"},
+            )
+        )
+    assert "max_train_samples: the first 30 of 40 rows" in caplog.text
+    assert "max_eval_samples: the first 5 of 16 rows" in caplog.text
+    assert evaluate("out").num_rows == evaluate("out", "dev.tsv").num_rows == 16
+    assert run("--model_dir", "out", "--data_file", "dev.tsv", "--predict").num_rows == 16
+    Path("bad.tsv").write_text(Path("dev.tsv").read_text(encoding="utf-8") + "9\tonly two\n")
+    with pytest.raises(DataError, match="bad.tsv:18"):
+        evaluate("out", "bad.tsv")
+    caplog.clear()
+    with caplog.at_level("INFO", "bertpair"):
+        limited = run("--model_dir", "out", "--max_eval_samples", "7")
+    assert limited.num_rows == 7 and "max_eval_samples: the first 7 of 16 rows" in caplog.text
+
+
+def test_a_model_of_pairs_is_not_scored_on_single_texts(tmp_path: Path) -> None:
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match="text_b_column: found None; finished takes pairs"):
+        run("--model_dir", "finished", "--data_file", "dev.tsv", "--text_b_column", "null")

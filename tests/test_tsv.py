@@ -163,11 +163,15 @@ def test_regression_takes_finite_numbers_only(write: Callable[..., Path]) -> Non
         assert fault.startswith("train.tsv:2: label") and fault.endswith("takes finite numbers")
 
 
-def test_the_limit_counts_good_rows_over_all_files_and_reads_no_further(write: Callable[..., Path]) -> None:
+def test_the_limit_counts_good_rows_over_all_files_and_says_of_how_many(
+    write: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
     one = write(HEADER + "0\ta\tb\tx\n1\n2\tc\td\ty\n", "one.tsv")
     two = write(HEADER + "0\te\tf\tx\n1\n", "two.tsv")
-    paths = [one, two, one.parent / "absent.tsv"]
-    pairs = read_pairs(paths, FOUR, on_bad_row="skip", limit=3)
+    paths = [one, two]
+    with caplog.at_level("INFO", "bertpair"):
+        pairs = read_pairs(paths, FOUR, on_bad_row="skip", limit=3, limit_name="max_rows")
+    assert "max_rows: the first 3 of 5 rows" in caplog.text
     assert (pairs.text_a, pairs.num_skipped) == (["a", "c", "e"], 1)
     assert read_pairs(paths, FOUR, limit=1).text_a == ["a"]
     with pytest.raises(ConfigError, match="limit: found 0"):
