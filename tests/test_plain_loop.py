@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -247,6 +248,8 @@ def test_training_is_the_plain_loop(models: dict[bool, Path], case: str) -> None
         assert record["loss"] == pytest.approx(loss, rel=3e-6)
         assert record["lr"] == pytest.approx(expected.rates[last - 1], rel=1e-12)
         assert record["grad_norm"] == pytest.approx(expected.norms[last - 1], rel=2e-5)
+        rows_a_step = 15 if "gradient_accumulation_steps" in settings else 12
+        assert record["epoch"] == pytest.approx(last / math.ceil(NUM_ROWS / rows_a_step), abs=1e-4)
         first = last
 
 
@@ -276,19 +279,39 @@ def rows_that_poison(steps: set[int]) -> list[Row]:
     return rows
 
 
-def test_steps_that_are_not_finite_are_left_out(poisoned: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("compact", [False, True], ids=["whole vocabulary", "compact vocabulary"])
+def test_steps_that_are_not_finite_are_left_out(
+    poisoned: Path, caplog: pytest.LogCaptureFixture, compact: bool
+) -> None:
     """Three in a row are allowed, twice with one sound step between; the plain loop leaves out the same."""
     caplog.set_level(logging.WARNING)
+    settings = {**PAIRS_OF_ROWS, "weight_decay": 1.0, "compact_vocabulary": compact}
     lost = {3, 4, 5, 7, 8, 9, 20}
     rows = rows_that_poison(lost)
-    expected = plain_loop(poisoned, rows, PAIRS_OF_ROWS, frozenset(lost))
+    expected = plain_loop(poisoned, rows, settings, frozenset(lost))
     assert all(math.isnan(expected.losses[step - 1]) for step in lost)
-    assert_same_weights(trained(poisoned, rows, PAIRS_OF_ROWS), expected.weights)
+    assert_same_weights(trained(poisoned, rows, settings), expected.weights)
     assert sorted(sum((record.get("skipped_steps", []) for record in logged()), [])) == sorted(lost)
     sound = expected.losses[18:19] + expected.losses[20:21]
     assert logged()[6]["loss"] == pytest.approx(sum(sound) / 2, rel=3e-6)
     number = next(i for i, row in enumerate(rows) if row.text_a == POISON)
     assert f"train.tsv:{number + 2}" in caplog.text
+
+
+def test_a_gradient_that_overflows_counts_no_loss_though_that_is_finite(
+    models: dict[bool, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(models[False], tmp_path / "steep")
+    before = load_file(folder / "model.safetensors")
+    before["classifier.weight"] *= 1e20
+    save_file(before, folder / "model.safetensors", {"format": "pt"})
+    assert_same_weights(
+        trained(folder, random_rows(regression=False), {**BASE, "max_skipped_steps": 30}), before
+    )
+    for record in logged():
+        assert (record["loss"], record["grad_norm"]) == (None, None)
+    result = json.loads(Path("out/trainer_state.json").read_text())["result"]
+    assert result["train_loss"] is None and result["global_step"] == STEPS
 
 
 @pytest.mark.parametrize(("lost", "limit"), [({4, 5, 6, 7}, 3), ({11}, 0)])

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,11 @@ def run(material: dict[str, object], **changes: object) -> TrainResult:
 def script(name: str, *flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / f"{name}.py"), *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((folder / "trainer_state.json").read_text())["result"]
+    return result
 
 
 def as_flags(settings: dict[str, object]) -> list[str]:
@@ -193,9 +199,11 @@ def test_what_training_and_dev_share_and_what_was_cut_is_counted(
 
     caplog.set_level(logging.INFO)
     shared = [[row[0], row[1], row[2], DEV[0][3]] for row in TRAIN[:4]]
-    Path("dev.tsv").write_text(as_tsv([HEADER, *shared, *DEV]), encoding="utf-8")
+    torn = [*DEV[1][:3], next(label for label in LABELS if label != DEV[1][3])]
+    Path("dev.tsv").write_text(as_tsv([HEADER, *shared, *DEV, torn]), encoding="utf-8")
     run(material, dev_file=["dev.tsv"], max_steps=1)
-    assert "dev rows that also stand in the training data: 4 of 34" in caplog.text
+    assert "dev rows that also stand in the training data: 4 of 35" in caplog.text
+    assert "texts with more than one label in the dev data: 1, as at " in caplog.text
     tokenizer = AutoTokenizer.from_pretrained("out")
     lengths = [len(tokenizer(row[1], row[2])["input_ids"]) for row in TRAIN]
     cut = sum(length > 16 for length in lengths)
@@ -278,6 +286,24 @@ def test_the_final_folder_holds_the_last_weights_and_the_best_checkpoint_stays(
     assert final.read_bytes() == last.read_bytes()
 
 
+def test_the_last_step_is_evaluated_and_logged_too(material: dict[str, object]) -> None:
+    run(material, max_steps=10, eval_strategy="steps", eval_steps=4, logging_steps=4, save_steps=0)
+    records = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "eval_loss" in record] == [4, 8, 10]
+    assert [record["step"] for record in records if "loss" in record] == [4, 8, 10]
+
+
+def test_patience_is_so_many_evaluations_without_a_better_one(material: dict[str, object]) -> None:
+    changes = {"num_train_epochs": 40.0, "save_steps": 0, "metric_for_best_model": "loss"}
+    run(material, **changes, early_stopping_patience=3, learning_rate=3e-3)
+    state = json.loads(Path("out/trainer_state.json").read_text())
+    records = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    losses = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
+    best = min(losses, key=lambda one: one[1])
+    assert losses.index(best) == len(losses) - 4 and best[0] == state["best_step"]
+    assert state["global_step"] == losses[-1][0] < 400
+
+
 def test_a_compact_vocabulary_without_clipping_trains_bitwise_the_same(
     material: dict[str, object], tmp_path: Path
 ) -> None:
@@ -307,7 +333,8 @@ def test_ctrl_c_is_130_and_a_resume_from_a_named_checkpoint_ends_the_same(
     assert Path("out/checkpoint-10").is_dir() and not Path("out/model.safetensors").exists()
     done = script("train", "--resume", "out/checkpoint-10")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["global_step"] == 30
+    ended, whole = json.loads(done.stdout), result_of(trained)
+    assert {**ended, "output_dir": None} == whole and whole["global_step"] == 30
     assert Path("out/model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
 
 
@@ -377,6 +404,21 @@ def test_a_resume_may_log_save_and_evaluate_otherwise(
     records = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records if "loss" in record]
     assert steps == [5, 10, 12, 15, 18, 21, 24, 27, 30]
+
+
+def test_another_dev_file_on_a_resume_begins_a_new_best(
+    material: dict[str, object], trained: Path, stopped: Path
+) -> None:
+    """Its labels are those that the model does not give, so that the old best stays out of reach."""
+    answers = PairClassifier.from_pretrained(trained).predict([(row[1], row[2]) for row in DEV])
+    others = [next(label for label in LABELS if label != answer.label) for answer in answers]
+    rows = [[*row[:3], label] for row, label in zip(DEV, others, strict=True)]
+    Path("other.tsv").write_text(as_tsv([HEADER, *rows]), encoding="utf-8")
+    result = run(material, dev_file=["other.tsv"], resume="auto")
+    records = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    found = {record["step"]: record["eval_acc"] for record in records if "eval_acc" in record}
+    assert list(found) == [10, 20, 30] and found[10] > max(found[20], found[30])
+    assert result.best_metric == max(found[20], found[30])
 
 
 def test_two_runs_never_share_a_folder(material: dict[str, object]) -> None:
