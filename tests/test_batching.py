@@ -47,6 +47,17 @@ def test_every_row_stands_in_an_epoch_exactly_once(
     assert 1 <= len(batches[-1]) <= batch_size
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_every_epoch_and_every_seed_has_an_order_of_its_own(grouped: bool) -> None:
+    lengths = np.arange(200) % 17 + 5
+    orders = {
+        tuple(np.concatenate(epoch_batches(lengths, 8, seed=seed, epoch=epoch, group_by_length=grouped)))
+        for seed in range(5)
+        for epoch in range(20)
+    }
+    assert len(orders) == 100
+
+
 @settings(deadline=None)
 @given(LENGTHS, BATCH_SIZES, GROUPED)
 def test_an_epoch_is_a_pure_function(lengths: NDArray[np.int64], batch_size: int, grouped: bool) -> None:

@@ -43,6 +43,12 @@ def test_bom_crlf_and_a_missing_last_newline_leave_no_trace(path: Path, quoting:
 
 
 @pytest.mark.parametrize("quoting", ["none", "csv"])
+def test_only_one_mark_and_one_carriage_return_are_taken_away(path: Path, quoting: str) -> None:
+    content = b"\xef\xbb\xbf\xef\xbb\xbfa\tb\r\r\nc\td\n"
+    assert rows(path, content, quoting) == [(1, ["\ufeffa", "b\r"], ""), (2, ["c", "d"], "")]
+
+
+@pytest.mark.parametrize("quoting", ["none", "csv"])
 def test_empty_lines_are_rows_without_cells(path: Path, quoting: str) -> None:
     assert rows(path, b"a\n\n \t\r\nb\n", quoting) == [
         (1, ["a"], ""),
