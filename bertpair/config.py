@@ -19,6 +19,7 @@ from bertpair.setting import (
     COLUMN,
     DEVICE,
     HEADER,
+    LABEL,
     LABELS,
     PATH,
     PATHS,
@@ -109,6 +110,9 @@ class Config:
     )
     quoting: str = _layout("none", choice("none", "csv"), "csv: quoted fields may hold tabs and newlines")
     labels: list[str] | None = _layout(None, LABELS, "labels in id order; null: found in the training data")
+    positive_label: str | None = _layout(
+        None, LABEL, "with two labels: the one that f1 is of; null: as the task, else that with id 1", "free"
+    )
     problem_type: str | None = _layout(
         None, or_null(choice("classification", "regression")), "null: as the task, else classification"
     )

@@ -7,6 +7,8 @@ said "pairs, three classes" about its own files.
 
 import logging
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +16,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bertpair.columns import listed
 from bertpair.errors import ConfigError, DataError, list_faults
 from bertpair.task import CLASSIFICATION_METRICS, FOUR_COLUMN, REGRESSION_METRICS, Task, find_task
 from bertpair.tsv import Columns, Pairs, check_two_classes, find_labels, first_row
 
 logger = logging.getLogger(__name__)
+
+MAX_SHOWN = 20  # labels in one line
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,62 @@ def training_labels(pairs: Pairs, source: Source) -> tuple[str, ...] | None:
     if absent:
         logger.warning("labels without a single training row: %s", ", ".join(absent))
     return source.labels
+
+
+def resolve_positive_label(labels: Sequence[str] | None, source: Source, setting: str | None) -> str | None:
+    """The label that f1 is of: as set, else the task's, else the one with id 1; None where there are not two.
+
+    ConfigError where `setting` is none of two labels.
+    """
+    if labels is None or len(labels) != 2:
+        if setting is None:
+            return None
+        found = "a regression has none" if labels is None else f"here are {len(labels)}"
+        raise ConfigError(f"positive_label: found {setting!r}; f1 is measured with two labels, {found}")
+    if setting is None:
+        usual = source.task.positive_label
+        return usual if usual in labels else labels[1]
+    if setting not in labels:
+        raise ConfigError(f"positive_label: found {setting!r}; allowed: {listed(labels)}")
+    return setting
+
+
+def report_labels(name: str, pairs: Pairs, labels: Sequence[str] | None) -> None:
+    """Log how many rows each label has, in id order, and warn where only one occurs."""
+    if labels is None or pairs.labels is None:
+        return
+    counts = Counter(pairs.labels)
+    shown = [f"{label} {counts[label]:,}" for label in labels[:MAX_SHOWN]]
+    more = [f"and {len(labels) - MAX_SHOWN} more"] if len(labels) > MAX_SHOWN else []
+    logger.info("%s labels: %s", name, ", ".join([*shown, *more]))
+    if len(counts) == 1:
+        logger.warning("%s: all %s rows have the label %s", name, f"{len(pairs):,}", next(iter(counts)))
+
+
+def label_warnings(labels: Sequence[str]) -> list[str]:
+    """Lines about labels that are probably meant to be one, and about scores taken for labels."""
+    alike: dict[str | float, list[str]] = {}
+    for label in labels:
+        alike.setdefault(_meant(label), []).append(label)
+    twins = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
+    warnings = [f"labels that look alike and are trained apart: {'; '.join(twins)}"] if twins else []
+    numbers = [value for value in alike if isinstance(value, float)]
+    if len(numbers) == len(alike) and (len(numbers) > 10 or not all(n.is_integer() for n in numbers)):
+        warnings.append(
+            f"all {len(labels)} labels are numbers ({listed(labels, 5)}); "
+            "if they are scores, set problem_type: regression"
+        )
+    return warnings
+
+
+def _meant(label: str) -> str | float:
+    """Equal for labels that a person would take for the same."""
+    text = unicodedata.normalize("NFKC", label).casefold()
+    text = "".join(char for char in text if unicodedata.category(char) not in ("Cf", "Cc", "Zs"))
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def targets(pairs: Pairs, labels: Sequence[str] | None) -> NDArray[np.int64] | NDArray[np.float32]:
@@ -220,7 +281,11 @@ def _fitting_task(
             break
         if width == 4:
             task = replace(
-                FOUR_COLUMN, name=preset.name, regression=preset.regression, metrics=preset.metrics
+                FOUR_COLUMN,
+                name=preset.name,
+                regression=preset.regression,
+                metrics=preset.metrics,
+                positive_label=preset.positive_label,
             )
             return task, (
                 f"task_name {preset.name}: {path} has four columns, so columns, labels and dev file are "

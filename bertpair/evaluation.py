@@ -16,6 +16,8 @@ from bertpair.picture import draw_confusion, draw_curves
 from bertpair.progress import Progress
 from bertpair.report import format_eval_results, format_predictions
 
+POSITIVE = "positive_label"
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -23,23 +25,41 @@ class Evaluation:
 
     metrics: dict[str, float]  # empty for a file without labels
     logits: npt.NDArray[np.float32]  # (rows, C), in the file's order
+    positive_label: str | None = None  # that f1 is of
+
+    @property
+    def figures(self) -> dict[str, float | str]:
+        """The metrics, and the label that f1 is of beside it."""
+        named = {} if self.positive_label is None or not self.metrics else {POSITIVE: self.positive_label}
+        return {**self.metrics, **named}
 
 
 def evaluate_split(
-    scorer: Scorer, split: Split, labels: Sequence[str] | None, *, label: str = ""
+    scorer: Scorer,
+    split: Split,
+    labels: Sequence[str] | None,
+    *,
+    positive_label: str | None = None,
+    label: str = "",
 ) -> Evaluation:
     """Score every row of `split`, and measure where it has labels.
 
-    `labels` in id order, None for regression; `label` leads the progress bar. Raises StoppedError when the
-    stop flag is set.
+    `labels` in id order, None for regression; f1 is of `positive_label` (None: of id 1); `label` leads the
+    progress bar. Raises StoppedError when the stop flag is set.
     """
     with Progress(len(split), "row", label=label, transient=True) as progress:
         logits = scorer.logits(split.tokens, progress.advance)
-    metrics = {} if split.targets is None else measure(logits, split.targets, labels)
-    return Evaluation(metrics, logits)
+    if split.targets is None:
+        return Evaluation({}, logits)
+    return Evaluation(measure(logits, split.targets, labels, positive_label), logits, positive_label)
 
 
-def measure(logits: npt.NDArray[np.float32], gold: Targets, labels: Sequence[str] | None) -> dict[str, float]:
+def measure(
+    logits: npt.NDArray[np.float32],
+    gold: Targets,
+    labels: Sequence[str] | None,
+    positive_label: str | None = None,
+) -> dict[str, float]:
     """The metrics of logits (rows, C) against label ids, or against values where `labels` is None.
 
     `loss` is the plain mean cross-entropy (no class weights, no smoothing) or mean squared error.
@@ -50,9 +70,10 @@ def measure(logits: npt.NDArray[np.float32], gold: Targets, labels: Sequence[str
         return {"loss": float(np.mean((values - gold) ** 2)), **regression_metrics(gold, values)}
     shifted = wide - wide.max(axis=1, keepdims=True)
     losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(gold)), gold]
+    positive = 1 if positive_label is None else labels.index(positive_label)
     return {
         "loss": float(losses.mean()),
-        **classification_metrics(gold, wide.argmax(axis=1), len(labels)),
+        **classification_metrics(gold, wide.argmax(axis=1), len(labels), positive),
     }
 
 
@@ -62,7 +83,7 @@ def result_files(evaluation: Evaluation, split: Split, labels: Sequence[str] | N
     files = {"predictions.tsv": _predictions(evaluation, split, labels)}
     if split.targets is None:
         return files
-    files |= format_eval_results(evaluation.metrics)
+    files |= format_eval_results(evaluation.figures)
     if labels is not None:
         matrix = confusion_of(evaluation, split, labels)
         files["confusion_matrix.png"] = draw_confusion(matrix, labels)

@@ -22,7 +22,7 @@ from bertpair.errors import CheckpointError, ConfigError, DataError
 from bertpair.hub import resolve_folder
 from bertpair.manifest import MANIFEST_NAME, verify_folder
 from bertpair.model import BertClassifier
-from bertpair.model_config import ModelFolder, read_folder
+from bertpair.model_config import ModelFolder, name_labels, read_folder
 from bertpair.packed import PackedClassifier
 from bertpair.pretrained import load_model
 from bertpair.quantize import check_int8, choose_linear, int8_linear
@@ -206,6 +206,7 @@ class PairClassifier:
         *,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
+        labels: Sequence[str] | None = None,
         max_seq_length: int | None = None,
         device: str = "auto",
         amp: str = "off",
@@ -216,6 +217,7 @@ class PairClassifier:
     ) -> PairClassifier:
         """Open a folder that training wrote, a checkpoint in it, or any fine-tuned Hugging Face BERT.
 
+        `labels` names the labels of a folder without names, in id order.
         Texts are cut at `max_seq_length`: by default where training cut them, never beyond the model's
         positions. `num_threads` sets PyTorch's threads for the whole process; None leaves them alone. A
         folder with a manifest of ours is verified first. `max_batch_tokens` bounds a batch, padding included.
@@ -242,15 +244,13 @@ class PairClassifier:
             intermediate_size=folder.config.intermediate_size,
             tokens=8 * cut,
         )
-        labels = None
-        if not folder.regression:
-            labels = folder.labels or tuple(f"LABEL_{i}" for i in range(folder.config.num_labels))
+        names = name_labels(folder, labels)
         check_quantize(quantize, target, precision)
         ready: BertClassifier | PackedClassifier = model.to(target).eval()
         if target.type == "cpu" and (optimize or quantize):
             ready = prepare(model, precision, quantize)
         scorer = Scorer(ready, tokenizer.pad_id, target, precision, cut, max_batch_tokens)
-        return cls(scorer, tokenizer, labels, stored_takes_pairs(folder))
+        return cls(scorer, tokenizer, names, stored_takes_pairs(folder))
 
     def predict(self, pairs: Pairs) -> list[Prediction]:
         """One `Prediction` a row, in the order given.

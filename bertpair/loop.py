@@ -201,7 +201,7 @@ class Loop:
         evaluation = self.evaluate()
         state.evaluation_pending = False
         self._last_evaluation = (step, evaluation)
-        figures = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
+        figures = {f"eval_{name}": value for name, value in evaluation.figures.items()}
         seconds = round(time.monotonic() - started, 3)
         self.folder.append_metrics({"step": step, "epoch": self.epoch, **figures, "eval_seconds": seconds})
         metric = self.plan.metric
@@ -213,7 +213,8 @@ class Loop:
         else:
             state.evaluations_without_improvement += 1
         best = "best so far" if improved else f"best {state.best_metric:.4f} at step {state.best_step}"
-        self._progress.line(f"step {step}  evaluation: {metric} {value:.4f} ({best})")
+        of = f" of {evaluation.positive_label}" if metric == "f1" else ""
+        self._progress.line(f"step {step}  evaluation: {metric}{of} {value:.4f} ({best})")
         self._clock.restart_timer()
         return improved
 

@@ -47,11 +47,6 @@ def macro_f1(gold: ArrayLike, predicted: ArrayLike, num_labels: int) -> float:
     return _macro_f1(confusion_matrix(gold, predicted, num_labels))
 
 
-def binary_f1(gold: ArrayLike, predicted: ArrayLike) -> float:
-    """F1 of class 1 of two."""
-    return float(per_class(gold, predicted, 2).f1[1])
-
-
 def matthews(gold: ArrayLike, predicted: ArrayLike, num_labels: int) -> float:
     """Matthews correlation of any number of classes (Gorodkin 2004, the R_K statistic)."""
     return _matthews(confusion_matrix(gold, predicted, num_labels))
@@ -87,8 +82,10 @@ def expected_calibration_error(gold: ArrayLike, probabilities: ArrayLike, num_bi
     return float(np.abs(gaps).sum() / len(gold_ids))
 
 
-def classification_metrics(gold: ArrayLike, predicted: ArrayLike, num_labels: int) -> dict[str, float]:
-    """`acc macro_f1 mcc n`, and `f1` (of class 1) when there are two classes."""
+def classification_metrics(
+    gold: ArrayLike, predicted: ArrayLike, num_labels: int, positive: int = 1
+) -> dict[str, float]:
+    """`acc macro_f1 mcc n`, and when there are two classes `f1`, that of the class with the id `positive`."""
     matrix = confusion_matrix(gold, predicted, num_labels)
     metrics: dict[str, float] = {
         "acc": float(np.trace(matrix) / matrix.sum()),
@@ -97,8 +94,15 @@ def classification_metrics(gold: ArrayLike, predicted: ArrayLike, num_labels: in
         "n": int(matrix.sum()),
     }
     if num_labels == 2:
-        metrics["f1"] = float(_per_class(matrix).f1[1])
+        metrics["f1"] = float(_per_class(matrix).f1[positive])
     return metrics
+
+
+def measured_metrics(num_labels: int | None) -> list[str]:
+    """What is measured with so many labels, None for a regression; the loss is always."""
+    if num_labels is None:
+        return ["pearson", "spearmanr", "corr", "loss"]
+    return ["acc", *(["f1"] if num_labels == 2 else []), "macro_f1", "mcc", "loss"]
 
 
 def regression_metrics(gold: ArrayLike, values: ArrayLike) -> dict[str, float]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bertpair.errors import CheckpointError, list_faults
+from bertpair.errors import CheckpointError, ConfigError, list_faults
 from bertpair.model import ACTIVATIONS, BertConfig
 from bertpair.strict_json import read_json
+
+logger = logging.getLogger(__name__)
 
 INTEGERS = {  # the lowest and highest that make sense; beyond lies a damaged file, not a larger BERT
     "vocab_size": (1, 10_000_000),
@@ -70,22 +73,53 @@ def read_folder(path: Path, *, config_name: str | Path | None = None) -> ModelFo
     return ModelFolder(path, config, names, regression, takes_pairs, header, raw)
 
 
-def label_order(folder: ModelFolder, data_labels: Sequence[str], *, new_head: bool) -> tuple[str, ...]:
+def label_order(
+    folder: ModelFolder, data_labels: Sequence[str], *, new_head: bool, given: bool = False
+) -> tuple[str, ...]:
     """The labels in id order for training `folder` on data with `data_labels`.
 
-    The folder's own order where its names are the same set; the data's where it has no names, or where a new
-    head replaces another set. Raises CheckpointError for another set otherwise.
+    The folder's own order where its names are the same set; the data's where it has no names, and where a new
+    head replaces another set or the order was `given` in the settings. Raises CheckpointError for another set
+    otherwise.
     """
-    if folder.labels is None:
+    same = folder.labels is not None and set(folder.labels) == set(data_labels)
+    if folder.labels is None or (new_head and (given or not same)):
         return tuple(data_labels)
-    if set(folder.labels) == set(data_labels):
+    if same:
+        if given and folder.labels != tuple(data_labels):
+            logger.warning(
+                "labels: %s keeps the order that it was trained in, %s; new_head: true sets another",
+                folder.path,
+                _shorten(folder.labels),
+            )
         return folder.labels
-    if new_head:
-        return tuple(data_labels)
     raise CheckpointError(
         f"{folder.path}: its labels are {_shorten(folder.labels)}, the data's are {_shorten(data_labels)};"
         " `new_head: true` trains a new classifier for the data's"
     )
+
+
+def name_labels(folder: ModelFolder, given: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The label names in id order for using `folder`: its own, else those `given`, else LABEL_0, LABEL_1, …
+
+    None for a regression. Raises ConfigError where `given` names another set, or another number of labels.
+    """
+    if folder.regression:
+        return None
+    count = folder.config.num_labels
+    unnamed = tuple(f"LABEL_{i}" for i in range(count))
+    own = folder.labels or unnamed
+    if given is None and folder.labels is None:
+        logger.info("%s: its labels have no names; `labels` gives them, in id order", folder.path)
+    if given is None or set(given) == set(own):
+        return own
+    if folder.labels is not None:
+        raise ConfigError(
+            f"labels: found {_shorten(given)}; {folder.path} was trained for {_shorten(folder.labels)}"
+        )
+    if len(given) != count:
+        raise ConfigError(f"labels: found {len(given)} names; {folder.path} has {count} labels without names")
+    return tuple(given)
 
 
 def config_json(

@@ -208,6 +208,7 @@ def load_predictor(config: ServeConfig) -> Predictor:
         trained = min(trained, read_folder(path).config.max_position_embeddings)
     classifier = PairClassifier.from_pretrained(
         path,
+        labels=config.labels,
         max_seq_length=config.max_seq_length or trained,
         device=config.device,
         amp="off" if config.quantize else config.amp,

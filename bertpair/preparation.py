@@ -15,9 +15,19 @@ from torch import Tensor, nn
 from bertpair.checkpoint import final_folder
 from bertpair.config import Config
 from bertpair.corpus import Encoding, Split
-from bertpair.dataset import DataSettings, Source, overlap_warnings, resolve_source, training_labels
+from bertpair.dataset import (
+    DataSettings,
+    Source,
+    label_warnings,
+    overlap_warnings,
+    report_labels,
+    resolve_positive_label,
+    resolve_source,
+    training_labels,
+)
 from bertpair.errors import ConfigError
 from bertpair.hub import resolve_folder
+from bertpair.metrics import measured_metrics
 from bertpair.model import BertClassifier
 from bertpair.model_config import ModelFolder, label_order, read_folder
 from bertpair.optim import learning_rate_at, num_warmup_steps
@@ -45,7 +55,7 @@ logger = logging.getLogger(__name__)
 class Job:
     """A run with everything loaded."""
 
-    config: Config  # with amp and num_threads as they turned out
+    config: Config  # with amp, num_threads and positive_label as they turned out
     model: BertClassifier  # on the device
     folder: ModelFolder  # where the weights came from
     tokenizer: Tokenizer
@@ -71,6 +81,8 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
     source = resolve_source(data_settings(config))
     folder = read_folder(_model_path(config, resumed_from), config_name=_named_config(config, resumed_from))
     train_pairs, dev_pairs, labels = _read_pairs(config, source, folder)
+    positive = resolve_positive_label(labels, source, config.positive_label)
+    _check_watched(config, labels, has_dev=dev_pairs is not None)
     tokenizer = _read_tokenizer(config, folder, resumed_from)
     encoding = _encoding(config, folder, tokenizer)
     train = encoding.split(train_pairs, labels, name="train")
@@ -90,7 +102,9 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
         table, train, dev = compact_vocabulary(model, train, dev, pad_id)
         pad_id = compact_id(pad_id, table.used)
     return Job(
-        config=dataclasses.replace(config, amp=precision.name, num_threads=torch.get_num_threads()),
+        config=dataclasses.replace(
+            config, amp=precision.name, num_threads=torch.get_num_threads(), positive_label=positive
+        ),
         model=model.to(device),
         folder=folder,
         tokenizer=tokenizer,
@@ -177,13 +191,31 @@ def _read_pairs(
     train = _read(config, source, source.train_files, source.labels, "max_train_samples")
     labels = training_labels(train, source)
     if labels is not None:
-        labels = label_order(folder, labels, new_head=config.new_head)
+        labels = label_order(folder, labels, new_head=config.new_head, given=config.labels is not None)
+        for warning in label_warnings(labels):
+            logger.warning("%s", warning)
     dev = None
     if source.dev_files and config.runs_evaluation:
         dev = _read(config, source, source.dev_files, labels, "max_eval_samples")
+    report_labels("train", train, labels)
+    if dev is not None:
+        report_labels("dev", dev, labels)
     for warning in overlap_warnings(train, dev, regression=source.regression):
         logger.warning("%s", warning)
     return train, dev, labels
+
+
+def _check_watched(config: Config, labels: Sequence[str] | None, *, has_dev: bool) -> None:
+    """ConfigError for a metric that is never measured; a warning for settings that need a dev file."""
+    metric, measured = config.metric_for_best_model, measured_metrics(None if labels is None else len(labels))
+    if metric is not None and metric not in measured:
+        kind = "a regression" if labels is None else f"{len(labels)} labels"
+        raise ConfigError(
+            f"metric_for_best_model: {metric} is not measured with {kind}; allowed: {', '.join(measured)}"
+        )
+    for name in () if has_dev else ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(config, name):
+            logger.warning("%s has no effect: there is no dev file to evaluate on", name)
 
 
 def _read(

@@ -17,7 +17,7 @@ from bertpair.checkpoint import final_folder, list_checkpoints, output_dir_of
 from bertpair.command_line import model_settings
 from bertpair.config import Config, check_config
 from bertpair.corpus import Encoding
-from bertpair.dataset import Source, columns_for, resolve_source
+from bertpair.dataset import Source, columns_for, report_labels, resolve_positive_label, resolve_source
 from bertpair.disk import replace_file
 from bertpair.errors import CheckpointError, ConfigError
 from bertpair.evaluation import Evaluation, confusion_of, evaluate_split, result_files
@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 class EvaluationResult:
     """What evaluating one or several models on one data set gave."""
 
-    metrics: dict[str, float]  # of the model that was asked for; empty for a file without labels
-    by_model: dict[str, dict[str, float]]  # every model evaluated, in the table's order
+    metrics: dict[str, float | str]  # of the model that was asked for; empty for a file without labels
+    by_model: dict[str, dict[str, float | str]]  # every model evaluated, in the table's order
     folders: dict[str, str]  # where each one's files are
     num_rows: int
     text: str  # the tables
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float | str]:
         """The values of evaluate.py's last line."""
         return {"n": self.num_rows, **self.metrics}
 
@@ -103,15 +103,18 @@ def evaluate_models(
         limit=config.max_eval_samples,
         limit_name="max_eval_samples",
     )
+    positive = resolve_positive_label(first.labels, source, config.positive_label)
+    if len(set(pairs.labels or ())) == 1:
+        report_labels(", ".join(pairs.files), pairs, first.labels)
     data = _describe_data(pairs)
     by_model, folders, tables = {}, {}, []
     for candidate in candidates:
         model = first if candidate is candidates[0] else _open(candidate, config, explicit)
         _check_same_labels(first, model, candidate)
         output = _output_folder(config, candidate, data)
-        evaluation, files_of_it, table = _evaluate_one(config, candidate, model, pairs)
+        evaluation, files_of_it, table = _evaluate_one(config, candidate, model, pairs, positive)
         _write_files(output, {**files_of_it, INPUT_FILE: _describe_input(config, candidate, data)})
-        by_model[candidate.name] = evaluation.metrics
+        by_model[candidate.name] = evaluation.figures
         folders[candidate.name] = str(output)
         tables.append(table)
     asked = candidates[-1 - len(config.compare or ())].name
@@ -204,6 +207,7 @@ def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> P
         amp = "off"
     return PairClassifier.from_pretrained(
         candidate.path,
+        labels=config.labels,
         max_seq_length=cut,
         device=config.device,
         amp=amp,
@@ -238,17 +242,22 @@ def _check_same_labels(first: PairClassifier, model: PairClassifier, candidate: 
 
 
 def _evaluate_one(
-    config: Config, candidate: _Candidate, model: PairClassifier, pairs: Pairs
+    config: Config, candidate: _Candidate, model: PairClassifier, pairs: Pairs, positive: str | None
 ) -> tuple[Evaluation, dict[str, bytes], str]:
     """Score `pairs`: the results, their files by name, and the tables for one model."""
     cache = Path(config.token_cache_dir) if config.token_cache_dir else None
     encoding = Encoding(model.tokenizer, model.max_seq_length, cache, config.overwrite_cache)
     split = encoding.split(pairs, model.labels, name=candidate.name)
-    evaluation = evaluate_split(model.scorer, split, model.labels, label=candidate.name)
+    evaluation = evaluate_split(
+        model.scorer, split, model.labels, positive_label=positive, label=candidate.name
+    )
     files = result_files(evaluation, split, model.labels)
     if split.targets is None:
         return evaluation, files, f"{len(split)} rows predicted"
-    figures = "\n".join(f"{key} = {value:.6g}" for key, value in sorted(evaluation.metrics.items()))
+    figures = "\n".join(
+        f"{key} = {value if isinstance(value, str) else format(value, '.6g')}"
+        for key, value in sorted(evaluation.figures.items())
+    )
     if model.labels is None:
         return evaluation, files, figures
     predicted = evaluation.logits.argmax(axis=1)

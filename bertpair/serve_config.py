@@ -11,6 +11,7 @@ from typing import Any
 from bertpair.errors import ConfigError, list_faults
 from bertpair.setting import (
     DEVICE,
+    LABELS,
     PATH,
     Kind,
     choice,
@@ -91,6 +92,7 @@ class ServeConfig:
     max_seq_length: int | None = _model(
         None, or_null(whole(3, 65_535)), "cut texts here; null: where training cut them"
     )
+    labels: list[str] | None = _model(None, LABELS, "names, in id order, for a model folder without names")
     device: str = _model("auto", DEVICE, "where to compute")
     amp: str = _model("auto", choice("auto", "off", "bf16", "fp16"), "precision; off: float32")
     num_threads: int | None = _model(None, or_null(whole(1, 1024)), "null: as many as cores")

@@ -238,6 +238,7 @@ def _refuse_twice(labels: Sequence[str]) -> None:
         raise ValueError(f"expected every label once, found {', '.join(twice[:5])} more than once")
 
 
+LABEL = or_null(Kind("a label", clean_label))
 LABELS = or_null(Kind("a list of at least two labels", _accept_labels, list, "many"))
 
 

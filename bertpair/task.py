@@ -31,6 +31,7 @@ class Task:
     test_text_b: int | str | None = 2
     test_has_header: bool = True
     metrics: tuple[str, ...] = ("acc",)
+    positive_label: str | None = None  # that f1 is of, where it is measured
 
 
 def _mnli(name: str, suffix: str) -> Task:
@@ -64,10 +65,20 @@ GLUE_TASKS = (
     ),
     _mnli("mnli", "matched"),
     _mnli("mnli-mm", "mismatched"),
-    Task("mrpc", 3, 4, label=0, labels=_YES_NO, test_text_a=3, test_text_b=4, metrics=("acc", "f1")),
+    Task(
+        "mrpc",
+        text_a=3,
+        text_b=4,
+        label=0,
+        labels=_YES_NO,
+        test_text_a=3,
+        test_text_b=4,
+        metrics=("acc", "f1"),
+        positive_label="1",
+    ),
     Task("sst-2", 0, None, label=1, labels=_YES_NO, test_text_b=None),
     Task("sts-b", 7, 8, regression=True, test_text_a=7, test_text_b=8, metrics=REGRESSION_METRICS),
-    Task("qqp", 3, 4, label=5, labels=_YES_NO, metrics=("acc", "f1")),
+    Task("qqp", 3, 4, label=5, labels=_YES_NO, metrics=("acc", "f1"), positive_label="1"),
     Task("qnli", labels=_ENTAILMENT),
     Task("rte", labels=_ENTAILMENT),
     Task("wnli", labels=_YES_NO),

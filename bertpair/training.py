@@ -48,7 +48,7 @@ class TrainResult:
     epoch: float
     train_loss: float | None  # mean over the run's steps
     best_metric: float | None  # of the watched metric, over all evaluations
-    metrics: dict[str, float]  # of the final model on the dev file; empty without one
+    metrics: dict[str, float | str]  # of the final model on the dev file; empty without one
     save_failed: bool = False  # the last save, or the final folder, could not be written
 
     def summary(self) -> dict[str, object]:
@@ -177,7 +177,10 @@ class _Run:
 
     def _evaluate(self) -> Evaluation:
         assert self.job.dev is not None
-        return evaluate_split(self.scorer, self.job.dev, self.job.labels, label="dev")
+        positive = self.job.config.positive_label
+        return evaluate_split(
+            self.scorer, self.job.dev, self.job.labels, positive_label=positive, label="dev"
+        )
 
     def _restore(self, start: RunState, optimizer: AdamW, names: Mapping[str, Tensor]) -> None:
         check_same_data(self.job, start)
@@ -210,7 +213,7 @@ class _Run:
             epoch=self.loop.epoch,
             train_loss=self.stepper.meter.mean_loss,
             best_metric=self.loop.progression.best_metric,
-            metrics={} if evaluation is None else evaluation.metrics,
+            metrics={} if evaluation is None else evaluation.figures,
         )
         state = {**self.loop.snapshot().state, "weights": source, "weights_step": step}
         state["result"] = {**result.summary(), "output_dir": None}

@@ -28,8 +28,8 @@ from bertpair.settings_file import parse_settings, read_settings
 
 DESIGNED = {
     "data": """data_dir train_file dev_file test_file task_name text_a_column text_b_column
-        label_column has_header quoting labels problem_type on_bad_row max_seq_length max_train_samples
-        max_eval_samples token_cache_dir overwrite_cache""",
+        label_column has_header quoting labels positive_label problem_type on_bad_row max_seq_length
+        max_train_samples max_eval_samples token_cache_dir overwrite_cache""",
     "model": """model_name_or_path revision cache_dir config_name tokenizer_name do_lower_case
         from_scratch new_head compact_vocabulary""",
     "optimisation": """learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm

@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from bertpair.metrics import (
     accuracy,
-    binary_f1,
     classification_metrics,
     confusion_matrix,
     expected_calibration_error,
@@ -68,7 +67,10 @@ def test_class_measures_match_sklearn(random: np.random.Generator) -> None:
         }
         if num_labels == 2:
             expected["f1"] = sklearn.metrics.f1_score(gold, predicted, pos_label=1, zero_division=0.0)
-            assert binary_f1(gold, predicted) == pytest.approx(expected["f1"], rel=1e-14)
+            for positive in (0, 1):
+                f1 = sklearn.metrics.f1_score(gold, predicted, pos_label=positive, zero_division=0)
+                found = classification_metrics(gold, predicted, 2, positive)["f1"]
+                assert found == pytest.approx(f1, rel=1e-14)
         metrics = classification_metrics(gold, predicted, num_labels)
         assert metrics == pytest.approx(expected, rel=1e-12, abs=1e-14)
         assert accuracy(gold, predicted) == metrics["acc"]

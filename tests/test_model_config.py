@@ -240,6 +240,18 @@ def test_another_set_of_labels_needs_a_new_head(tmp_path: Path, labels: list[str
     assert label_order(folder, labels, new_head=True) == tuple(labels)
 
 
+def test_an_order_that_is_given_goes_over_the_folders_with_a_new_head_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = list(NAMED.values())
+    folder = read(tmp_path, changed(id2label=NAMED))
+    other = own[::-1]
+    assert label_order(folder, other, new_head=True, given=True) == tuple(other)
+    assert label_order(folder, other, new_head=True) == tuple(own)
+    assert label_order(folder, other, new_head=False, given=True) == tuple(own)
+    assert "keeps the order" in caplog.text
+
+
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     config = BertConfig(
         vocab_size=100, hidden_size=32, num_attention_heads=4, pad_token_id=None, num_labels=3
