@@ -16,12 +16,27 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from bertpair.errors import CheckpointError, list_faults
+from bertpair.strict_json import read_json
 
 logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 MASK_TOKEN = "[MASK]"  # not needed for classification, kept special where the vocabulary has it
 NORMALIZER_SETTINGS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
+BERT_CLASSES = tuple(  # these are one pipeline in transformers
+    f"{name}Tokenizer{fast}"
+    for name in ("Bert", "DistilBert", "Electra", "MobileBert")
+    for fast in ("", "Fast")
+)
+STANDARD = {  # what tokenizer_config.json may say of the pipeline; anything else would change ids
+    "do_basic_tokenize": (True,),
+    "never_split": ([],),
+    "word_tokenizer_type": ("basic", "wordpiece"),
+    "subword_tokenizer_type": ("wordpiece",),
+    "clean_text": (True,),
+    "wordpieces_prefix": ("##",),
+    **{f"{token[1:-1].lower()}_token": (token,) for token in (*SPECIAL_TOKENS, MASK_TOKEN)},
+}
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # there tokenizer.json alone rules
 MOJIBAKE_SHARE = 0.1  # of the entries that are not ASCII; 0 in Google's vocabularies, 0.98 in a broken copy
 MAX_SPARE_ROWS = 127  # rows of the word table beyond the vocabulary: padding to a round number
@@ -46,6 +61,7 @@ def read_wordpiece(
     outside brackets has an upper-case letter.
     """
     path = folder / "tokenizer.json"
+    check_declared(settings, folder, has_json=path.is_file())
     if path.is_file():
         backend = read_tokenizer_json(path)
         if (folder / "vocab.txt").is_file():
@@ -61,6 +77,38 @@ def read_wordpiece(
     lower_case = set_casing(backend, path, settings, do_lower_case)
     finish_backend(backend, path)
     return WordPiece(backend, lower_case, settings)
+
+
+def check_declared(settings: Mapping[str, Any], folder: Path, *, has_json: bool) -> None:
+    """CheckpointError where the folder declares another pipeline than BERT's WordPiece."""
+    place = folder / "tokenizer_config.json"
+    declared = settings.get("tokenizer_class")
+    if declared is None and (folder / "config.json").is_file():
+        place = folder / "config.json"
+        declared = read_json(place).get("tokenizer_class")
+    allowed = (*BERT_CLASSES, *GENERIC_CLASSES) if has_json else BERT_CLASSES
+    faults = []
+    if declared is not None and declared not in allowed:
+        needs = ", which needs a tokenizer.json" if declared in GENERIC_CLASSES else ""
+        faults.append(
+            f"{place}: tokenizer_class: found {declared!r:.80}{needs}; only BERT's WordPiece is supported "
+            f"({', '.join(allowed)})"
+        )
+    said = {**_special_tokens(folder), **settings}
+    for name, usual in STANDARD.items():
+        value = said.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if value is not None and value not in usual:
+            faults.append(f"{folder}: {name}: found {value!r:.80}; only {usual[0]!r} is supported")
+    if "AutoTokenizer" in (settings.get("auto_map") or {}):
+        faults.append(f"{place}: auto_map: names a tokenizer in code of its own, which is never run")
+    if faults:
+        raise CheckpointError(list_faults(faults))
+
+
+def _special_tokens(folder: Path) -> dict[str, Any]:
+    path = folder / "special_tokens_map.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def read_bytes(path: Path) -> bytes:
@@ -170,6 +218,7 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
         raise
     except Exception as e:  # the library raises bare Exception for whatever it cannot parse
         raise CheckpointError(f"{path}: not a tokenizer: {e}") from e
+    refuse_other_template(backend, path)
     model = backend.model
     if not isinstance(model, models.WordPiece) or model.unk_token != "[UNK]":
         kind = type(model).__name__
@@ -178,6 +227,23 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     entries = [by_number.get(number, "") for number in range(max(by_number, default=-1) + 1)]
     check_vocabulary([entry for entry in entries if entry], path)
     return backend
+
+
+def refuse_other_template(backend: tokenizers.Tokenizer, path: Path) -> None:
+    """CheckpointError where tokenizer.json joins the texts in another way than [CLS] a [SEP] b [SEP]."""
+    if backend.post_processor is None:
+        return
+    backend.no_truncation()
+    backend.no_padding()
+    found = backend.encode("a", "b")
+    parts = [backend.encode(text, add_special_tokens=False).tokens for text in "ab"]
+    tokens = ["[CLS]", *parts[0], "[SEP]", *parts[1], "[SEP]"]
+    types = [0] * (len(parts[0]) + 2) + [1] * (len(parts[1]) + 1)
+    if (found.tokens, found.type_ids) != (tokens, types):
+        raise CheckpointError(
+            f"{path}: its post_processor makes {' '.join(found.tokens)} with the types {found.type_ids} "
+            f"of a pair; only BERT's {' '.join(tokens)} with {types} is supported"
+        )
 
 
 def entries_by_number(backend: tokenizers.Tokenizer) -> dict[int, str]:
