@@ -69,9 +69,7 @@ def test_other_files_declare_too(folder: Path, name: str) -> None:
         Tokenizer.from_folder(declare(folder, name, **said))
 
 
-@pytest.mark.parametrize(
-    "name", ["BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer"]
-)
+@pytest.mark.parametrize("network", ["Bert", "DistilBert", "Electra", "MobileBert"])
 @pytest.mark.parametrize("lower_case", [False, True])
 def test_what_is_taken_gives_the_ids_of_transformers(folder: Path, network: str, lower_case: bool) -> None:
     declare(folder, tokenizer_class=f"{network}Tokenizer", do_lower_case=lower_case, cls_token="[CLS]")
