@@ -1,7 +1,8 @@
 """Where the texts and the label stand in a row: columns by name or number → positions in one file.
 
-A row is as wide as the first row says: `-1` is the first row's last column in every row, and where names
-or negative numbers depend on that width, a row with further text beyond it is a fault (a stray tab).
+A row is as wide as the first row says: `-1` is the first row's last column in every row, and a row with
+further text beyond that width is a fault (a stray tab). A header must have the names that the training file's
+header has in the columns used, where they are used.
 """
 
 import difflib
@@ -19,7 +20,8 @@ class Columns:
     """Where the texts and the label are: by header name, or by number from 0 (negative from the end).
 
     `text_b` None: single texts. `label` None: no labels are read. `quoting`: `none` takes quotes literally;
-    with `csv`, quoted fields may hold tabs, newlines and doubled quotes.
+    with `csv`, quoted fields may hold tabs, newlines and doubled quotes. `header`: the training file's; with
+    `checks_header`, columns known by number must have its names in every file.
     """
 
     text_a: int | str
@@ -27,6 +29,8 @@ class Columns:
     label: int | str | None
     has_header: bool = True
     quoting: str = "none"
+    header: tuple[str, ...] | None = None
+    checks_header: bool = True
 
     def __post_init__(self) -> None:
         if self.quoting not in ("none", "csv"):
@@ -40,13 +44,13 @@ class Columns:
 
 
 class Places(NamedTuple):
-    """The columns of one file as positions; `width`: cells of its first row, where that counts."""
+    """The columns of one file as positions; `width`: cells of its first row."""
 
     text_a: int
     text_b: int | None
     label: int | None
     needed: int
-    width: int | None
+    width: int
 
 
 def locate_columns(columns: Columns, first: list[str], where: str) -> Places:
@@ -63,13 +67,48 @@ def locate_columns(columns: Columns, first: list[str], where: str) -> Places:
             hint = "; has this file no labels?" if role == "label" else ""
             faults.append(f"{where}{role}_column {column!r} is the same column as {other}_column{hint}")
         positions.append(position)
+    if not faults and columns.has_header and columns.checks_header and columns.header is not None:
+        faults = _header_faults(columns, columns.header, first, where)
     if faults:
         raise DataError(list_faults(faults))
     text_a, text_b, label = positions
     assert text_a is not None
-    counts_from_end = any(isinstance(column, int) and column < 0 for _, column in columns.by_role())
-    width = len(first) if columns.has_header or counts_from_end else None
-    return Places(text_a, text_b, label, max(p for p in positions if p is not None) + 1, width)
+    needed = max(p for p in positions if p is not None) + 1
+    return Places(text_a, text_b, label, needed, max(needed, len(first)))
+
+
+def used_names(columns: Columns, header: Sequence[str]) -> dict[str, tuple[int, str]]:
+    """Role → the column that is known by number, and its name in `header`; those beyond it are left out."""
+    found = {}
+    for role, column in columns.by_role():
+        if isinstance(column, int) and -len(header) <= column < len(header):
+            found[role] = column, header[column].strip()
+    return found
+
+
+def _header_faults(columns: Columns, trained: Sequence[str], first: list[str], where: str) -> list[str]:
+    """What a header says against reading its file by the numbers that fit the training file."""
+    here = [cell.strip().casefold() for cell in first]
+    used = used_names(columns, trained)
+    faults, num_right = [], 0
+    for role, (column, name) in used.items():
+        if -len(here) <= column < len(here) and here[column] == name.casefold():
+            num_right += 1
+        elif name.casefold() in here:
+            faults.append(
+                f"{where}{role}_column {column} is {shown(first[column].strip())} here, and "
+                f"{shown(name)} in the training file; here that is column {here.index(name.casefold())}"
+            )
+    if used and not num_right and not faults:
+        names = listed([name for _, name in used.values()])
+        faults.append(f"{where}expected a header with {names} as in the training file, found {listed(first)}")
+    if faults:
+        names = " ".join(f"--{role}_column {shown(name)}" for role, (_, name) in used.items())
+        faults.append(
+            f"if this row is no header, set --has_header false; to read these columns all the same, set "
+            f"--has_header true; or name the columns, such as {names}"
+        )
+    return faults
 
 
 def _position(column: int | str, first: list[str], has_header: bool) -> int | str:

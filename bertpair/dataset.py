@@ -93,14 +93,31 @@ def resolve_source(settings: DataSettings, *, needs: Collection[str] = ("train",
     )
 
 
-def columns_for(source: Source, path: Path | str, with_labels: bool) -> Columns:
-    """How to read one file: with labels as in training; without them, a preset's test file its own way."""
+def columns_for(
+    source: Source, path: Path | str, *, with_labels: bool, header: tuple[str, ...] | None = None
+) -> Columns:
+    """How to read one file: as in training; without labels perhaps as the preset's test file, if it is one.
+
+    `header` is the training file's, None where it had none or is not known. What the file's first row says
+    decides, never the file's name.
+    """
+    trained = replace(source.columns, header=header)
     if with_labels:
-        return source.columns
-    tests = {os.path.realpath(test) for test in source.test_files}
-    if os.path.realpath(path) in tests or os.path.basename(path) == source.task.test_file:
-        return source.test_columns
-    return replace(source.columns, label=None)
+        return trained
+    test = source.test_columns
+    if (test.text_a, test.text_b, test.has_header) != (trained.text_a, trained.text_b, trained.has_header):
+        first = first_row(path, trained.quoting)
+        if _texts_named(test, first, source.task.text_names):
+            return test
+    return replace(trained, label=None)
+
+
+def _texts_named(columns: Columns, first: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether a header row has these names where the texts are."""
+    places = [column for column in (columns.text_a, columns.text_b) if isinstance(column, int)]
+    if not columns.has_header or len(places) != len(names) or not all(0 <= p < len(first) for p in places):
+        return False
+    return [first[place].strip() for place in places] == list(names)
 
 
 def training_labels(pairs: Pairs, source: Source) -> tuple[str, ...] | None:
@@ -318,7 +335,14 @@ def _columns(settings: DataSettings, task: Task, *, is_test: bool = False) -> Co
     if not isinstance(has_header, bool):  # a column that is named needs a header to be found in
         is_named = any(isinstance(column, str) for column in (text_a, text_b, label))
         has_header = is_named or (task.test_has_header if is_test else task.has_header)
-    return Columns(text_a, text_b, None if is_test else label, has_header, settings.quoting)
+    return Columns(
+        text_a,
+        text_b,
+        None if is_test else label,
+        has_header,
+        settings.quoting,
+        checks_header=settings.has_header == "auto",
+    )
 
 
 def _labels(settings: DataSettings, task: Task) -> tuple[tuple[str, ...] | None, bool, tuple[str, ...]]:

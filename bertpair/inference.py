@@ -192,11 +192,13 @@ class PairClassifier:
         tokenizer: Tokenizer,
         labels: tuple[str, ...] | None,
         takes_pairs: bool | None = None,
+        header: tuple[str, ...] | None = None,
     ) -> None:
         self.scorer = scorer
         self.tokenizer = tokenizer
         self.labels = labels  # in id order; None for a regression model
         self.takes_pairs = takes_pairs  # None: not known; the first use settles it
+        self.header = header  # of the training file; None: it had none, or it is not known
         self.max_seq_length = scorer.max_length
 
     @classmethod
@@ -250,7 +252,7 @@ class PairClassifier:
         if target.type == "cpu" and (optimize or quantize):
             ready = prepare(model, precision, quantize)
         scorer = Scorer(ready, tokenizer.pad_id, target, precision, cut, max_batch_tokens)
-        return cls(scorer, tokenizer, names, stored_takes_pairs(folder))
+        return cls(scorer, tokenizer, names, stored_takes_pairs(folder), folder.header)
 
     def predict(self, pairs: Pairs) -> list[Prediction]:
         """One `Prediction` a row, in the order given.

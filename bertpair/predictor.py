@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from bertpair.checkpoint import final_folder
 from bertpair.command_line import model_settings
-from bertpair.dataset import DataSettings, resolve_source
+from bertpair.dataset import DataSettings, columns_for, resolve_source
 from bertpair.errors import ConfigError
 from bertpair.hub import resolve_folder
 from bertpair.inference import PairClassifier, Prediction
@@ -154,7 +154,7 @@ class Predictor:
 
     def check_agreement(self, path: str, folder: str | Path) -> Agreement:
         """Compare with float32 on the first CHECK_ROWS rows of `path`, whose columns are the training's."""
-        pairs = _read_rows(path, self.settings)
+        pairs = _read_rows(path, self.settings, self.classifier)
         exact = PairClassifier.from_pretrained(folder, max_seq_length=self.cut, device="cpu", optimize=False)
         rows = pairs if self.takes_pairs else [a for a, _ in pairs]
         return compare(self.classifier.predict(rows), exact.predict(rows))
@@ -185,12 +185,12 @@ def compare(found: Sequence[Prediction], exact: Sequence[Prediction]) -> Agreeme
     return Agreement(len(exact), same / max(1, len(exact)), change)
 
 
-def _read_rows(path: str, settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _read_rows(path: str, settings: Mapping[str, Any], classifier: PairClassifier) -> list[tuple[str, str]]:
     """The first texts of a file laid out like the training data; labels are not looked at."""
     names = {field.name for field in dataclasses.fields(DataSettings)}
     known = {name: value for name, value in settings.items() if name in names}
     source = resolve_source(DataSettings(**{**known, "dev_file": [path]}), needs=("dev",))
-    columns = dataclasses.replace(source.columns, label=None)
+    columns = columns_for(source, path, with_labels=False, header=classifier.header)
     pairs = read_pairs([path], columns, limit=CHECK_ROWS)
     if not len(pairs):
         raise ConfigError(f"quantize_check: {path} holds no rows")
@@ -223,7 +223,7 @@ def load_predictor(config: ServeConfig) -> Predictor:
             f"max_batch_tokens {config.max_batch_tokens} is below the cut of {cut} tokens: a row must fit"
         )
     if config.quantize_check is not None:
-        _read_rows(config.quantize_check, settings)  # a wrong file is said before anything listens
+        _read_rows(config.quantize_check, settings, classifier)  # a wrong file is said at once
     chars = config.max_text_chars or min(CHARS_PER_TOKEN * cut, config.max_body_bytes)
     precision = {"off": "float32"}.get(classifier.scorer.precision.name, classifier.scorer.precision.name)
     found = Predictor(

@@ -196,6 +196,7 @@ def _read_pairs(
             logger.warning("%s", warning)
     dev = None
     if source.dev_files and config.runs_evaluation:
+        source = dataclasses.replace(source, columns=dataclasses.replace(source.columns, header=train.header))
         dev = _read(config, source, source.dev_files, labels, "max_eval_samples")
     report_labels("train", train, labels)
     if dev is not None:

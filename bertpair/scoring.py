@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bertpair.checkpoint import final_folder, list_checkpoints, output_dir_of
+from bertpair.columns import Columns, listed
 from bertpair.command_line import model_settings
 from bertpair.config import Config, check_config
 from bertpair.corpus import Encoding
@@ -31,6 +32,8 @@ from bertpair.runtime import allowed_precisions, resolve_device, set_determinist
 from bertpair.tsv import Pairs, read_pairs
 
 logger = logging.getLogger(__name__)
+
+LAYOUT = {"has_header", "text_a_column", "text_b_column", "label_column"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,7 @@ def evaluate_models(
     _check_task(config, first, source)
     pairs = read_pairs(
         files,
-        columns_for(source, files[0], with_labels=not config.predict),
+        _columns(config, source, files[0], first, explicit),
         labels=first.labels,
         regression=first.labels is None,
         on_bad_row=config.on_bad_row,
@@ -214,6 +217,17 @@ def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> P
         max_batch_tokens=budget,
         optimize=False,  # the figures are those of training's own evaluation, bit for bit
     )
+
+
+def _columns(
+    config: Config, source: Source, path: Path, model: PairClassifier, explicit: Collection[str]
+) -> Columns:
+    """How to read the data files; what was given now is not held against the training file's header."""
+    columns = columns_for(source, path, with_labels=not config.predict, header=model.header)
+    by_number = [column for _, column in columns.by_role() if isinstance(column, int)]
+    if columns.has_header and by_number and model.header is None:
+        logger.info("no header of the training file is known: columns by number, %s", listed(by_number))
+    return dataclasses.replace(columns, checks_header=not LAYOUT & set(explicit))
 
 
 def _check_task(config: Config, model: PairClassifier, source: Source) -> None:

@@ -32,6 +32,7 @@ class Task:
     test_has_header: bool = True
     metrics: tuple[str, ...] = ("acc",)
     positive_label: str | None = None  # that f1 is of, where it is measured
+    text_names: tuple[str, ...] = ("sentence1", "sentence2")  # in the published headers
 
 
 def _mnli(name: str, suffix: str) -> Task:
@@ -62,6 +63,7 @@ GLUE_TASKS = (
         has_header=False,
         test_text_b=None,
         metrics=("mcc",),
+        text_names=("sentence",),
     ),
     _mnli("mnli", "matched"),
     _mnli("mnli-mm", "mismatched"),
@@ -75,11 +77,21 @@ GLUE_TASKS = (
         test_text_b=4,
         metrics=("acc", "f1"),
         positive_label="1",
+        text_names=("#1 String", "#2 String"),
     ),
-    Task("sst-2", 0, None, label=1, labels=_YES_NO, test_text_b=None),
+    Task("sst-2", 0, None, label=1, labels=_YES_NO, test_text_b=None, text_names=("sentence",)),
     Task("sts-b", 7, 8, regression=True, test_text_a=7, test_text_b=8, metrics=REGRESSION_METRICS),
-    Task("qqp", 3, 4, label=5, labels=_YES_NO, metrics=("acc", "f1"), positive_label="1"),
-    Task("qnli", labels=_ENTAILMENT),
+    Task(
+        "qqp",
+        text_a=3,
+        text_b=4,
+        label=5,
+        labels=_YES_NO,
+        metrics=("acc", "f1"),
+        positive_label="1",
+        text_names=("question1", "question2"),
+    ),
+    Task("qnli", labels=_ENTAILMENT, text_names=("question", "sentence")),
     Task("rte", labels=_ENTAILMENT),
     Task("wnli", labels=_YES_NO),
 )

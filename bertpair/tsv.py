@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +136,11 @@ class _Reader:
     """Collects rows and faults over all files."""
 
     def __init__(
-        self, columns: Columns, labels: Sequence[str] | None, regression: bool, limit: int | None
+        self,
+        columns: Columns,
+        labels: Sequence[str] | None,
+        regression: bool,
+        limit: int | None,
     ) -> None:
         self.columns = columns
         self.allowed = None if labels is None or regression else dict.fromkeys(labels)
@@ -149,6 +153,7 @@ class _Reader:
         self.file_of_row: list[int] = []
         self.line_of_row: list[int] = []
         self.header: tuple[str, ...] | None = None
+        self.header_here: list[str] | None = None  # the cells that are read, of this file's header
         self.headers: list[tuple[str, str]] = []  # where, and what stands there in the label's column
         self.faults: list[str] = []
         self.num_faults = 0
@@ -166,6 +171,7 @@ class _Reader:
     def read(self, path: str) -> None:
         """All rows of one file, or as many as the limit wants; DataError if there is nothing to read."""
         self.files.append(path)
+        self.header_here = None
         places: Places | None = None
         empty_lines: list[int] = []  # faults only if a row follows: at the end of a file they are harmless
         num_rows = 0
@@ -194,14 +200,18 @@ class _Reader:
                 where + (fault or "the header row is expected in the first line, not after empty ones")
             )
         places = locate_columns(self.columns, cells, where)
-        if self.columns.has_header and self.header is None:
-            self.header = tuple(cell.strip() for cell in cells)
+        if self.columns.has_header:
+            self.header_here = self._used(cells, places)
+            if self.header is None:
+                self.header = tuple(cell.strip() for cell in cells)
+            if self.columns.header is None:  # further files must agree with this one
+                self.columns = replace(self.columns, header=self.header)
         if self.columns.has_header and places.label is not None:
             self.headers.append((where, cells[places.label].strip()))
         return places
 
     def _add(self, line: int, cells: list[str], fault: str, places: Places) -> None:
-        fault = fault or self._fault(cells, places)
+        fault = fault or self._fault(cells, places) or self._header_again(cells, places)
         if fault:
             self.note(f"{self.files[-1]}:{line}: {fault}")
             return
@@ -213,11 +223,21 @@ class _Reader:
         self.file_of_row.append(len(self.files) - 1)
         self.line_of_row.append(line)
 
+    def _used(self, cells: list[str], places: Places) -> list[str]:
+        """The cells that are read."""
+        used = (places.text_a, places.text_b, places.label)
+        return [cells[place].strip() for place in used if place is not None]
+
+    def _header_again(self, cells: list[str], places: Places) -> str:
+        if self.header_here is None or self._used(cells, places) != self.header_here:
+            return ""
+        return "the header row again; was one file appended to another?"
+
     def _fault(self, cells: list[str], places: Places) -> str:
         """What is wrong with a row whose bytes are text, or ""."""
         if len(cells) < places.needed:
             return f"expected at least {places.needed} tab-separated columns, found {len(cells)}"
-        if places.width is not None and any(cell.strip() for cell in cells[places.width :]):
+        if any(cell.strip() for cell in cells[places.width :]):
             return (
                 f"expected {places.width} tab-separated columns as in the first row, found {len(cells)}; "
                 "is there a tab inside a text?"

@@ -18,8 +18,9 @@ def test_names_and_numbers_from_either_end_find_their_columns() -> None:
     assert locate_columns(Columns(2, None, None), HEADER, "") == Places(2, None, None, 3, 4)
 
 
-def test_without_a_header_only_numbers_from_the_end_need_the_width() -> None:
-    assert locate_columns(Columns(0, 5, 7, has_header=False), ["a"], "") == Places(0, 5, 7, 8, None)
+def test_without_a_header_the_first_row_gives_the_width() -> None:
+    assert locate_columns(Columns(0, 5, 7, has_header=False), ["a"], "") == Places(0, 5, 7, 8, 8)
+    assert locate_columns(Columns(0, 1, 2, has_header=False), HEADER, "") == Places(0, 1, 2, 3, 4)
     assert locate_columns(Columns(0, 1, -1, has_header=False), HEADER, "") == Places(0, 1, 3, 4, 4)
 
 

@@ -126,7 +126,7 @@ def test_a_named_column_implies_a_header_and_false_forbids_it() -> None:
     cola = DataSettings(data_dir=str(GLUE / "cola"), task_name="cola")
     assert not resolve_source(cola).columns.has_header and resolve_source(cola).test_columns.has_header
     assert resolve_source(replace(cola, label_column="grade")).columns.has_header
-    assert resolve_source(replace(cola, has_header=True)).columns == Columns(3, None, 1)
+    assert resolve_source(replace(cola, has_header=True)).columns == Columns(3, None, 1, checks_header=False)
     with pytest.raises(ConfigError, match="has_header is false"):
         resolve_source(replace(cola, label_column="grade", has_header=False))
 
@@ -197,16 +197,21 @@ def test_scoring_does_not_need_the_training_data(folder: Path) -> None:
     assert (source.train_files, source.dev_files, source.notes) == ((), (Path(dev),), ())
 
 
-def test_a_presets_test_file_is_read_with_its_own_columns(tmp_path: Path) -> None:
-    sst = GLUE / "sst-2"
-    source = resolve_source(DataSettings(data_dir=str(sst), task_name="sst-2"))
-    in_a_roundabout_way = sst / ".." / "sst-2" / "test.tsv"
-    assert columns_for(source, in_a_roundabout_way, with_labels=False) == Columns(1, None, None)
-    assert columns_for(source, "elsewhere/test.tsv", with_labels=False) == Columns(1, None, None)
-    assert columns_for(source, "other.tsv", with_labels=False) == Columns(0, None, None)
-    assert columns_for(source, sst / "test.tsv", with_labels=True) == Columns(0, None, 1)
-    own = resolve_source(DataSettings(data_dir=str(sst), task_name="sst-2", test_file=[str(sst / "dev.tsv")]))
-    assert columns_for(own, sst / "dev.tsv", with_labels=False) == Columns(1, None, None)
+@pytest.mark.parametrize("task", ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst-2", "sts-b", "wnli"])
+def test_a_presets_test_file_is_told_by_its_header_not_by_its_name(tmp_path: Path, task: str) -> None:
+    folder = GLUE / task
+    source = resolve_source(DataSettings(data_dir=str(folder), task_name=task), needs=("train", "test"))
+    header = read_pairs(source.train_files, source.columns).header
+    training, hidden = tmp_path / "test.tsv", tmp_path / "anything.tsv"
+    training.write_bytes(source.train_files[0].read_bytes())
+    hidden.write_bytes(source.test_files[0].read_bytes())
+    as_training = columns_for(source, training, with_labels=False, header=header)
+    as_hidden = columns_for(source, hidden, with_labels=False, header=header)
+    expected = read_pairs([training], source.columns)
+    found = read_pairs([training], as_training)
+    assert (found.text_a, found.text_b) == (expected.text_a, expected.text_b)
+    expected, found = read_pairs([hidden], source.test_columns), read_pairs([hidden], as_hidden)
+    assert (found.text_a, found.text_b) == (expected.text_a, expected.text_b)
 
 
 def test_targets_are_ids_in_label_order_or_numbers(pairs_of: Callable[..., Pairs]) -> None:
