@@ -333,6 +333,8 @@ def test_ctrl_c_is_130_and_a_resume_from_a_named_checkpoint_ends_the_same(
     assert Path("out/checkpoint-10").is_dir() and not Path("out/model.safetensors").exists()
     done = script("train", "--resume", "out/checkpoint-10")
     assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, 31))  # 11, 12 once
     ended, whole = json.loads(done.stdout), result_of(trained)
     assert {**ended, "output_dir": None} == whole and whole["global_step"] == 30
     assert Path("out/model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
