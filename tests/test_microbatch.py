@@ -221,6 +221,15 @@ async def test_admission_is_by_the_estimated_wait() -> None:
         assert batcher.estimated_wait == 0.0
 
 
+async def test_a_pause_between_batches_does_not_count_as_work() -> None:
+    """Else the next burst would be refused for an estimate of minutes."""
+    async with batching(digests, queue_deadline=5.0, max_queue_rows=10_000) as batcher:
+        for pause in (0.5, 0.5, 0):
+            await batcher.submit(["a"], [8])
+            await asyncio.sleep(pause)
+        await asyncio.gather(*(batcher.submit([f"{i}"], [8]) for i in range(150)))
+
+
 async def test_what_waits_past_the_deadline_is_dropped_unrun() -> None:
     gate = Gate()
     dropped: list[tuple[str, int]] = []

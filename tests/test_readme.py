@@ -408,6 +408,26 @@ def test_a_resume_may_log_save_and_evaluate_otherwise(
     assert steps == [5, 10, 12, 15, 18, 21, 24, 27, 30]
 
 
+def test_on_a_resume_auto_means_as_it_was(trained: Path, stopped: Path) -> None:
+    words = "--output_dir out --resume --amp auto --device auto --num_threads null"
+    parsed = parse_command_line(words.split(), "train")
+    train(parsed.config, explicit=parsed.explicit)
+    found, plain = ((folder / "model.safetensors").read_bytes() for folder in (stopped, trained))
+    assert found == plain
+
+
+def test_another_runs_checkpoint_is_not_gone_on_from_however_new_it_is(
+    material: dict[str, object], trained: Path, stopped: Path
+) -> None:
+    """As where a crash came between the first save of a new run and the end of the old one's checkpoints."""
+    run(material, output_dir="older", seed=7, max_steps=20, save_steps=20, eval_strategy="no")
+    shutil.copytree("older/checkpoint-20", stopped / "checkpoint-20")
+    run(material, resume="auto", save_steps=15)
+    found, plain = ((folder / "model.safetensors").read_bytes() for folder in (stopped, trained))
+    assert found == plain
+    assert not (stopped / "checkpoint-20").exists() and (stopped / "checkpoint-10").exists()
+
+
 def test_another_dev_file_on_a_resume_begins_a_new_best(
     material: dict[str, object], trained: Path, stopped: Path
 ) -> None:
