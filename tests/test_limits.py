@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import write_hf_folder
 from live_server import PAIR, LiveServer, make_predictor, serving
 
+from bertpair.errors import ConfigError
 from bertpair.http_json import MAX_DEPTH
 from bertpair.http_protocol import MAX_URL_BYTES
+from bertpair.listening import read_key
+from bertpair.serve_config import make_serve_config
 
 BODY = json.dumps(PAIR).encode()
 
@@ -61,3 +65,22 @@ def test_headers_and_urls(
     query = b"a" * (MAX_URL_BYTES + more - len("/livez?"))
     url = live.raw(b"GET /livez?%s HTTP/1.1\r\nHost: localhost\r\n\r\n" % query)
     assert (headers.status, url.status) == statuses
+
+
+@pytest.mark.parametrize(
+    "name", ["localhost", "LOCALHOST:80", "127.0.0.1", "127.0.0.1:8000", "[::1]", "[::1]:1"]
+)
+def test_local_names_are_answered_on_a_loopback_address(live: LiveServer, name: str) -> None:
+    assert live.ask("GET", "/info", headers={"host": name}).status == 200
+    assert live.ask("GET", "/info", headers={"host": f"{name.partition(':')[0]}.example"}).status == 400
+
+
+def test_a_key_and_a_queue(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("8 bytes?\n".replace(" ", "-"))
+    assert read_key(str(tmp_path / "key")) == b"8-bytes?"
+    (tmp_path / "key").write_text("7-bytes\n")
+    with pytest.raises(ConfigError, match="8 or more"):
+        read_key(str(tmp_path / "key"))
+    assert make_serve_config({"max_request_rows": 256, "max_queue_rows": 256}).max_request_rows == 256
+    with pytest.raises(ConfigError, match="could never be admitted"):
+        make_serve_config({"max_request_rows": 257, "max_queue_rows": 256})

@@ -99,6 +99,18 @@ async def test_a_batch_forms_while_the_one_before_runs() -> None:
     assert all(a.queue_seconds >= 0 and a.run_seconds >= 0 for a in answers)
 
 
+async def test_rows_that_were_passed_over_keep_their_order() -> None:
+    gate = Gate()
+    async with batching(gate, max_batch_tokens=24) as batcher:
+        tasks = [await busy(batcher, gate)]
+        for row, length in (("a", 24), ("b", 8), ("c", 16)):  # one batch each: none goes with its neighbour
+            tasks.append(asyncio.create_task(batcher.submit([row], [length])))
+        await asyncio.sleep(0)
+        gate.open.set()
+        await asyncio.gather(*tasks)
+    assert gate.calls == [["first"], ["a"], ["b"], ["c"]]
+
+
 async def test_a_request_may_ride_in_several_batches_and_answers_stay_in_order() -> None:
     lengths = [64, 8, 32, 8, 64, 16, 8]
     rows = [f"row {i}" for i in range(7)]
