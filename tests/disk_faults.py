@@ -54,6 +54,26 @@ def run_with_fault(work: Callable[[], object], act: Act) -> tuple[list[str], OSE
     return log, None
 
 
+def durability_events(work: Callable[[], object]) -> list[tuple[str, str]]:
+    """The writes, fsyncs and renames of `work` in their order, each with the name of its file or folder."""
+    opened: dict[int, str] = {}
+    events: list[tuple[str, str]] = []
+
+    def record(count: int, name: str, real: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = real(*args, **kwargs)
+        if name == "open":
+            opened[result] = Path(args[0]).name
+        if name in ("write", "fsync"):
+            events.append((name, opened[args[0]]))
+        elif name in ("rename", "replace"):
+            events.append((name, Path(args[0]).name))
+        return result
+
+    _, error = run_with_fault(work, record)
+    assert error is None
+    return events
+
+
 def killed_at(k: int, work: Callable[[], object]) -> bool:
     """Run `work` in a child that dies before its k-th call, as by SIGKILL; False if it had fewer."""
     child = os.fork()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from disk_faults import failing_at, files_below, killed_at, run_with_fault
+from disk_faults import durability_events, failing_at, files_below, killed_at, run_with_fault
 
 from bertpair.checkpoint import (
     checkpoint_folder,
@@ -218,6 +218,21 @@ def test_the_final_model_moves_up_and_leaves_other_files_alone(tmp_path: Path) -
     assert set(files_below(tmp_path)) == {*MODEL, "manifest.json", "notes.txt"}
     assert model_in(tmp_path) == "first" and (tmp_path / "notes.txt").read_text() == "mine"
     assert publish_final(tmp_path) is False
+
+
+def test_the_files_names_are_durable_before_the_manifest_and_that_before_the_staged_folder_goes(
+    tmp_path: Path,
+) -> None:
+    stage_final(tmp_path, "first")
+    events = durability_events(lambda: publish_final(tmp_path))
+    names = [f".{name}.tmp-{os.getpid()}" for name in (*sorted(MODEL), "manifest.json")]
+    assert events[:6] == [
+        *(("replace", name) for name in names[:3]),
+        ("fsync", tmp_path.name),
+        ("replace", names[3]),
+        ("fsync", tmp_path.name),
+    ]
+    assert events[6][0] == "rename"
 
 
 def test_readers_find_one_whole_model_wherever_the_move_is_killed(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The settings as one dataclass: documented, checked, written and read back, compared on a resume."""
 
+import inspect
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -63,6 +65,19 @@ RUN_GLUE_DEFAULTS = {
     "do_eval": None,
     "resume": False,
 }
+OWN_DEFAULTS = {
+    "quoting": "none",
+    "on_bad_row": "error",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.0,
+    "group_by_length": True,
+    "pad_to_multiple_of": 8,
+    "label_smoothing": 0.0,
+    "max_skipped_steps": 10,
+    "report_to": ["none"],
+}
 
 
 def refusal(**values: Any) -> str:
@@ -83,6 +98,13 @@ def test_every_designed_setting_is_there_in_its_group() -> None:
 @pytest.mark.parametrize(("name", "value"), RUN_GLUE_DEFAULTS.items())
 def test_defaults_are_run_glues_but_for_those_known_better(name: str, value: object) -> None:
     assert SETTINGS[name].default == value and type(SETTINGS[name].default) is type(value)
+
+
+def test_of_the_other_defaults_those_that_decide_something_are_known() -> None:
+    others = {name: item.default for name, item in SETTINGS.items() if name not in RUN_GLUE_DEFAULTS}
+    assert {k: v for k, v in others.items() if v not in (None, "auto") and v is not False} == OWN_DEFAULTS
+    torchs = inspect.signature(torch.optim.AdamW).parameters
+    assert torchs["betas"].default == (OWN_DEFAULTS["adam_beta1"], OWN_DEFAULTS["adam_beta2"])
 
 
 def test_defaults_are_sound_and_of_their_own_kind() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disk_faults import Call, failing_at, files_below, killed_at, run_with_fault
+from disk_faults import Call, durability_events, failing_at, files_below, killed_at, run_with_fault
 
 from bertpair.disk import (
     append,
@@ -36,6 +36,16 @@ def test_a_replaced_file_is_the_old_or_the_new_whichever_call_fails(tmp_path: Pa
             break
     assert k > 6 and error is None and path.read_bytes() == b"new"
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_a_replaced_file_is_durable_before_it_has_its_name_and_then_the_name_is(tmp_path: Path) -> None:
+    temporary = f".f.tmp-{os.getpid()}"
+    assert durability_events(lambda: replace_file(tmp_path / "f", b"new")) == [
+        ("write", temporary),
+        ("fsync", temporary),
+        ("replace", temporary),
+        ("fsync", tmp_path.name),
+    ]
 
 
 def test_a_replaced_file_is_the_old_or_the_new_wherever_it_is_killed(tmp_path: Path) -> None:

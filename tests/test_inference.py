@@ -177,6 +177,10 @@ def test_a_stop_leaves_the_models_mode(hf_folder: Path) -> None:
     finally:
         stop_flag.clear()
     assert model.scorer.model.training
+    for mode in (True, False):
+        model.scorer.model.train(mode)
+        model.predict([("a", "b")])
+        assert model.scorer.model.training is mode
 
 
 def test_softmax_and_predictions_of_extreme_logits() -> None:

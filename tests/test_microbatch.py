@@ -99,6 +99,18 @@ async def test_a_batch_forms_while_the_one_before_runs() -> None:
     assert all(a.queue_seconds >= 0 and a.run_seconds >= 0 for a in answers)
 
 
+async def test_rows_that_were_passed_over_keep_their_order() -> None:
+    gate = Gate()
+    async with batching(gate, max_batch_tokens=24) as batcher:
+        tasks = [await busy(batcher, gate)]
+        for row, length in (("a", 24), ("b", 8), ("c", 16)):  # one batch each: none goes with its neighbour
+            tasks.append(asyncio.create_task(batcher.submit([row], [length])))
+        await asyncio.sleep(0)
+        gate.open.set()
+        await asyncio.gather(*tasks)
+    assert gate.calls == [["first"], ["a"], ["b"], ["c"]]
+
+
 async def test_a_request_may_ride_in_several_batches_and_answers_stay_in_order() -> None:
     lengths = [64, 8, 32, 8, 64, 16, 8]
     rows = [f"row {i}" for i in range(7)]
@@ -219,6 +231,15 @@ async def test_admission_is_by_the_estimated_wait() -> None:
         gate.open.set()
         await asyncio.gather(first, *tasks)
         assert batcher.estimated_wait == 0.0
+
+
+async def test_a_pause_between_batches_does_not_count_as_work() -> None:
+    """Else the next burst would be refused for an estimate of minutes."""
+    async with batching(digests, queue_deadline=5.0, max_queue_rows=10_000) as batcher:
+        for pause in (0.5, 0.5, 0):
+            await batcher.submit(["a"], [8])
+            await asyncio.sleep(pause)
+        await asyncio.gather(*(batcher.submit([f"{i}"], [8]) for i in range(150)))
 
 
 async def test_what_waits_past_the_deadline_is_dropped_unrun() -> None:

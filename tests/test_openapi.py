@@ -33,7 +33,8 @@ KEY = "the-right-key"
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = write_hf_folder(tmp_path_factory.mktemp("served") / "hf-tiny")
-    predictor, config = make_predictor(folder, max_batch_tokens=512, max_text_chars=200, max_request_rows=4)
+    settings = {"max_batch_tokens": 512, "max_text_chars": 200, "max_request_rows": 4}
+    predictor, config = make_predictor(folder, **settings, max_seq_length=8)  # most texts are cut
     with serving(predictor, config, KEY.encode()) as server:
         yield server
 

@@ -333,6 +333,8 @@ def test_ctrl_c_is_130_and_a_resume_from_a_named_checkpoint_ends_the_same(
     assert Path("out/checkpoint-10").is_dir() and not Path("out/model.safetensors").exists()
     done = script("train", "--resume", "out/checkpoint-10")
     assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, 31))  # 11, 12 once
     ended, whole = json.loads(done.stdout), result_of(trained)
     assert {**ended, "output_dir": None} == whole and whole["global_step"] == 30
     assert Path("out/model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
@@ -404,6 +406,26 @@ def test_a_resume_may_log_save_and_evaluate_otherwise(
     records = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records if "loss" in record]
     assert steps == [5, 10, 12, 15, 18, 21, 24, 27, 30]
+
+
+def test_on_a_resume_auto_means_as_it_was(trained: Path, stopped: Path) -> None:
+    words = "--output_dir out --resume --amp auto --device auto --num_threads null"
+    parsed = parse_command_line(words.split(), "train")
+    train(parsed.config, explicit=parsed.explicit)
+    found, plain = ((folder / "model.safetensors").read_bytes() for folder in (stopped, trained))
+    assert found == plain
+
+
+def test_another_runs_checkpoint_is_not_gone_on_from_however_new_it_is(
+    material: dict[str, object], trained: Path, stopped: Path
+) -> None:
+    """As where a crash came between the first save of a new run and the end of the old one's checkpoints."""
+    run(material, output_dir="older", seed=7, max_steps=20, save_steps=20, eval_strategy="no")
+    shutil.copytree("older/checkpoint-20", stopped / "checkpoint-20")
+    run(material, resume="auto", save_steps=15)
+    found, plain = ((folder / "model.safetensors").read_bytes() for folder in (stopped, trained))
+    assert found == plain
+    assert not (stopped / "checkpoint-20").exists() and (stopped / "checkpoint-10").exists()
 
 
 def test_another_dev_file_on_a_resume_begins_a_new_best(

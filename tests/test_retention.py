@@ -132,11 +132,13 @@ def test_leftovers_go_and_nothing_else(tmp_path: Path, dead_pid: int) -> None:
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "file").write_bytes(b"x")
     (tmp_path / "checkpoint-9.tmp-12").symlink_to(tmp_path / "mine.tmp-12")
-    (tmp_path / f".model.safetensors.tmp-{dead_pid}").write_bytes(b"x")
+    files = [f".model.safetensors.tmp-{dead_pid}", f".config.json.tmp-{os.getpid()}"]  # ours: a number again
+    for name in files:
+        (tmp_path / name).write_bytes(b"x")
     for name in (f".notes.tmp-{dead_pid}", f".metrics.jsonl.tmp-{os.getppid()}", "checkpoint-8.tmp-12"):
         (tmp_path / name).write_bytes(b"x")
     removed = {str(p.relative_to(tmp_path)) for p in remove_leftovers(tmp_path)}
-    assert removed == {*gone, f".model.safetensors.tmp-{dead_pid}"}
+    assert removed == {*gone, *files}
     assert all((tmp_path / name / "file").exists() for name in stays)
     assert (tmp_path / "checkpoint-9.tmp-12").is_symlink() and (tmp_path / "checkpoint-8.tmp-12").exists()
     assert (tmp_path / f".notes.tmp-{dead_pid}").exists()

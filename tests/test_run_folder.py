@@ -341,6 +341,17 @@ def test_another_watched_metric_begins_a_new_best(
     assert result.best_metric == max(r["eval_acc"] for r in records if "eval_acc" in r and r["step"] > 2)
 
 
+def test_the_best_weights_are_not_lost_where_they_are_the_last_and_could_not_be_saved(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings |= {"eval_strategy": "steps", "eval_steps": 8, "load_best_model_at_end": True}
+    failing_writes(monkeypatch, "checkpoint-8")
+    assert run(settings).global_step == 8
+    state = json.loads(Path("out/trainer_state.json").read_text())
+    assert (state["weights"], state["weights_step"]) == ("best", 8)
+    assert "checkpoint-8 was not saved" in caplog.text and "lost" not in caplog.text
+
+
 def test_a_full_disk_costs_a_whole_line_of_the_log(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ def test_the_defaults_are_sound_and_those_promised() -> None:
         "grace_seconds": 20,
         "stall_seconds": 30,
         "host": "127.0.0.1",
+        "port": 8000,
     }
     assert {name: getattr(config, name) for name in promised} == promised
     assert set(SERVE_SETTINGS) == set(ServeConfig.__dataclass_fields__)

@@ -121,12 +121,17 @@ def test_16_a_forward_that_raises(live: LiveServer) -> None:
     assert live.predict().status == 200 and live.ask("GET", "/readyz").status == 200
 
 
-def test_16_a_forward_that_hangs_is_seen_by_the_probes(live: LiveServer) -> None:
+def test_16_a_forward_that_hangs_is_seen_by_the_probes(
+    live: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(live.service.config, stall_seconds=1.0)
+    monkeypatch.setattr(live.service, "config", config)
     gate = Gate(live)
     hung = ask_aside(live)
     assert gate.entered.wait(10)
     assert live.predict().status == 503  # expired in the queue
     live.wait_for(lambda: live.ask("GET", "/readyz").status == 503)
+    assert live.ask("GET", "/livez").status == 200  # until it has been twice as long
     assert live.predict().error["type"] == "stalled"
     live.wait_for(lambda: live.ask("GET", "/livez").status == 503)
     gate.open.set()

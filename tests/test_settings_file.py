@@ -43,6 +43,11 @@ def test_values_and_lines(path: Path) -> None:
     assert found.where("seed") == f"{path}:2" and found.where("other") == str(path)
 
 
+def test_a_setting_stands_where_its_name_stands(path: Path) -> None:
+    found = read(path, "labels:\n  - a\n  - b\nseed:\n  3\ncompare: [a,\n  b]\ndevice: cpu\n")
+    assert found.lines == {"labels": 1, "seed": 4, "compare": 6, "device": 8}
+
+
 @pytest.mark.parametrize("text", ["", "# only notes\n", "null\n", "---\n"])
 def test_an_empty_file_sets_nothing(path: Path, text: str) -> None:
     assert read(path, text).values == {}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from disk_faults import ERRORS, failing_at, files_below, killed_at, run_with_fault
+from disk_faults import ERRORS, durability_events, failing_at, files_below, killed_at, run_with_fault
 from safetensors.torch import load_file
 
 from bertpair import staging
@@ -90,21 +90,7 @@ def test_checksums_keep_up_with_many_tensors(tmp_path: Path, monkeypatch: pytest
 
 
 def test_names_come_after_bytes_and_the_manifest_after_all(tmp_path: Path) -> None:
-    opened: dict[int, str] = {}
-    events: list[tuple[str, str]] = []
-
-    def record(count, name, real, args, kwargs):
-        result = real(*args, **kwargs)
-        if name == "open":
-            opened[result] = Path(args[0]).name
-        if name in ("write", "fsync"):
-            events.append((name, opened[args[0]]))
-        elif name == "rename":
-            events.append((name, Path(args[0]).name))
-        return result
-
-    _, error = run_with_fault(lambda: save(tmp_path, 2), record)
-    assert error is None
+    events = durability_events(lambda: save(tmp_path, 2))
     files = ("model.safetensors", "vocab.txt", "trainer_state.json")
     manifest = events.index(("write", "manifest.json"))
     for name in files:
