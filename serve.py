@@ -11,9 +11,12 @@ from bertpair.server import configure_serve_logging, serve
 def main() -> int:
     call = parse_serve_command_line(sys.argv[1:])
     configure_serve_logging()
-    for note in call.notes:
-        logging.getLogger("bertpair").info("%s", note)
-    return serve(call.config)
+    try:
+        for note in call.notes:
+            logging.getLogger("bertpair").info("%s", note)
+        return serve(call.config)
+    finally:
+        logging.shutdown()  # the lines before the one that says why it ended
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """uvicorn's HTTP/1.1 protocol with what it leaves open: deadlines, a cap on connections, honest errors.
 
 A subclass that leans on private parts of one minor version of uvicorn (pinned; tests name each of them).
-Whatever goes wrong below the application is answered as JSON too. A connection that is closed while its
-client still sends is half-closed first and read dry for a while: a bare close would reset it, and the client
-would lose the answer.
+Whatever goes wrong below the application is answered as JSON too. A connection is half-closed first and read
+dry for a while: a bare close would reset it if its client still sends, and the client would lose the answer.
+Once the server drains, an answer says `Connection: close` unless the client's next request has come already,
+so that no client sends one to a connection that goes away.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import h11
@@ -23,10 +24,11 @@ from bertpair.refusal import RequestError
 MAX_URL_BYTES = 8192
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 2**20
+FAREWELL_SECONDS = 1.0  # once nobody new gets in: a request that was under way has come by then
 UNANSWERED = (h11.IDLE, h11.SEND_RESPONSE)  # states of ours in which an answer can still begin
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ProtocolLimits:
     """`receive_timeout` in seconds: for a request to arrive whole, and for an answer to be taken."""
 
@@ -36,10 +38,11 @@ class ProtocolLimits:
 
 
 class RememberingConnection(h11.Connection):
-    """h11's connection; it keeps what the peer did wrong, and counts requests."""
+    """h11's connection; it keeps what the peer did wrong, counts requests, and can say that it ends."""
 
-    def __init__(self, max_incomplete_event_size: int) -> None:
+    def __init__(self, max_incomplete_event_size: int, is_ending: Callable[[], bool]) -> None:
         super().__init__(h11.SERVER, max_incomplete_event_size)
+        self.is_ending = is_ending
         self.fault: h11.RemoteProtocolError | None = None
         self.num_cycles = 0
 
@@ -50,9 +53,21 @@ class RememberingConnection(h11.Connection):
             self.fault = error
             raise
 
+    def send(self, event: Any) -> Any:
+        if isinstance(event, h11.Response) and self.is_ending():
+            others = [(name, value) for name, value in event.headers if name != b"connection"]
+            headers = [*others, (b"connection", b"close")]
+            event = h11.Response(status_code=event.status_code, headers=headers, reason=event.reason)
+        return super().send(event)
+
     def start_next_cycle(self) -> None:
         super().start_next_cycle()
         self.num_cycles += 1
+
+    @property
+    def has_next_request(self) -> bool:
+        """Whether something came behind a request that is there whole."""
+        return self.their_state is h11.DONE and bool(self.trailing_data[0].strip())
 
     @property
     def is_mid_request(self) -> bool:
@@ -79,14 +94,19 @@ class GuardedProtocol(H11Protocol):
     """One connection. `on_event` is told the status or name of each thing that was settled down here."""
 
     def __init__(
-        self, *args: Any, limits: ProtocolLimits, on_event: Callable[[str], None], **kwargs: Any
+        self,
+        *args: Any,
+        limits: ProtocolLimits,
+        on_event: Callable[[str], None],
+        is_draining: Callable[[], bool],
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.limits, self.on_event = limits, on_event
+        self.limits, self.on_event, self.is_draining = limits, on_event, is_draining
         # Larger than what the application allows: it is the one that answers 431 and 414, after 404 and 401.
         room = limits.max_header_bytes + MAX_URL_BYTES + 1024
-        self.conn: RememberingConnection = RememberingConnection(room)
-        self.is_refused = self.is_lost = False
+        self.conn: RememberingConnection = RememberingConnection(room, self._is_ending)
+        self.is_refused = self.is_lost = self.is_last = False
         self.num_discarded = 0
         self.watched_cycle = -1
         self.timers: dict[str, asyncio.TimerHandle] = {}
@@ -181,15 +201,24 @@ class GuardedProtocol(H11Protocol):
         self._answer(self._describe_fault())
 
     def shutdown(self) -> None:
-        if self.is_refused:
-            return
-        if self.transport.is_closing():
-            self._end()
-            return
-        try:
-            super().shutdown()
-        except h11.LocalProtocolError:
-            self._end()
+        """Nobody new gets in: answer what has come and what is about to, then close."""
+        if not self.is_refused:
+            self._arm("farewell", FAREWELL_SECONDS, self._say_farewell)
+
+    def _say_farewell(self) -> None:
+        self.is_last = True
+        if not self.is_busy:
+            self._close()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether part of a request is here that has no whole answer yet."""
+        if self.is_refused or self.transport.is_closing():
+            return False
+        return not self.cycle_is_over or self.conn.is_mid_request
+
+    def _is_ending(self) -> bool:
+        return self.is_last or (self.is_draining() and not self.conn.has_next_request)
 
     # Errors
 
@@ -217,7 +246,7 @@ class GuardedProtocol(H11Protocol):
         self._end_cycle()
         if self.conn.our_state in UNANSWERED:
             self._write_answer(error)
-        self._close(is_reading=True)
+        self._close()
 
     def _write_answer(self, error: RequestError) -> None:
         request_id = secrets.token_hex(8)
@@ -245,20 +274,17 @@ class GuardedProtocol(H11Protocol):
 
     # Closing
 
-    def _close(self, *, is_reading: bool = False) -> None:
-        """Close: at once, or if more may come from the client, half now and half when that has ended."""
+    def _close(self) -> None:
+        """Close: half now, and half when nothing more comes from the client."""
         gentle: Any = self.transport
         if gentle.closing or self.is_lost:
             return
         gentle.closing = True
         self._disarm("receive")
-        if is_reading or self.conn.is_mid_request:
-            if gentle.real.can_write_eof() and not gentle.real.is_closing():
-                gentle.real.write_eof()
-            self.flow.resume_reading()
-            self._arm("linger", LINGER_SECONDS, self._end)
-        else:
-            gentle.real.close()
+        if gentle.real.can_write_eof() and not gentle.real.is_closing():
+            gentle.real.write_eof()
+        self.flow.resume_reading()
+        self._arm("linger", LINGER_SECONDS, self._end)
         self._arm("abort", self.limits.receive_timeout + LINGER_SECONDS, self._abort)
 
     def _end(self) -> None:

@@ -30,6 +30,7 @@ UNMATCHED = "unmatched"
 CLIENT_LEFT = 499
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _SHOWN_PATH = 200
+_PROBES = {"/livez", "/readyz", "/metrics"}  # asked by the machine's address, under any name
 _EXPOSED = "X-Request-ID, X-Queue-Ms, X-Inference-Ms, Retry-After"
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -82,7 +83,7 @@ class Shell:
     async def _answer(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
         try:
             check_version(scope["http_version"])
-            self._check_host(scope["headers"])
+            self._check_host(scope)
             await self.app(scope, receive, send)
         except ClientDisconnect:
             self.metrics.disconnects.inc()
@@ -99,10 +100,14 @@ class Shell:
             message = "a defect of the server; its log has the request_id"
             await send_error(send, RequestError(500, "internal_error", message), exchange)
 
-    def _check_host(self, headers: Headers) -> None:
-        names = [value.decode("latin-1") for name, value in headers if name == b"host"]
-        if self.hosts is not None and names and host_name(names[0]) not in self.hosts:
-            raise RequestError(400, "unknown_host", "this server does not answer to that Host", close=True)
+    def _check_host(self, scope: Scope) -> None:
+        names = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if self.hosts is None or not names or host_name(names[0]) in self.hosts:
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path.rstrip("/") not in _PROBES:
+            message = "this server does not answer to that Host; its setting allowed_hosts says to which"
+            raise RequestError(400, "unknown_host", message, close=True)
 
     def _extra_headers(self, headers: Headers, exchange: Exchange) -> list[tuple[bytes, bytes]]:
         extra = [(b"x-request-id", exchange.request_id.encode())]

@@ -60,6 +60,7 @@ _ORIGINS = _several(_matching("an origin", _ORIGIN), "origins such as https://ex
 _ROOT = or_null(_matching("a path such as /pairs, without a slash at its end", _ROOT_PATH))
 _SECONDS = number(above=0, high=86_400)
 _TEXT = or_null(Kind("text without spaces", clean_text))
+_MODE = or_null(_matching('octal digits in quotes, such as "660"', re.compile(r"0?[0-7]{3}")))
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class ServeConfig:
     host: str = _listen("127.0.0.1", _HOST, "address to listen on")
     port: int = _listen(8000, whole(0, 65_535), "0: any free one")
     uds: str | None = _listen(None, PATH, "listen on this Unix socket instead")
+    uds_mode: str | None = _listen(None, _MODE, "who may connect to it, as for chmod; null: 660")
     root_path: str | None = _listen(None, _ROOT, "prefix under which a proxy shows this server")
     forwarded_allow_ips: str | None = _listen(
         None, _TEXT, "comma-separated proxies whose X-Forwarded-* are believed, or *"
@@ -181,6 +183,10 @@ def serve_contradictions(config: ServeConfig) -> list[str]:
         (
             config.uds is not None and config.host != _DEFAULTS.host,
             f"uds {config.uds} and host {config.host} are both given: one place to listen",
+        ),
+        (
+            config.uds_mode is not None and config.uds is None,
+            f"uds_mode {config.uds_mode} is given without uds: it is the mode of that socket",
         ),
         (
             config.quantize is not None and config.amp in ("bf16", "fp16"),

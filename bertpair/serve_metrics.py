@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from bertpair.microbatch import BatchReport
@@ -13,6 +14,17 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class _DroppedLines:
+    """A counter that somebody else keeps."""
+
+    def __init__(self, count: Callable[[], float]) -> None:
+        self.count = count
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        name, meaning = "bertpair_dropped_log_lines", "Log lines dropped because nobody took them"
+        yield CounterMetricFamily(name, meaning, value=self.count())
 
 
 class ServeMetrics:
@@ -69,6 +81,10 @@ class ServeMetrics:
         """Where the gauges read from when they are asked."""
         self.queue_depth.set_function(num_waiting)
         self.running.set_function(running_seconds)
+
+    def watch_log(self, num_dropped: Callable[[], float]) -> None:
+        """Where the number of log lines that nobody took is read from when it is asked."""
+        self.registry.register(_DroppedLines(num_dropped))
 
     def count_batch(self, report: BatchReport) -> None:
         self.batch_rows.observe(report.num_rows)

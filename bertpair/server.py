@@ -2,7 +2,8 @@
 
 In that order, so that a busy port or a wrong folder is one line before anything listens, and a load balancer
 sees livez answer while readyz does not yet. uvicorn is handed a bound socket and no signals: SIGTERM first
-only makes readyz say no, because whoever routes to us must see that before the listener goes.
+only makes readyz say no and answers end their connections, because whoever routes to us must see that before
+the listener goes. Then whoever has begun to connect gets in, and what has come is answered.
 """
 
 from __future__ import annotations
@@ -13,18 +14,26 @@ import functools
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import uvicorn
 
 from bertpair.http_protocol import GuardedProtocol, ProtocolLimits
 from bertpair.http_shell import Shell, access_logger
-from bertpair.listening import allowed_hosts, bind, check_descriptors, is_local, read_key
+from bertpair.listening import (
+    BACKLOG,
+    TcpListener,
+    UnixListener,
+    allowed_hosts,
+    bind,
+    check_descriptors,
+    is_local,
+    read_key,
+)
+from bertpair.log_writer import LogWriter
 from bertpair.microbatch import MicroBatcher, QueueLimits
 from bertpair.page import Page
 from bertpair.predictor import Predictor, load_predictor
@@ -35,7 +44,7 @@ from bertpair.service import Service
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 2048
+CONNECT_SECONDS = 0.2  # once new clients are refused: those on their way are in by then
 
 
 def serve(config: ServeConfig) -> int:
@@ -45,17 +54,15 @@ def serve(config: ServeConfig) -> int:
     """
     check_descriptors(config.max_connections)
     key = read_key(config.api_key_file) if config.api_key_file else None
-    bound = bind(config)
+    listener = bind(config)
     try:
         predictor = load_predictor(config)
         stop_flag.raise_if_set()
         if not is_local(config) and key is None:
             logger.warning("%s is reachable from other machines and no api_key_file is set", config.host)
-        return asyncio.run(_Server(config, predictor, bound, key).run())
+        return asyncio.run(_Server(config, predictor, listener, key).run())
     finally:
-        bound.close()
-        if config.uds:
-            Path(config.uds).unlink(missing_ok=True)
+        listener.close()
 
 
 class _QuietServer(uvicorn.Server):
@@ -70,9 +77,13 @@ class _Server:
     """One run of the event loop."""
 
     def __init__(
-        self, config: ServeConfig, predictor: Predictor, bound: socket.socket, key: bytes | None
+        self,
+        config: ServeConfig,
+        predictor: Predictor,
+        listener: TcpListener | UnixListener,
+        key: bytes | None,
     ) -> None:
-        self.config, self.predictor, self.bound = config, predictor, bound
+        self.config, self.predictor, self.listener = config, predictor, listener
         self.service = Service(config, predictor, ServeMetrics(), Page(), key)
         self.stopping = asyncio.Event()
 
@@ -81,8 +92,10 @@ class _Server:
         for signum in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(signum, self._stop, signum)
         start_queue(service)
+        service.metrics.watch_log(count_dropped_lines)
         server = make_uvicorn(service)
-        serving = asyncio.create_task(server.serve(sockets=[self.bound]))
+        self.listener.listen()
+        serving = asyncio.create_task(server.serve(sockets=[self.listener.socket]))
         warming = asyncio.create_task(self._warm(server))
         stopped = asyncio.create_task(self.stopping.wait())
         await asyncio.wait({serving, warming, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -99,17 +112,25 @@ class _Server:
             signal.signal(each, signal.SIG_DFL)
         logger.info("%s: draining for %g s", signal.Signals(signum).name, self.config.drain_seconds)
         self.service.is_draining = True
+        self.listener.hand_over()
         self.stopping.set()
 
     async def _drain(self, server: uvicorn.Server, serving: asyncio.Task[None]) -> int:
         await asyncio.wait({serving}, timeout=self.config.drain_seconds)
+        self.listener.refuse()
+        await asyncio.sleep(CONNECT_SECONDS)
         server.should_exit = True
         end = time.monotonic() + self.config.grace_seconds
         done, _ = await asyncio.wait({serving}, timeout=self.config.grace_seconds)
+        connections: Any = server.server_state.connections
+        if not done and not any(connection.is_busy for connection in connections):
+            for connection in list(connections):  # idle ones, whose clients do not close
+                connection.transport.abort()
+            done, _ = await asyncio.wait({serving}, timeout=1)
         batcher = self.service.batcher
         assert batcher is not None
         # A client may have left while its rows ran: nobody waits for those, but the thread is at them.
-        if not done or not await batcher.close(end - time.monotonic()):
+        if not done or not await batcher.close(max(end - time.monotonic(), 0.5)):
             self._give_up()
         serving.result()
         self.service.tokenizing.shutdown(wait=False)
@@ -120,14 +141,12 @@ class _Server:
         """End although a thread hangs in the model: it cannot be waited for."""
         logger.error("work was left over after %g s", self.config.grace_seconds)
         logging.shutdown()
-        if self.config.uds:
-            Path(self.config.uds).unlink(missing_ok=True)
         os._exit(1)
 
     async def _warm(self, server: uvicorn.Server) -> None:
         while not server.started:
             await asyncio.sleep(0.01)
-        logger.info("listening on %s", self._place())
+        logger.info("listening on %s", self.listener)
         batcher, predictor = self.service.batcher, self.predictor
         assert batcher is not None
         if self.config.quantize_check:
@@ -150,12 +169,6 @@ class _Server:
             found.largest_change,
         )
 
-    def _place(self) -> str:
-        if self.config.uds:
-            return self.config.uds
-        host, port = self.bound.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
 
 def start_queue(service: Service) -> MicroBatcher[Any, Any]:
     """Give the service its queue; called on the event loop."""
@@ -175,7 +188,12 @@ def make_uvicorn(service: Service) -> uvicorn.Server:
     hosts, origins = allowed_hosts(config), config.cors_origin or ()
     shell = Shell(service.routes(), metrics, hosts=hosts, origins=origins)
     limits = ProtocolLimits(config.max_header_bytes, config.max_connections, config.receive_timeout)
-    protocol: Any = functools.partial(GuardedProtocol, limits=limits, on_event=metrics.count_event)
+    protocol: Any = functools.partial(
+        GuardedProtocol,
+        limits=limits,
+        on_event=metrics.count_event,
+        is_draining=lambda: service.is_draining,
+    )
     return _QuietServer(
         uvicorn.Config(
             shell,
@@ -216,9 +234,39 @@ async def warm_up(
 
 
 def configure_serve_logging() -> None:
-    """The access log, a JSON line per answer, goes to standard output; uvicorn's remarks are left out."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    access_logger.addHandler(handler)
+    """The access log, a JSON line per answer, goes to standard output, all else to standard error.
+
+    Both are written by threads of their own. uvicorn's remarks are left out.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed by whoever started us: a client's socket must not take its number
+            os.open(os.devnull, os.O_RDWR)
     access_logger.propagate = False
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+            root.removeHandler(handler)
+            if sys.stderr is not None:
+                _add_writer(root, sys.stderr, "standard error", handler.formatter)
+    if sys.stdout is None:
+        logger.warning("standard output is closed: there is no access log")
+    else:
+        _add_writer(access_logger, sys.stdout, "standard output", None)
+
+
+def _add_writer(
+    target: logging.Logger, stream: TextIO, place: str, formatter: logging.Formatter | None
+) -> None:
+    stream.flush()
+    writer = LogWriter(stream.fileno(), place)
+    writer.setFormatter(formatter)
+    target.addHandler(writer)
+
+
+def count_dropped_lines() -> int:
+    """Log lines that nobody took, of both streams."""
+    handlers = [*access_logger.handlers, *logging.getLogger().handlers]
+    return sum(handler.num_dropped for handler in handlers if isinstance(handler, LogWriter))

@@ -180,16 +180,17 @@ def serving(
     """The server, listening and (unless `is_warm` is false) ready; closed in the end."""
     live = LiveServer(Service(config, predictor, ServeMetrics(), Page(), key))
     predictor.live = live
-    bound = bind(config)
-    live.port = bound.getsockname()[1]
+    listener = bind(config)
+    live.port = listener.socket.getsockname()[1]
     stop, started = threading.Event(), threading.Event()
 
     async def main() -> None:
         live.loop = asyncio.get_running_loop()
         batcher = start_queue(live.service)
         server = make_uvicorn(live.service)
+        listener.listen()
         live.connections = server.server_state.connections
-        task = asyncio.create_task(server.serve(sockets=[bound]))
+        task = asyncio.create_task(server.serve(sockets=[listener.socket]))
         while not server.started:
             await asyncio.sleep(0.005)
         if is_warm:
@@ -213,5 +214,5 @@ def serving(
             line.close()
         stop.set()
         thread.join(30)
-        bound.close()
+        listener.close()
         assert not thread.is_alive()

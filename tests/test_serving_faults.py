@@ -7,11 +7,8 @@ import dataclasses
 import json
 import math
 import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,14 +18,13 @@ import pytest
 import torch
 from conftest import write_hf_folder
 from live_server import PAIR, Answer, LiveServer, SteeredPredictor, make_predictor, serving
+from server_process import Process, ask
 
 from bertpair.errors import BertpairError, ConfigError
 from bertpair.inference import Prediction
-from bertpair.listening import SPARE_DESCRIPTORS, bind, check_descriptors, read_key
+from bertpair.listening import SPARE_DESCRIPTORS, check_descriptors, read_key
 from bertpair.predictor import Agreement, Predictor, TokenRow, compare
 from bertpair.serve_config import ServeConfig, make_serve_config
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -263,67 +259,6 @@ def test_29_there_is_one_process_and_no_flag_for_more() -> None:
 # The process
 
 
-class Process:
-    """serve.py as a user starts it; its lines by stream."""
-
-    def __init__(self, *flags: str) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, str(ROOT / "serve.py"), *flags]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True, cwd=ROOT
-        )
-        self.said: list[str] = []
-        self.reader = threading.Thread(target=self._read)
-        self.reader.start()
-        self.drainer = threading.Thread(target=self.process.stdout.read)  # type: ignore[union-attr]
-        self.drainer.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.said.append(line.rstrip("\n"))
-
-    def wait_for(self, pattern: str, within: float = 60) -> re.Match[str]:
-        end = time.monotonic() + within
-        while time.monotonic() < end:
-            for line in list(self.said):
-                if found := re.search(pattern, line):
-                    return found
-            assert self.process.poll() is None or self.reader.is_alive(), self.said
-            time.sleep(0.02)
-        raise AssertionError(f"{pattern} was not said: {self.said}")
-
-    def wait(self, within: float = 30) -> int:
-        code = self.process.wait(within)
-        self.reader.join(5)
-        self.drainer.join(5)
-        assert self.process.stdout is not None and self.process.stderr is not None
-        self.process.stdout.close()
-        self.process.stderr.close()
-        return code
-
-    def __enter__(self) -> "Process":
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.wait()
-
-
-def ask(port: int, path: str, body: object = None) -> tuple[int, bytes]:
-    data = b"" if body is None else json.dumps(body).encode()
-    method = "GET" if body is None else "POST"
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as line:
-        line.sendall(
-            f"{method} {path} HTTP/1.0\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(data)}\r\n\r\n".encode()
-            + data
-        )
-        answer = b"".join(iter(lambda: line.recv(65536), b""))
-    return int(answer.split(b" ", 2)[1]), answer
-
-
 def test_24_sigterm_drains_and_a_second_one_ends_at_once(folder: Path) -> None:
     flags = ["--model_dir", str(folder), "--port", "0", "--amp", "off"]
     with Process(*flags, "--drain_seconds", "1.5") as server:
@@ -433,21 +368,6 @@ def test_27_wrong_labels_files_and_limits(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ulimit"):
         check_descriptors(2**40)
     check_descriptors(10 + SPARE_DESCRIPTORS)
-
-
-def test_a_unix_socket_is_bound_once_and_a_stale_one_replaced(tmp_path: Path) -> None:
-    config = make_serve_config({"uds": str(tmp_path / "s")})
-    first = bind(config)
-    first.listen()
-    with pytest.raises(ConfigError, match="in use"):
-        bind(config)
-    first.close()  # its file stays, as after a crash
-    bind(config).close()
-    (tmp_path / "s").unlink()
-    (tmp_path / "s").write_text("a file of somebody's")
-    with pytest.raises(ConfigError, match="in use"):
-        bind(config)
-    assert (tmp_path / "s").read_text() == "a file of somebody's"
 
 
 def test_quantize_check_compares_with_float32(folder: Path, tmp_path: Path) -> None:
