@@ -144,7 +144,9 @@ class Config:
     lr_scheduler_type: str = _optim("linear", _SCHEDULE, "of the learning rate after the warm-up", "anyway")
     warmup_steps: int = _optim(0, whole(0), "steps of rising learning rate", "anyway")
     warmup_ratio: float = _optim(0.0, number(low=0, high=1), "warm-up as a part of all steps", "anyway")
-    num_train_epochs: float = _optim(3.0, number(above=0), "passes over the data, fractions too", "anyway")
+    num_train_epochs: float = _optim(
+        3.0, number(above=0, high=1e6), "passes over the data, fractions too", "anyway"
+    )
     max_steps: int = _optim(-1, whole(1, also=-1), "stop after so many steps; -1: num_train_epochs", "anyway")
     per_device_train_batch_size: int = _optim(16, _COUNT, "rows a device trains on at a time")
     per_device_eval_batch_size: int = _optim(

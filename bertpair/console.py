@@ -7,6 +7,9 @@
 import logging
 import sys
 from collections.abc import Callable
+from typing import TextIO
+
+from tqdm import tqdm
 
 from bertpair.errors import BertpairError, StoppedError
 from bertpair.runtime import install_signal_handlers
@@ -20,9 +23,17 @@ class _PlainFormatter(logging.Formatter):
         return f"{record.levelname.lower()}: {message}" if record.levelno >= logging.WARNING else message
 
 
+class _AboveTheBar(logging.StreamHandler[TextIO]):
+    """Writes a line above a progress bar, if one is shown, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=sys.stderr):
+            super().emit(record)
+
+
 def configure_logging() -> None:
     """Log lines of the library from INFO upwards go to standard error; of other libraries, warnings only."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _AboveTheBar(sys.stderr)
     handler.setFormatter(_PlainFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("bertpair").setLevel(logging.INFO)

@@ -8,6 +8,7 @@ BertpairError                 scripts print `error: …` and exit with 2; anythi
 └── StoppedError              not a fault: the stop flag was seen; scripts exit with 128 + signal number
 """
 
+import signal
 from collections.abc import Sequence
 
 
@@ -34,12 +35,13 @@ class TrainingError(BertpairError):
 class StoppedError(BertpairError):
     """A signal asked the program to stop and a long-running part obeyed; `signum` is that signal.
 
-    `save_failed`: the checkpoint that should keep the work could not be written; scripts then exit with 1.
+    `what_next` says what became of the work. `save_failed`: the checkpoint that should keep it could not be
+    written; scripts then exit with 1.
     """
 
-    def __init__(self, signum: int, *, save_failed: bool = False) -> None:
-        lost = "; the last save failed: what came after the newest checkpoint is lost" if save_failed else ""
-        super().__init__(f"stopped by signal {signum}{lost}")
+    def __init__(self, signum: int, what_next: str = "", *, save_failed: bool = False) -> None:
+        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        super().__init__(f"stopped by {name}" + (f": {what_next}" if what_next else ""))
         self.signum = signum
         self.save_failed = save_failed
 

@@ -111,6 +111,6 @@ def _predictions(evaluation: Evaluation, split: Split, labels: Sequence[str] | N
     )
 
 
-def curves_file(records: Sequence[Mapping[str, Any]], metric: str | None = None) -> dict[str, bytes]:
+def curves_file(records: Sequence[Mapping[str, Any]], metric: str) -> dict[str, bytes]:
     """curves.png of the records of metrics.jsonl; no file where there is nothing to draw."""
     return {"curves.png": draw_curves(records, metric)} if records else {}

@@ -22,7 +22,7 @@ from bertpair.errors import CheckpointError, ConfigError, DataError
 from bertpair.hub import resolve_folder
 from bertpair.manifest import MANIFEST_NAME, verify_folder
 from bertpair.model import BertClassifier
-from bertpair.model_config import ModelFolder, name_labels, read_folder
+from bertpair.model_config import ModelFolder, check_pairs, name_labels, read_folder
 from bertpair.packed import PackedClassifier
 from bertpair.pretrained import load_model
 from bertpair.quantize import check_int8, choose_linear, int8_linear
@@ -237,6 +237,11 @@ class PairClassifier:
         folder = read_folder(path)
         tokenizer = Tokenizer.from_folder(path, word_table=folder.config.vocab_size)
         model, _ = load_model(folder, num_labels=folder.config.num_labels, require_head=True)
+        takes_pairs = stored_takes_pairs(folder)
+        if takes_pairs:
+            check_pairs(folder)
+        elif folder.config.type_vocab_size < 2:
+            takes_pairs = False
         target = resolve_device(device)
         cut = trained_cut(tokenizer, folder.config.max_position_embeddings, max_seq_length)
         precision = resolve_precision(
@@ -252,7 +257,7 @@ class PairClassifier:
         if target.type == "cpu" and (optimize or quantize):
             ready = prepare(model, precision, quantize)
         scorer = Scorer(ready, tokenizer.pad_id, target, precision, cut, max_batch_tokens)
-        return cls(scorer, tokenizer, names, stored_takes_pairs(folder), folder.header)
+        return cls(scorer, tokenizer, names, takes_pairs, folder.header)
 
     def predict(self, pairs: Pairs) -> list[Prediction]:
         """One `Prediction` a row, in the order given.

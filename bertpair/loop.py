@@ -96,15 +96,22 @@ class Loop:
                     stop_flag.raise_if_set()
                     self._step()
                     self._after_step()
+                if self.plan.save_steps:  # early stopping may end the run at any evaluation
+                    self._save()
             except StoppedError as stopped:
                 raise self.kept(stopped) from None
 
     def kept(self, stopped: StoppedError) -> StoppedError:
         """Save the weights as they are, and return `stopped` with how that went."""
-        if self.progression.global_step == 0:  # before step 1 there is nothing to keep
-            return stopped
+        step = self.progression.global_step
+        if step == 0:
+            return StoppedError(stopped.signum, "before the first step, so there is nothing to keep")
         self._save()
-        return StoppedError(stopped.signum, save_failed=self._saved_step is None)
+        if self._saved_step is None:
+            lost = "the last save failed, and what came after the newest checkpoint is lost"
+            return StoppedError(stopped.signum, lost, save_failed=True)
+        go_on = f"saved at step {step}; continue with --resume --output_dir {self.folder.path}"
+        return StoppedError(stopped.signum, go_on)
 
     def _step(self) -> None:
         _, _, batch_rows = next(self.stream)

@@ -99,6 +99,15 @@ def label_order(
     )
 
 
+def check_pairs(folder: ModelFolder) -> None:
+    """CheckpointError where the network cannot tell the second text of a pair from the first."""
+    if folder.config.type_vocab_size < 2:
+        raise CheckpointError(
+            f"{folder.path}: type_vocab_size is {folder.config.type_vocab_size}, and pairs need 2: "
+            "this model takes single texts only (text_b_column: null)"
+        )
+
+
 def name_labels(folder: ModelFolder, given: Sequence[str] | None) -> tuple[str, ...] | None:
     """The label names in id order for using `folder`: its own, else those `given`, else LABEL_0, LABEL_1, …
 

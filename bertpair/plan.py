@@ -31,7 +31,7 @@ class Plan:
 
     def checkpoints_kept(self, limit: int | None) -> int:
         """How many checkpoints the run is sure to keep: those of save_steps up to `limit`, and a best one."""
-        regular = self.total_steps // self.save_steps if self.save_steps else 0
+        regular = -(-self.total_steps // self.save_steps) if self.save_steps else 0  # the last step's too
         if not self.eval_steps:
             return regular if limit is None else min(limit, regular)
         return max(1, regular) if limit is None else min(limit, regular) + 1

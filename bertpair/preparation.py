@@ -29,7 +29,7 @@ from bertpair.errors import ConfigError
 from bertpair.hub import resolve_folder
 from bertpair.metrics import measured_metrics
 from bertpair.model import BertClassifier
-from bertpair.model_config import ModelFolder, label_order, read_folder
+from bertpair.model_config import ModelFolder, check_pairs, label_order, read_folder
 from bertpair.optim import learning_rate_at, num_warmup_steps
 from bertpair.plan import Plan
 from bertpair.pretrained import load_model
@@ -81,6 +81,8 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
     source = resolve_source(data_settings(config))
     folder = read_folder(_model_path(config, resumed_from), config_name=_named_config(config, resumed_from))
     train_pairs, dev_pairs, labels = _read_pairs(config, source, folder)
+    if train_pairs.text_b is not None:
+        check_pairs(folder)
     positive = resolve_positive_label(labels, source, config.positive_label)
     _check_watched(config, labels, has_dev=dev_pairs is not None)
     tokenizer = _read_tokenizer(config, folder, resumed_from)

@@ -81,6 +81,8 @@ def load_model(
     """
     config = dataclasses.replace(folder.config, num_labels=num_labels)
     file = find_weights(folder.path)
+    if file is None and require_head:
+        raise CheckpointError(f"{folder.path}: no weights in it ({', '.join(WEIGHT_FILES)}): train it first")
     if file is None:
         return _start_from_scratch(folder.path, config, from_scratch)
     stored, notes = _translate(read_weights(file), file)

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 class Progress:
     """Counts units of work. On a terminal a bar with rate and time left; elsewhere only what `line` is told.
 
-    Lines go through logging either way; on a terminal they are printed above the bar.
+    Lines go through logging either way; the scripts' handler prints all lines above the bar.
     """
 
     def __init__(
@@ -51,11 +51,7 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Log one line; without a bar it carries the time left."""
-        if self._bar is None:
-            logger.info("%s%s", text, self._time_left())
-        else:
-            with tqdm.external_write_mode(file=sys.stderr):
-                logger.info("%s", text)
+        logger.info("%s%s", text, self._time_left() if self._bar is None else "")
 
     def _time_left(self) -> str:
         done = self._done - self._initial

@@ -26,6 +26,14 @@ from bertpair.run_state import (
 logger = logging.getLogger(__name__)
 
 Change = tuple[str, object, object]
+DECIDE_THE_END = (
+    "dev_file",
+    "early_stopping_patience",
+    "eval_steps",
+    "eval_strategy",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+)
 RESOLVED = {"amp": "auto", "num_threads": None, "device": "auto"}  # these mean: as it was
 
 
@@ -48,11 +56,14 @@ def find_start(config: Config, explicit: Collection[str], lock: RunLock) -> tupl
     enter_folder(output_dir, lock)
     if not config.resume:
         return None, config
-    if config.resume == "auto" and (finished := finished_run(output_dir)) is not None:
+    finished = finished_run(output_dir) if config.resume == "auto" else None
+    if finished is not None:
         merged, changes = merge_settings(config, explicit, finished)
-        if not changes:
+        if not changes and not _may_go_on(finished, merged):
             return finished, merged
     start = find_resume(output_dir, str(config.resume))
+    if finished is not None:
+        _say_where_it_goes_on(finished, start)
     if start is None:
         check_new_run(output_dir, overwrite=may_start_over(output_dir))
         logger.info("%s: no checkpoint to resume from: starting at step 0", output_dir)
@@ -63,6 +74,30 @@ def find_start(config: Config, explicit: Collection[str], lock: RunLock) -> tupl
         logger.warning("%s was %s, is now %s%s", name, old, new, only_rounding)
     logger.info("resuming from %s", start.folder)
     return start, merged
+
+
+def _may_go_on(finished: RunState, now: Config) -> bool:
+    """Whether a setting is another than in the finished run that decides when it ends or which weights it
+    keeps; such settings may change freely."""
+    then = Config(**config_from_folder(finished.folder))
+    return any(getattr(then, name) != getattr(now, name) for name in DECIDE_THE_END)
+
+
+def _say_where_it_goes_on(finished: RunState, start: RunState | None) -> None:
+    """CheckpointError where a finished run that is to go on has left no checkpoint."""
+    ended = finished.state["global_step"]
+    if start is None:
+        raise CheckpointError(
+            f"{finished.folder}: the run is finished at step {ended} and has no checkpoint to go on from "
+            "(save_steps was 0); start a new run from its weights with "
+            f"--model_name_or_path {finished.folder} and another --output_dir"
+        )
+    if start.state["global_step"] != ended:
+        logger.warning(
+            "the run ended at step %d; its newest checkpoint is of step %d, and it goes on from there",
+            ended,
+            start.state["global_step"],
+        )
 
 
 def merge_settings(config: Config, explicit: Collection[str], run: RunState) -> tuple[Config, list[Change]]:

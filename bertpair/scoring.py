@@ -93,9 +93,9 @@ def evaluate_models(
         logger.info("%s", note)
     set_threads(config.num_threads)
     set_deterministic(config.deterministic)
-    source, files = _resolve_files(config)
-    candidates = _candidates(config)
+    candidates = _candidates(config)  # a wrong model folder is said before a wrong data file
     first = _open(candidates[0], config, explicit)
+    source, files = _resolve_files(config)
     _check_task(config, first, source)
     pairs = read_pairs(
         files,

@@ -273,7 +273,7 @@ class _Run:
         return put_back
 
     def _result_files(self, evaluation: Evaluation | None) -> dict[str, bytes]:
-        files = curves_file(self.folder.read_metrics())
+        files = curves_file(self.folder.read_metrics(), self.loop.plan.metric)
         if evaluation is not None:
             assert self.job.dev is not None
             files |= result_files(evaluation, self.job.dev, self.job.labels)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _SHOWN_FAULTS = 10
 _WHOLE = re.compile(r"[+-]?[0-9]{1,4000}")  # int() refuses more digits
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_LARGEST = 1e18  # its square, of which the loss is made, is still a float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,7 +258,7 @@ class _Reader:
         elif self.regression:
             if _number(label) is not None:
                 return ""
-            expected = "problem_type: regression takes finite numbers"
+            expected = "problem_type: regression takes numbers up to 1e18"
         else:
             expected = "a label is expected"
         if not label:
@@ -304,9 +304,9 @@ def _is_blank(text: str) -> bool:
 
 
 def _number(text: str) -> float | None:
-    """The finite number that the text is, within float32's range, or None."""
+    """The number that the text is, or None where it is none or its square is no float32."""
     try:
         number = float(text)
     except ValueError:
         return None
-    return number if abs(number) <= _FLOAT32_MAX and "_" not in text else None
+    return number if abs(number) <= _LARGEST and "_" not in text else None

@@ -1,0 +1,186 @@
+"""What a run shows and says: above its bar, in curves.png, when it is stopped, before it runs in vain."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from conftest import write_tiny_bert
+
+from bertpair import Config, ConfigError, DataError, TrainResult, train
+from bertpair.checkpoint import list_checkpoints
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("fresh_process")
+
+HEADER = ("index", "sentence1", "sentence2", "label")
+ROWS = [(i, "the cat", "sat mat" if i % 2 else "good food", "ab"[i % 2]) for i in range(40)]
+
+
+@pytest.fixture
+def flags(tmp_path: Path, write_tsv: Callable[..., Path]) -> list[str]:
+    """A training of ten steps that saves at every third."""
+    write_tiny_bert(tmp_path / "tiny")
+    write_tsv("train.tsv", ROWS, HEADER)
+    write_tsv("dev.tsv", ROWS[:12], HEADER)
+    words = "--model_name_or_path tiny --from_scratch --train_file train.tsv --dev_file dev.tsv --amp off"
+    words += " --max_seq_length 24 --num_threads 1 --per_device_train_batch_size 8 --max_steps 10"
+    return (words + " --save_steps 3 --eval_strategy steps --eval_steps 4 --output_dir out").split()
+
+
+def run(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / f"{script}.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def screen(output: str) -> list[str]:
+    """The lines that a terminal shows in the end."""
+    lines, column = [[]], 0
+    for char in output:
+        if char == "\n":
+            lines, column = [*lines, []], 0
+        elif char == "\r":
+            column = 0
+        else:
+            lines[-1][column : column + 1] = [char]
+            column += 1
+    return ["".join(line).rstrip() for line in lines]
+
+
+def test_lines_stand_above_the_bar(flags: list[str]) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE)
+    os.close(theirs)
+    shown, end = b"", time.monotonic() + 120
+    while time.monotonic() < end:
+        ready, _, _ = select.select([ours], [], [], 1)
+        try:
+            piece = os.read(ours, 65536) if ready else b""
+        except OSError:  # the other side is closed
+            break
+        shown += piece
+    assert process.wait(60) == 0
+    process.communicate()
+    os.close(ours)
+    lines = screen(shown.decode())
+    for step in (3, 6, 9, 10):
+        assert f"saved out/checkpoint-{step}" in lines, lines
+    assert any("10/10" in line for line in lines)
+
+
+def test_the_curves_show_the_watched_metric(flags: list[str]) -> None:
+    heights = {}
+    for metric in ("acc", "loss"):
+        assert run("train", *flags, "--output_dir", metric, "--metric_for_best_model", metric).returncode == 0
+        heights[metric] = matplotlib.image.imread(f"{metric}/curves.png").shape[0]
+    assert heights["acc"] > 1.3 * heights["loss"]  # a panel more
+    records = [json.loads(line) for line in Path("acc/metrics.jsonl").read_text().splitlines()]
+    assert sum("eval_acc" in record for record in records) == 3
+    assert np.isfinite([r["eval_acc"] for r in records if "eval_acc" in r]).all()
+
+
+def test_ctrl_c_says_how_to_go_on_and_that_works(flags: list[str]) -> None:
+    longer = [*flags, "--max_steps", "100000", "--eval_strategy", "no", "--save_steps", "0"]
+    command = [sys.executable, str(ROOT / "train.py"), *longer, "--logging_steps", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, rest = process.communicate(timeout=60)
+    last = rest.splitlines()[-1]
+    assert process.returncode == 130 and last.startswith("stopped by Ctrl-C: saved at step ")
+    advice = last.partition("; continue with ")[2].split()
+    step = list_checkpoints(Path("out"))[-1][0]
+    again = run("train", *advice, "--max_steps", str(step + 2), "--resume_anyway")
+    assert again.returncode == 0 and f"resuming from out/checkpoint-{step}" in again.stderr
+
+
+@pytest.mark.parametrize("command", ["evaluate", "serve"])
+def test_a_model_folder_that_is_none_is_said_first(tmp_path: Path, command: str) -> None:
+    write_tiny_bert(tmp_path / "tiny")
+    missing, empty = run(command, "--model_dir", "./nope"), run(command, "--model_dir", "tiny")
+    assert missing.returncode == empty.returncode == 2
+    assert "./nope" in missing.stderr and "no such folder" in missing.stderr and "dev" not in missing.stderr
+    assert "no weights in it" in empty.stderr and "from_scratch" not in empty.stderr
+
+
+BASE = {
+    **{"model_name_or_path": "tiny", "from_scratch": True, "train_file": ["train.tsv"], "output_dir": "out"},
+    **{"dev_file": ["dev.tsv"], "max_seq_length": 24, "amp": "off", "max_steps": 2, "num_threads": 1},
+}
+
+
+def fit(**settings: object) -> TrainResult:
+    return train(Config(**{**BASE, **settings}))  # type: ignore[arg-type]
+
+
+def test_what_would_be_in_vain_is_refused_or_said(
+    flags: list[str], tmp_path: Path, write_tsv: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    for settings, said in (
+        ({"metric_for_best_model": "pearson"}, "pearson is not measured with 2 labels; allowed: acc, f1"),
+        ({"num_train_epochs": 1e308}, "num_train_epochs: expected a number above 0 and at most"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            fit(**settings)
+    write_tsv("scores.tsv", [*[(i, "a cat", "sat", i) for i in range(5)], (9, "a", "b", "1e30")], HEADER)
+    with pytest.raises(DataError, match=r"scores.tsv:7: label '1e30'; .* numbers up to 1e18"):
+        fit(train_file=["scores.tsv"], dev_file=None, problem_type="regression")
+    write_tsv("scores.tsv", [(i, "a cat", "sat", i) for i in range(5)], HEADER)
+    with pytest.raises(ConfigError, match="acc is not measured with a regression"):
+        fit(train_file=["scores.tsv"], dev_file=None, task_name="sts-b", metric_for_best_model="acc")
+    write_tiny_bert(tmp_path / "single", type_vocab_size=1)
+    with pytest.raises(Exception, match="type_vocab_size is 1, and pairs need 2"):
+        fit(model_name_or_path="single")
+    assert not Path("out").exists()
+    fit(dev_file=None, load_best_model_at_end=True, early_stopping_patience=2)
+    assert "load_best_model_at_end has no effect: there is no dev file" in caplog.text
+    assert "early_stopping_patience has no effect" in caplog.text
+
+
+EARLY = {"max_steps": 12, "save_steps": 5, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 1e-9}
+
+
+def test_early_stopping_saves_its_last_step_and_more_patience_goes_on(flags: list[str]) -> None:
+    stopped = fit(**EARLY, early_stopping_patience=2)
+    assert stopped.global_step == 6 and list_checkpoints(Path("out"))[-1][0] == 6
+    resumed = train(
+        Config(resume="auto", output_dir="out", early_stopping_patience=20),
+        explicit={"resume", "output_dir", "early_stopping_patience"},
+    )
+    assert resumed.global_step == 12
+    whole = fit(**EARLY, early_stopping_patience=20, output_dir="whole")
+    assert whole.global_step == 12
+    weights = [Path(name, "model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert weights[0] == weights[1]
+
+
+def test_a_finished_run_goes_on_for_more_epochs_or_says_why_not(
+    flags: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def go_on(**settings: object) -> TrainResult:
+        given = {"resume": "auto", "output_dir": "out", "resume_anyway": True, **settings}
+        return train(Config(**given), explicit=set(given))  # type: ignore[arg-type]
+
+    fit(**{**EARLY, "max_steps": 7})
+    assert [step for step, _ in list_checkpoints(Path("out"))] == [2, 5, 7]
+    assert go_on(max_steps=9).global_step == 9
+    fit(**{**EARLY, "save_steps": 0, "max_steps": 7, "overwrite_output_dir": True})
+    go_on(max_steps=9)
+    assert "the run ended at step 7; its newest checkpoint is of step 2" in caplog.text
+    fit(max_steps=3, save_steps=0, eval_strategy="no", overwrite_output_dir=True)
+    with pytest.raises(Exception, match="finished at step 3 and has no checkpoint to go on from"):
+        go_on(max_steps=5)
+    assert go_on().global_step == 3
