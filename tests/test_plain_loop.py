@@ -331,6 +331,5 @@ def test_the_count_of_skipped_steps_goes_on_over_a_resume(poisoned: Path) -> Non
     resume = [sys.executable, str(ROOT / "train.py"), "--output_dir", "out", "--resume"]
     done = subprocess.run(resume, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and "4 steps in a row" in done.stderr, done.stderr
-    more = [*resume, "--max_skipped_steps", "4", "--resume_anyway"]
-    done = subprocess.run(more, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and Path("out/model.safetensors").exists(), done.stderr
+    more = Config(output_dir="out", resume="auto", resume_anyway=True, max_skipped_steps=4)
+    assert train(more).global_step == STEPS

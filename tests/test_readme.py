@@ -21,7 +21,7 @@ from live_server import make_predictor, serving
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from test_serving_faults import ask
 
-from bertpair import Config, ConfigError, PairClassifier, TrainResult, train
+from bertpair import CheckpointError, Config, ConfigError, PairClassifier, TrainResult, train
 from bertpair.command_line import parse_command_line
 
 ROOT = Path(__file__).parent.parent
@@ -238,8 +238,9 @@ def test_the_settings_of_mbert_train_whatever_folder_is_named(material: dict[str
     used = yaml.safe_load(Path("out/training_args.yaml").read_text())
     recipe = {"max_seq_length": 40, "learning_rate": 2e-5, "num_train_epochs": 20, "weight_decay": 0.01}
     assert {name: used[name] for name in recipe} == recipe
-    done = script("train", *flags)  # the model's own name, and no network
-    assert done.returncode == 2 and "bert-base-multilingual-cased" in done.stderr.splitlines()[-1]
+    named = parse_command_line([*flags, "--output_dir", "other"], "train")  # its own name, and no network
+    with pytest.raises(CheckpointError, match="bert-base-multilingual-cased"):
+        train(named.config, explicit=named.explicit)
 
 
 # Evaluating
@@ -331,11 +332,10 @@ def test_ctrl_c_is_130_and_a_resume_from_a_named_checkpoint_ends_the_same(
         assert process.wait(60) == 130, rest
         assert process.stdout.read() == "" and "Traceback" not in rest
     assert Path("out/checkpoint-10").is_dir() and not Path("out/model.safetensors").exists()
-    done = script("train", "--resume", "out/checkpoint-10")
-    assert done.returncode == 0, done.stderr
+    ended = train(Config(resume="out/checkpoint-10")).summary()
     records = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == list(range(1, 31))  # 11, 12 once
-    ended, whole = json.loads(done.stdout), result_of(trained)
+    whole = result_of(trained)
     assert {**ended, "output_dir": None} == whole and whole["global_step"] == 30
     assert Path("out/model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
 
@@ -450,9 +450,9 @@ def test_two_runs_never_share_a_folder(material: dict[str, object]) -> None:
         assert first.stderr is not None
         while not first.stderr.readline().startswith("step "):
             assert first.poll() is None
-        for more in (["--resume"], ["--overwrite_output_dir", *as_flags(material)]):
-            second = script("train", "--output_dir", "out", *more)
-            assert second.returncode == 2 and str(first.pid) in second.stderr, second.stderr
+        for changes in ({"resume": "auto"}, {"overwrite_output_dir": True}):
+            with pytest.raises(CheckpointError, match=f"process {first.pid} "):
+                run(material, **changes)
         assert first.poll() is None
         first.kill()
     assert run(material, overwrite_output_dir=True, max_steps=2).global_step == 2  # the dead hold nothing

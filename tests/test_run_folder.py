@@ -18,6 +18,7 @@ from bertpair import CheckpointError, Config, ConfigError, StoppedError, TrainRe
 from bertpair.checkpoint import FINAL_READY, newest_whole
 from bertpair.inference import Scorer
 from bertpair.lock import RunLock
+from bertpair.loop import Loop
 from bertpair.manifest import verify_folder
 from bertpair.plan import Plan
 from bertpair.runtime import stop_flag
@@ -185,6 +186,22 @@ def test_a_stop_whose_save_fails_exits_with_1(
     monkeypatch.setattr(console, "configure_logging", lambda: None)
     assert console.run_script(lambda: 0 if run(settings) else 0) == 1
     assert "the last save failed" in capsys.readouterr().err
+
+
+def test_a_stop_before_a_resumed_runs_first_step_writes_nothing_anew(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the run stands at is on disk, so a disk that has filled up since does not matter."""
+    with monkeypatch.context() as patch:
+        stop_when(patch, Stepper, "step", lambda self, number, *args: number == 4)
+        with pytest.raises(StoppedError):
+            run(settings)
+    stop_flag.clear()
+    failing_writes(monkeypatch, "checkpoint-4")
+    stop_when(monkeypatch, Loop, "run", lambda self: True)
+    with pytest.raises(StoppedError) as caught:
+        run(settings, resume="auto")
+    assert not caught.value.save_failed
 
 
 def test_before_the_first_step_nothing_is_saved(
