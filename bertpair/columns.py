@@ -77,6 +77,23 @@ def locate_columns(columns: Columns, first: list[str], where: str) -> Places:
     return Places(text_a, text_b, label, needed, max(needed, len(first)))
 
 
+def other_format(first: Sequence[str], columns: Columns) -> str:
+    """What a first row without a single tab shows the file to be instead, and what to do; or ""."""
+    wanted = sum(column is not None for _, column in columns.by_role())
+    if len(first) != 1 or wanted < 2:
+        return ""
+    line = first[0].strip()
+    if line.startswith(("{", "[")):
+        return "looks like JSON; write it as text with a tab between the columns"
+    for mark, name in ((",", "comma"), (";", "semicolon"), ("|", "vertical bar")):
+        if line.count(mark) >= wanted - 1:
+            return (
+                f"looks like columns with a {name} between them; write a tab there instead: export it as "
+                "tab-separated text and read that with --quoting csv"
+            )
+    return ""
+
+
 def used_names(columns: Columns, header: Sequence[str]) -> dict[str, tuple[int, str]]:
     """Role → the column that is known by number, and its name in `header`; those beyond it are left out."""
     found = {}

@@ -103,6 +103,9 @@ def _train(flags: Layer, path: str | None) -> Parsed:
         call.notes.append(f"{IMPLICIT} is not read: --{named[0]} says what to work on instead")
     if unasked and not named:
         _leave_to_resume(call)
+    sample = Path(sys.argv[0]).resolve().parent
+    if not (unasked or path or named) and sample != Path.cwd() and (sample / IMPLICIT).is_file():
+        flags.faults.append(f"no {IMPLICIT} here; the sample is trained from its own folder: cd {sample}")
     return _finish(call, Layer(), "train")
 
 

@@ -17,6 +17,8 @@ from bertpair.tsv import Pairs
 
 logger = logging.getLogger(__name__)
 
+MANY_UNKNOWN = 0.1  # of the tokens; real text in a vocabulary's own languages stays under 0.01
+
 Targets = npt.NDArray[np.int64] | npt.NDArray[np.float32]
 
 
@@ -70,3 +72,12 @@ class Encoding:
             share,
             self.max_length,
         )
+        words = np.isin(tokens.ids, (self.tokenizer.cls_id, self.tokenizer.sep_id), invert=True).sum()
+        unknown = int((tokens.ids == self.tokenizer.unk_id).sum())
+        if unknown > MANY_UNKNOWN * words:
+            logger.warning(
+                "%s: %.0f %% of the tokens are [UNK], which tells the model nothing of the text: "
+                "the vocabulary is not one for these texts",
+                name,
+                100 * unknown / words,
+            )

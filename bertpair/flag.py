@@ -4,6 +4,7 @@ Written by hand rather than with argparse, so that every fault is found in one g
 its beginning: a flag takes the words up to the next one, and its kind says how many it may have.
 """
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ class Flags:
 def read_flags(argv: Sequence[str], kinds: Mapping[str, Kind]) -> Flags:
     """`--name value`, `--name=value`, `--name`, `--name several words`; faults are collected, not raised."""
     flags = Flags()
-    for flag, words in _split(argv, flags.faults):
+    for flag, words in _split(argv, flags.faults, kinds):
         name, equals, value = flag.removeprefix("--").partition("=")
         if name in kinds:
             _add(flags, name, [value, *words] if equals else words, kinds[name])
@@ -33,11 +34,14 @@ def read_flags(argv: Sequence[str], kinds: Mapping[str, Kind]) -> Flags:
     return flags
 
 
-def _split(argv: Sequence[str], faults: list[str]) -> list[tuple[str, list[str]]]:
+def _split(argv: Sequence[str], faults: list[str], names: Mapping[str, Kind]) -> list[tuple[str, list[str]]]:
     found: list[tuple[str, list[str]]] = []
     for word in argv:
         if word.startswith("--"):
             found.append((word, []))
+        elif re.match("-[A-Za-z]", word) and (not found or found[-1][1]):  # no further value: a flag
+            near = suggest(word.lstrip("-"), names)
+            faults.append(f"flags begin with two dashes, found {show(word)}{near}")
         elif found:
             found[-1][1].append(word)
         else:

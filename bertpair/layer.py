@@ -54,9 +54,12 @@ def flag_layer(argv: Sequence[str], script: Script) -> tuple[Layer, str | None]:
     layer.faults[:0] = flags.faults
     layer.notes[:0] = flags.notes
     layer.bad |= flags.bad
-    if path is not None and "\0" in str(path):
-        layer.faults.append(f"--config: expected a path, found {show(path)}")
-    return layer, None if path in (None, "") else str(path)
+    try:
+        found = convert(PATH, path)
+    except ValueError as error:
+        layer.faults.append(f"--config: {error}")
+        found = None
+    return layer, None if found is None else str(found)
 
 
 def file_layer(file: SettingsFile, script: Script, *, old_names: bool = True) -> Layer:

@@ -13,6 +13,20 @@ from bertpair.errors import DataError
 
 BLOCK_BYTES = 4 << 20
 _BOM = b"\xef\xbb\xbf"
+_MAGIC = (
+    (b"\x1f\x8b", "a gzip file", "unpack it: gunzip FILE"),
+    (b"PK\x03\x04", "a zip archive or an Excel workbook", "unpack it, or export it as tab-separated text"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel workbook", "export it as tab-separated text"),
+    (b"PAR1", "a Parquet file", "write it as tab-separated text"),
+    (b"BZh", "a bzip2 file", "unpack it: bunzip2 FILE"),
+    (b"\xfd7zXZ", "an xz file", "unpack it: unxz FILE"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard file", "unpack it: unzstd FILE"),
+)
+_ENCODINGS = (  # and the letters that show them
+    ("SHIFT_JIS", "\u3040", "\u30ff"),
+    ("GB18030", "\u4e00", "\u9fff"),
+    ("BIG5", "\u4e00", "\u9fff"),
+)
 _NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and what surrogateescape makes of bytes that are not UTF-8
 
 
@@ -59,8 +73,8 @@ def _read_blocks(path: str) -> Iterator[bytes]:
     try:
         with open(path, "rb") as file:
             block = file.read(BLOCK_BYTES)
-            if block.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise DataError(f"{path}: begins like UTF-16; save the file as UTF-8")
+            if other := _other_kind(block):
+                raise DataError(f"{path}: looks like {other}")
             block = block.removeprefix(_BOM)
             while block:
                 lines, newline, tail = block.rpartition(b"\n")
@@ -74,6 +88,44 @@ def _read_blocks(path: str) -> Iterator[bytes]:
     rest = b"".join(pending)
     if rest:
         yield rest
+
+
+def _other_kind(block: bytes) -> str:
+    """What a file that begins so seems to be instead of UTF-8 text with lines, and what to do; or ""."""
+    for magic, kind, advice in _MAGIC:
+        if block.startswith(magic):
+            return f"{kind}; {advice}"
+    nulls = block[:4096].count(0)
+    if block.startswith((b"\xff\xfe", b"\xfe\xff")) or nulls > len(block[:4096]) // 4:
+        return "UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"
+    if block.count(b"\r") - block.count(b"\r\n") > block.count(b"\n"):
+        return "lines that end in a carriage return alone; convert it: tr '\\r' '\\n' < OLD > NEW"
+    lines = block.split(b"\n")[:2000]
+    foreign = [line for line in lines if _is_foreign(line)]
+    if len(foreign) < max(3, len(lines) // 10):  # a few are bad rows, each to be named
+        return ""
+    name = _guess_encoding(b"\n".join(foreign))
+    return f"{name} text, not UTF-8; convert it: iconv -f {name} -t UTF-8 OLD > NEW"
+
+
+def _is_foreign(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return not line.isascii()
+    return False
+
+
+def _guess_encoding(lines: bytes) -> str:
+    """A name that iconv knows: the first encoding in which the bytes make the letters expected of it."""
+    for name, first, last in _ENCODINGS:
+        try:
+            foreign = [char for char in lines.decode(name) if not char.isascii()]
+        except UnicodeDecodeError:
+            continue
+        if sum(first <= char <= last for char in foreign) > len(foreign) // 4:
+            return name
+    return "WINDOWS-1252"
 
 
 def _reason(error: OSError | ValueError) -> str:

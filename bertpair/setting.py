@@ -198,14 +198,26 @@ def _accept_text(value: object) -> object:
     return None if value is None or value == "" else clean_text(value)  # run_glue's "" meant: not set
 
 
+def clean_path(value: object) -> str:
+    """The same for a path; `~` is the home folder."""
+    text = clean_text(value)
+    if text.isspace():
+        raise ValueError(f"expected a path, found {show(text)}")
+    return os.path.expanduser(text)
+
+
+def _accept_path(value: object) -> object:
+    return None if value is None or value == "" else clean_path(value)
+
+
 TEXT = Kind("text, or null", _accept_text)
-PATH = Kind("a path, or null", _accept_text)
+PATH = Kind("a path, or null", _accept_path)
 
 
 def _accept_paths(value: object) -> object:
     if value is None or (isinstance(value, list | tuple) and not value):
         raise ValueError
-    return [clean_text(item) for item in value] if isinstance(value, list | tuple) else [clean_text(value)]
+    return [clean_path(item) for item in value] if isinstance(value, list | tuple) else [clean_path(value)]
 
 
 PATHS = or_null(Kind("one path or several", _accept_paths, list, "many"))
@@ -286,7 +298,7 @@ HEADER = Kind("auto, true or false", _accept_header, _read_switch, "maybe")
 def _accept_resume(value: object) -> object:
     if isinstance(value, bool):
         return "auto" if value else False
-    return clean_text(value)
+    return clean_path(value)
 
 
 RESUME = Kind("false, auto or the path of a checkpoint", _accept_resume, _read_switch, "maybe")

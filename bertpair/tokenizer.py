@@ -70,7 +70,9 @@ class Tokenizer:
         self.lower_case = wordpiece.lower_case
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        self.pad_id, self.cls_id, self.sep_id = (vocabulary[token] for token in ("[PAD]", "[CLS]", "[SEP]"))
+        self.pad_id, self.cls_id, self.sep_id, self.unk_id = (
+            vocabulary[token] for token in ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
+        )
         length = wordpiece.settings.get("model_max_length")
         if not isinstance(length, int | float) or not 0 < length <= MAX_MODEL_LENGTH:
             length = None

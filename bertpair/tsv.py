@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bertpair.columns import Columns, Places, listed, locate_columns, near_miss, shown
+from bertpair.columns import Columns, Places, listed, locate_columns, near_miss, other_format, shown
 from bertpair.errors import ConfigError, DataError, list_faults
 from bertpair.records import read_records
 from bertpair.runtime import stop_flag
@@ -199,6 +199,8 @@ class _Reader:
             raise DataError(
                 where + (fault or "the header row is expected in the first line, not after empty ones")
             )
+        if other := other_format(cells, self.columns):
+            raise DataError(f"{where}{other}")
         places = locate_columns(self.columns, cells, where)
         if self.columns.has_header:
             self.header_here = self._used(cells, places)

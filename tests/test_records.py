@@ -101,7 +101,7 @@ def test_a_bad_byte_inside_a_quoted_field_names_its_own_line(path: Path) -> None
 
 
 def test_utf16_is_refused_with_the_remedy(path: Path) -> None:
-    with pytest.raises(DataError, match="UTF-16; save the file as UTF-8"):
+    with pytest.raises(DataError, match="looks like UTF-16 text; convert it: iconv"):
         rows(path, "a\tb\n".encode("utf-16"))
 
 

@@ -1,0 +1,137 @@
+"""Files that are no UTF-8 text with tabs: one line says what they look like and what to do."""
+
+import gzip
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import write_tiny_bert
+
+from bertpair import Config, ConfigError, DataError, evaluate, train
+from bertpair.command_line import parse_command_line
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("fresh_process")
+
+CHINESE = "".join(f"{i}\t数据库索引{i}\t事务是有的\t{'对错'[i % 2]}\n" for i in range(12))
+JAPANESE = "".join(f"{i}\tデータの{i}\tこれはねこ\t{'対違'[i % 2]}\n" for i in range(12))
+FRENCH = "".join(f"{i}\tcafé {i}\tdéjà vu\t{'ab'[i % 2]}\n" for i in range(12))
+HEADER = "index\tsentence1\tsentence2\tlabel\n"
+PLAIN = HEADER + "".join(f"{i}\tthe cat {i}\tsat\t{'ab'[i % 2]}\n" for i in range(12))
+
+
+def fit(file: str, **settings: object) -> None:
+    if not Path("tiny").exists():
+        write_tiny_bert(Path("tiny"))
+    values = {
+        **{"model_name_or_path": "tiny", "from_scratch": True, "output_dir": "out", "max_steps": 1},
+        **{"train_file": [file], "max_seq_length": 24, "amp": "off", "num_threads": 1},
+    }
+    train(Config(**{**values, **settings}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (gzip.compress(PLAIN.encode()), "a gzip file; unpack it: gunzip FILE"),
+        (b"PK\x03\x04" + b"\0" * 40, "a zip archive or an Excel workbook"),
+        (b"PAR1" + b"\x15\x04" * 40, "a Parquet file"),
+        (PLAIN.encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
+        (PLAIN.encode("utf-16-le"), "iconv -f UTF-16 -t UTF-8"),
+        ((HEADER + CHINESE).encode("gb18030"), "GB18030 text, not UTF-8; convert it: iconv -f GB18030"),
+        ((HEADER + JAPANESE).encode("shift_jis"), "iconv -f SHIFT_JIS -t UTF-8"),
+        ((HEADER + FRENCH).encode("cp1252"), "iconv -f WINDOWS-1252 -t UTF-8"),
+        (PLAIN.replace("\n", "\r").encode(), "a carriage return alone; convert it: tr"),
+        (PLAIN.replace("\t", ",").encode(), "columns with a comma between them"),
+        (PLAIN.replace("\t", ";").encode(), "columns with a semicolon between them"),
+        (b'{"sentence1": "a", "sentence2": "b", "label": "x"}\n' * 4, "looks like JSON"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_in_one_line(data: bytes, said: str) -> None:
+    Path("data.tsv").write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        fit("data.tsv")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 and lines[0].startswith("data.tsv") and said in lines[0]
+    assert not Path("out").exists()
+
+
+def test_the_advised_conversions_work() -> None:
+    Path("OLD").write_bytes((HEADER + CHINESE).encode("gb18030"))
+    for command in ("iconv -f GB18030 -t UTF-8 OLD > NEW", "tr '\\r' '\\n' < CR > NEW"):
+        Path("CR").write_bytes(PLAIN.replace("\n", "\r").encode())
+        subprocess.run(command, shell=True, check=True, timeout=20)
+        assert Path("NEW").read_bytes() in ((HEADER + CHINESE).encode(), PLAIN.encode())
+
+
+def test_a_few_bytes_that_are_not_utf8_are_bad_rows_with_their_line() -> None:
+    lines = PLAIN.encode().split(b"\n")
+    lines[5] = lines[5].replace(b"cat", b"c\xe9t")
+    Path("data.tsv").write_bytes(b"\n".join(lines))
+    with pytest.raises(DataError, match="data.tsv:6: byte 8 of the line, 0xe9, is not UTF-8"):
+        fit("data.tsv")
+
+
+def test_commas_in_texts_and_files_of_one_column_are_fine() -> None:
+    Path("data.tsv").write_text("a, b, c\tx\nd, e\ty\n" * 4)
+    layout = {"has_header": False, "text_a_column": 0, "text_b_column": None, "label_column": 1}
+    fit("data.tsv", **layout)
+    Path("texts.tsv").write_text("one, two, three\nfour\n")
+    parsed = parse_command_line(["--model_dir", "out", "--data_file", "texts.tsv", "--predict"], "evaluate")
+    assert parsed.config.text_b_column is None
+    assert evaluate("out", "data.tsv").num_rows == 8
+
+
+def test_a_vocabulary_for_other_texts_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    Path("plain.tsv").write_text(PLAIN)
+    fit("plain.tsv")
+    assert "[UNK]" not in caplog.text
+    rows = "".join(f"{i}\tวันนี้อากาศดี {i}\tสวัสดี\t{'ab'[i % 2]}\n" for i in range(12))
+    Path("thai.tsv").write_text(HEADER + rows, encoding="utf-8")
+    caplog.clear()
+    evaluate("out", "thai.tsv")
+    assert "% of the tokens are [UNK]" in caplog.text
+
+
+def test_a_tilde_is_the_home_folder_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    (home / "data").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("train", "dev"):
+        (home / "data" / f"{name}.tsv").write_text(PLAIN)
+    (home / "run.yaml").write_text("data_dir: ~/data\nresume: false\n")
+    write_tiny_bert(home / "tiny")
+    flags = "--config ~/run.yaml --model_name_or_path ~/tiny --from_scratch --output_dir ~/out --amp off"
+    parsed = parse_command_line([*flags.split(), "--max_steps", "1", "--max_seq_length", "24"], "train")
+    train(parsed.config, explicit=parsed.explicit)
+    assert (home / "out" / "model.safetensors").is_file() and not Path("~").exists()
+    assert evaluate("~/out", "~/data/dev.tsv", output_dir="~/results").num_rows == 12
+    assert (home / "results" / "eval_results.txt").is_file()
+
+
+def test_a_blank_path_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--output_dir: expected a path, found ' '"):
+        parse_command_line(["--output_dir", " "], "train")
+
+
+def test_a_short_flag_is_no_value_and_a_negative_number_is() -> None:
+    with pytest.raises(ConfigError, match="flags begin with two dashes, found '-o'"):
+        parse_command_line(["--train_file", "a.tsv", "-o", "out"], "train")
+    flags = "--model_name_or_path m --train_file a.tsv --output_dir o --label_column -1 --logging_steps -1"
+    assert parse_command_line(flags.split(), "train").config.label_column == -1
+
+
+def test_train_from_elsewhere_says_where_the_sample_is(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 2 and f"the sample is trained from its own folder: cd {ROOT}" in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_no_file_is_said(tmp_path: Path, write_tsv: Callable[..., Path]) -> None:
+    Path("folder.tsv").mkdir()
+    with pytest.raises(DataError, match="folder.tsv: is a folder; a TSV file is expected"):
+        fit("folder.tsv")
