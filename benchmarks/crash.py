@@ -30,7 +30,7 @@ from crash_flips import try_flips
 from crash_kills import try_kills
 
 from bertpair.picture import draw_confusion
-from bertpair.runtime import cpu_has_bf16
+from bertpair.runtime import cpu_bf16_flag
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
     torch.set_num_threads(1)
     draw_confusion(np.eye(2, dtype=np.int64), ["a", "b"])  # loads matplotlib and its fonts
     print(machine(arguments.amp), flush=True)
-    if arguments.amp == "bf16" and not cpu_has_bf16():
+    if arguments.amp == "bf16" and cpu_bf16_flag() is None:
         print("this processor has no bf16 instructions: torch computes it the slow way")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bertpair-crash-") as name:

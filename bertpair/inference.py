@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from bertpair.batching import pad_batch, token_budget_batches
 from bertpair.checkpoint import final_folder
@@ -77,19 +78,22 @@ class Scorer:
         survive_fork()
         lengths = np.diff(tokens.offsets)
         batches = token_budget_batches(lengths, self.max_batch_tokens, self.pad_to_multiple_of)
-        out = torch.empty(len(tokens), self.model.config.num_labels, dtype=torch.float32, device=self.device)
+        found = [torch.empty(0, self.model.config.num_labels, device=self.device)]
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.inference_mode(), self.precision.autocast(self.device):
                 for rows in batches:
                     stop_flag.raise_if_set()
-                    out[torch.from_numpy(rows).to(self.device)] = self._run(tokens, rows)
+                    found.append(self._run(tokens, rows))
                     if on_rows is not None:
                         on_rows(len(rows))
         finally:
             self.model.train(was_training)
-        return out.cpu().numpy()
+        out = np.empty((len(tokens), self.model.config.num_labels), np.float32)
+        if batches:  # one copy: each would wait for the device
+            out[np.concatenate(batches)] = torch.cat(found).cpu().numpy()
+        return out
 
     def _run(self, tokens: Tokens, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         batch = pad_batch(
@@ -244,18 +248,14 @@ class PairClassifier:
             takes_pairs = False
         target = resolve_device(device)
         cut = trained_cut(tokenizer, folder.config.max_position_embeddings, max_seq_length)
-        precision = resolve_precision(
-            amp,
-            target,
-            hidden_size=folder.config.hidden_size,
-            intermediate_size=folder.config.intermediate_size,
-            tokens=8 * cut,
-        )
+        precision = resolve_precision(amp, target, hidden_size=folder.config.hidden_size)
         names = name_labels(folder, labels)
         check_quantize(quantize, target, precision)
         ready: BertClassifier | PackedClassifier = model.to(target).eval()
         if target.type == "cpu" and (optimize or quantize):
             ready = prepare(model, precision, quantize)
+        else:
+            convert_linears(model, precision)
         scorer = Scorer(ready, tokenizer.pad_id, target, precision, cut, max_batch_tokens)
         return cls(scorer, tokenizer, names, takes_pairs, folder.header)
 
@@ -337,6 +337,14 @@ def check_quantize(quantize: str | None, device: torch.device, precision: Precis
     if precision.name != "off":
         raise ConfigError(f"quantize int8 goes with float32, found amp {precision.name}")
     check_int8()
+
+
+@torch.no_grad()
+def convert_linears(model: BertClassifier, precision: Precision) -> None:
+    """Convert once what autocast would convert for every batch; the products stay the same to the bit."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.to(precision.dtype)
 
 
 @torch.no_grad()

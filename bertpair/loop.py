@@ -24,7 +24,7 @@ from bertpair.plan import Plan, Progression
 from bertpair.progress import Progress
 from bertpair.run_folder import RunFolder, Snapshot
 from bertpair.runtime import peak_memory_gb, random_state, restore_random_state, stop_flag
-from bertpair.stepper import Reading, SkippedStep, Stepper
+from bertpair.stepper import SkippedStep, Stepper
 from bertpair.tokenizer import Tokens
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class Loop:
         self.progression = Progression()
         self._last_evaluation: tuple[int, Evaluation] | None = None
         self._saved_step: int | None = None  # this step is on disk already
+        self._unlogged: list[int] = []  # skipped steps that metrics.jsonl does not have yet
         weights = stepper.objective.class_weights
         self._class_weights = None if weights is None else weights.cpu().numpy()
         self._clock = _Clock()
@@ -154,6 +155,7 @@ class Loop:
 
     def _log(self) -> None:
         reading = self.stepper.meter.read()
+        self._clock.add_wait()
         step = self.progression.global_step
         rate = self.plan.learning_rate(step - 1)
         record: dict[str, object] = {
@@ -165,7 +167,9 @@ class Loop:
             **self._clock.rates(),
             "memory": round(peak_memory_gb(self.stepper.device), 3),
         }
-        self._note_skipped(reading, record)
+        self._report_skipped(reading.skipped)
+        if self._unlogged:
+            record["skipped_steps"], self._unlogged = self._unlogged, []
         self.folder.append_metrics(record)
         loss = "-" if reading.loss is None else f"{reading.loss:.4f}"
         self._progress.show(loss=loss, lr=f"{rate:.2g}")
@@ -175,11 +179,6 @@ class Loop:
         )
         self._clock.restart()
 
-    def _note_skipped(self, reading: Reading, record: dict[str, object]) -> None:
-        if reading.skipped:
-            record["skipped_steps"] = [skipped.step for skipped in reading.skipped]
-        self._report_skipped(reading.skipped)
-
     def last_evaluation_of(self, step: int | None) -> Evaluation | None:
         """The last evaluation, if it was that of the weights after `step`."""
         return (
@@ -187,11 +186,15 @@ class Loop:
         )
 
     def _check_verdicts(self) -> None:
-        self._report_skipped(self.stepper.meter.verdicts())
+        """Wait for the device and read them; the wait is the steps' time."""
+        skipped = self.stepper.meter.verdicts()
+        self._clock.add_wait()
+        self._report_skipped(skipped)
 
     def _report_skipped(self, skipped: Sequence[SkippedStep]) -> None:
         for one in skipped:
             rows = ", ".join(self.rows.where(row) for row in one.rows)
+            self._unlogged.append(one.step)
             logger.warning("step %d skipped: its loss or gradient is not finite; rows: %s", one.step, rows)
         longest = self.stepper.meter.longest
         if longest > self.plan.max_skipped_steps:
@@ -203,6 +206,7 @@ class Loop:
     def _evaluate(self) -> bool:
         """Evaluate now; True where the watched metric improved."""
         state, step = self.progression, self.progression.global_step
+        self._check_verdicts()  # or the steps that are queued would count as time of the evaluation
         state.evaluation_pending = True
         started = time.monotonic()
         evaluation = self.evaluate()
@@ -249,6 +253,7 @@ class Loop:
                 "position": self.stream.state_dict(),
                 "meter": self.stepper.meter.state_dict(),
                 "scaler": self.stepper.scaler.state_dict(),
+                "unlogged_skips": self._unlogged,
             },
         )
 
@@ -261,6 +266,7 @@ class Loop:
         self.stream.load_state_dict(state["position"])
         self.stepper.meter.load_state_dict(state["meter"])
         self.stepper.scaler.load_state_dict(state["scaler"])
+        self._unlogged = list(state.get("unlogged_skips", []))
         self._check_watched(state)
         states = {name.removeprefix(RANDOM): tensor for name, tensor in snapshot.tensors.items()}
         restore_random_state(states, self.stepper.device)
@@ -292,10 +298,14 @@ class _Clock:
         """Leave out the time since the last step."""
         self._last = time.monotonic()
 
-    def count(self, pairs: int, tokens: int) -> None:
+    def add_wait(self) -> None:
+        """Count the time since the last step too: it was spent waiting for the device to do the steps."""
         now = time.monotonic()
         self._seconds += now - self._last
         self._last = now
+
+    def count(self, pairs: int, tokens: int) -> None:
+        self.add_wait()
         self._steps += 1
         self._pairs += pairs
         self._tokens += tokens

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from bertpair.pace import Pace
-from bertpair.refusal import ClosedError, ExpiredError, NoMemoryError, QueueFullError, is_out_of_memory
+from bertpair.refusal import ClosedError, ExpiredError, NoMemoryError, QueueFullError
+from bertpair.runtime import is_out_of_memory, release_locals
 from bertpair.window import choose_batch, count_tokens, window_size
 from bertpair.worker import Worker
 
@@ -85,7 +86,8 @@ class MicroBatcher(Generic[Row, Answer]):
 
     `run` is called on one daemon thread, never twice at a time. It returns an answer per row, in order; an
     exception in an answer's place fails that row's request alone. `on_batch` is told of each batch, `on_drop`
-    of rows that were dropped unrun ("expired", "gone"). All methods belong to the event loop's thread.
+    of rows that were dropped unrun ("expired", "gone"), `on_error`, on the model's thread, of each exception.
+    All methods belong to the event loop's thread.
     """
 
     def __init__(
@@ -95,10 +97,11 @@ class MicroBatcher(Generic[Row, Answer]):
         *,
         on_batch: Callable[[BatchReport], None] = lambda report: None,
         on_drop: Callable[[str, int], None] = lambda reason, num_rows: None,
+        on_error: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self.limits = limits or QueueLimits()
         self._run = run
-        self._on_batch, self._on_drop = on_batch, on_drop
+        self._on_batch, self._on_drop, self._on_error = on_batch, on_drop, on_error
         self._waiting: deque[_Waiting[Row, Answer]] = deque()
         self._waiting_tokens = 0
         self._running_tokens = 0
@@ -110,7 +113,7 @@ class MicroBatcher(Generic[Row, Answer]):
         self._idle.set()
         self._closed = False
         self._loop = asyncio.get_running_loop()
-        self._worker = Worker("inference")
+        self._worker = Worker("inference", self._on_raised)
         self._feeder = self._loop.create_task(self._feed())
 
     # What callers see
@@ -302,6 +305,10 @@ class MicroBatcher(Generic[Row, Answer]):
             self._hand_out(batch, answers)
         self._last_end = ended if self._waiting else None
         return error
+
+    def _on_raised(self, error: BaseException) -> None:
+        self._on_error(error)
+        release_locals(error)  # its halves are run while the error is kept
 
     def _checked_run(self, rows: list[Row]) -> Sequence[Answer | Exception]:
         answers = self._run(rows)

@@ -37,6 +37,7 @@ from bertpair.run_state import RunState
 from bertpair.runtime import (
     Precision,
     keep_freed_memory,
+    reset_peak_memory,
     resolve_device,
     resolve_precision,
     seed_everything,
@@ -97,7 +98,7 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
         from_scratch=config.from_scratch,
     )
     _log((*source.notes, *notes))
-    precision = _resolve_precision(config, folder, train, device)
+    precision = _resolve_precision(config, folder, device)
     weights = class_weight_tensor(config.class_weights, labels, train)
     digest, pad_id, table = digest_of(train), tokenizer.pad_id, None
     if config.compact_vocabulary:
@@ -169,7 +170,9 @@ def _set_up_machine(config: Config) -> torch.device:
     set_threads(config.num_threads)
     keep_freed_memory()
     set_deterministic(config.deterministic)
-    return resolve_device(config.device)
+    device = resolve_device(config.device)
+    reset_peak_memory(device)
+    return device
 
 
 def _model_path(config: Config, resumed_from: RunState | None) -> Path:
@@ -254,15 +257,8 @@ def _encoding(config: Config, folder: ModelFolder, tokenizer: Tokenizer) -> Enco
     return Encoding(tokenizer, config.max_seq_length, cache, config.overwrite_cache)
 
 
-def _resolve_precision(config: Config, folder: ModelFolder, train: Split, device: torch.device) -> Precision:
-    mean_length = len(train.tokens.ids) / len(train)
-    precision = resolve_precision(
-        config.amp,
-        device,
-        hidden_size=folder.config.hidden_size,
-        intermediate_size=folder.config.intermediate_size,
-        tokens=round(config.per_device_train_batch_size * mean_length),
-    )
+def _resolve_precision(config: Config, folder: ModelFolder, device: torch.device) -> Precision:
+    precision = resolve_precision(config.amp, device, hidden_size=folder.config.hidden_size)
     logger.info(
         "device %s, %d threads, amp %s (%s)",
         device,

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory")
-
 
 class RequestError(Exception):
     """A refusal. `message` never holds anything of what the client sent; `field` names the part at fault."""
@@ -70,9 +68,3 @@ class ClosedError(RequestError):
 
     def __init__(self) -> None:
         super().__init__(503, "closed", "the server is going away", headers={"Retry-After": "1"})
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether it says that memory ran out: Python's, PyTorch's or a device's way of saying so."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(word in text for word in MEMORY_WORDS)

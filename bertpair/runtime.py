@@ -1,7 +1,7 @@
 """The machine under a run: device, precision, threads, seeds, random state, memory, and the stop flag.
 
-Whatever is found out here (`auto`, a probe, a core count) comes back as a plain name or number that the
-caller stores with the run and passes in again on resume: a resumed run never probes.
+Whatever is found out here (`auto`, a core count) comes back as a plain name or number that the caller stores
+with the run and passes in again on resume. What can change a result follows a rule, never a stopwatch.
 """
 
 import contextlib
@@ -12,8 +12,7 @@ import os
 import random
 import re
 import signal
-import statistics
-import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,7 +21,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bertpair.errors import ConfigError, StoppedError
@@ -30,9 +28,8 @@ from bertpair.errors import ConfigError, StoppedError
 logger = logging.getLogger(__name__)
 
 PrecisionName = Literal["off", "bf16", "fp16"]
-PROBE_SECONDS = 1.0  # no new round of the bf16 probe starts after this
-PROBE_TOKENS = 512  # rows of the probe's matrices at most: beyond that the ratio no longer changes
-CLEARLY_FASTER = 1.5  # what the probe leaves out (attention, dropout) dilutes it, and bf16 costs accuracy
+BF16_HIDDEN_SIZE = 256  # bf16 pays on a CPU from this size on: see benchmarks/precision.py and LOG.md
+BF16_FLAGS = ("amx_bf16", "avx512_bf16", "svebf16", "bf16")  # as /proc/cpuinfo names them on x86 and Arm
 
 
 class StopFlag:
@@ -73,7 +70,10 @@ def install_signal_handlers() -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` (first GPU, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`; ConfigError says what is there."""
+    """`auto` (first GPU, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`; ConfigError says what is there.
+
+    On CUDA, cuDNN's attention is switched off for the process.
+    """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise ConfigError(f"device: found {name!r}; allowed: auto, cpu, cuda, cuda:N, mps")
     here = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -86,6 +86,9 @@ def resolve_device(name: str) -> torch.device:
         has_cuda = name == "mps" or torch.version.cuda or torch.version.hip
         built = "" if has_cuda else " and torch is built without CUDA"
         raise ConfigError(f"device: there is no {name} on this machine{built}; there is: {', '.join(here)}")
+    if name.startswith("cuda"):
+        # It makes a plan for every shape of batch, up to 440 ms each, and a masked backward has given NaN.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
 
@@ -163,6 +166,42 @@ def keep_freed_memory() -> bool:
     return all([mallopt(option, value) == 1 for option, value in ((-1, -1), (-2, 64 * 2**20), (-4, 0))])
 
 
+MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory")
+LOST_WORDS = (  # after these a CUDA context answers every call with the same error, until the process ends
+    "device-side assert",
+    "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
+    "unspecified launch failure",
+    "launch timed out",
+    "hardware stack error",
+    "invalid program counter",
+    "operation not supported on global/shared address space",
+    "uncorrectable ecc error",
+    "context is destroyed",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out: Python's, PyTorch's or a device's way of saying so."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(word in text for word in MEMORY_WORDS)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether it is a CUDA error after which this process can use the device no more."""
+    text = str(error).lower()
+    return "cuda" in text and any(word in text for word in LOST_WORDS)
+
+
+def release_locals(error: BaseException) -> None:
+    """Let go of what the frames of its traceback hold: or a batch would live as long as its error."""
+    left: BaseException | None = error
+    while left is not None:
+        traceback.clear_frames(left.__traceback__)
+        left = left.__context__
+
+
 def physical_memory() -> int:
     """Bytes of memory that the machine has; 0 where the system does not say."""
     try:
@@ -180,6 +219,12 @@ def peak_memory_gb(device: torch.device) -> float:
     # Not getrusage: its peak counts the program that started this one. Outside Linux there is no figure: 0.
     found = re.search(r"VmHWM:\s*(\d+) kB", _read_text(Path("/proc/self/status")))
     return int(found[1]) * 1024 / 1e9 if found else 0.0
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Count a GPU's peak from now on; a process's own peak on a CPU stays."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def seed_everything(seed: int) -> None:
@@ -210,7 +255,8 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """The inverse of `random_state`; a GPU's state is passed over on another kind of device."""
+    """The inverse of `random_state`; a GPU's state is passed over on another kind of device, and said to be
+    missing where the device is a GPU and the state was a CPU's."""
     torch.set_rng_state(
         state["cpu"].cpu().clone()
     )  # a clone: torch reads it as a struct, which must be aligned
@@ -218,6 +264,8 @@ def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None
         torch.cuda.set_rng_state(state["cuda"].cpu().clone(), device)
     elif device.type == "mps" and "mps" in state:
         torch.mps.set_rng_state(state["mps"].cpu().clone())
+    elif device.type != "cpu":
+        logger.warning("the checkpoint has no random state of a %s device: dropout starts anew", device.type)
 
 
 @dataclass(frozen=True)
@@ -231,15 +279,25 @@ class Precision:
         """The context for a forward pass; does nothing when the name is `off`."""
         if self.name == "off":
             return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=torch.bfloat16 if self.name == "bf16" else torch.float16)
+        return torch.autocast(device.type, dtype=self.dtype)
+
+    def paused(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        """Within `autocast`: the context for what is computed in float32, such as the loss and backward."""
+        if self.name == "off":
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, enabled=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the matrix products."""
+        return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
 
 
-def resolve_precision(
-    amp: str, device: torch.device, *, hidden_size: int, intermediate_size: int, tokens: int
-) -> Precision:
-    """Turn the setting `amp` into a precision; only `auto` on a CPU with bf16 instructions runs a probe.
+def resolve_precision(amp: str, device: torch.device, *, hidden_size: int) -> Precision:
+    """Turn the setting `amp` into a precision, for a model of this `hidden_size`.
 
-    `tokens` is how many (padded) tokens a forward pass holds. ConfigError where the device cannot do it.
+    `auto` gives the same answer every time: on a CPU bf16 where the processor has it in hardware and the
+    model is large enough. ConfigError where the device cannot do what is asked.
     """
     if amp not in ("auto", "off", "bf16", "fp16"):
         raise ConfigError(f"amp: found {amp!r}; allowed: auto, off, bf16, fp16")
@@ -250,11 +308,14 @@ def resolve_precision(
         raise ConfigError(f"amp: {amp} does not run on {device}; allowed here: auto, {', '.join(allowed)}")
     if device.type != "cpu":
         return Precision(allowed[-1], f"the fastest that {device} has")
-    if not cpu_has_bf16():
+    flag = cpu_bf16_flag()
+    if flag is None:
         return Precision("off", "this processor has no bf16 instructions")
-    speedup = bf16_speedup(hidden_size, intermediate_size, tokens)
-    name: PrecisionName = "bf16" if speedup >= CLEARLY_FASTER else "off"
-    return Precision(name, f"bf16 is {speedup:.2f} times as fast as float32 here")
+    if hidden_size < BF16_HIDDEN_SIZE:
+        return Precision("off", f"the model is small: hidden_size {hidden_size} is below {BF16_HIDDEN_SIZE}")
+    return Precision(
+        "bf16", f"the processor has {flag} and the model is large enough (hidden_size {hidden_size})"
+    )
 
 
 def allowed_precisions(device: torch.device) -> list[PrecisionName]:
@@ -266,38 +327,20 @@ def allowed_precisions(device: torch.device) -> list[PrecisionName]:
     return ["off", "fp16", "bf16"] if has_bf16 else ["off", "fp16"]
 
 
-def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor multiplies bf16 matrices in hardware (AVX-512 BF16, AMX, or Arm's BF16)."""
+def cpu_bf16_flag(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """The flag that says the processor multiplies bf16 matrices in hardware; None where there is none."""
     lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", _read_text(cpuinfo), re.MULTILINE)  # x86, Arm
-    return any(not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(line.split()) for line in lines)
-
-
-def bf16_speedup(hidden_size: int, intermediate_size: int, tokens: int) -> float:
-    """float32's time over bf16 autocast's, for an encoder layer's products forward and backward (CPU)."""
-    shapes = [(hidden_size, hidden_size), (intermediate_size, hidden_size), (hidden_size, intermediate_size)]
-    weights = [torch.full(shape, 0.01, requires_grad=True) for shape in shapes]
-    x = torch.full((max(1, min(tokens, PROBE_TOKENS)), hidden_size), 0.01, requires_grad=True)
-    rounds: list[list[float]] = []
-    end = time.perf_counter() + PROBE_SECONDS
-    while len(rounds) < 2 or (len(rounds) < 8 and time.perf_counter() < end):
-        # Turn and turn about, so that a busy moment of the machine hits both.
-        rounds.append([_time_layer(x, weights, Precision(name, "")) for name in ("off", "bf16")])
-    float32, bf16 = (statistics.median(times) for times in zip(*rounds[1:], strict=True))  # round 0 warms up
-    return float(float32 / bf16)
-
-
-def _time_layer(x: Tensor, weights: list[Tensor], precision: Precision) -> float:
-    square, up, down = weights
-    start = time.perf_counter()
-    with precision.autocast(torch.device("cpu")):
-        y = F.layer_norm(F.linear(x, square) + x, x.shape[-1:])
-        y = F.layer_norm(F.linear(F.gelu(F.linear(y, up)), down) + y, x.shape[-1:])
-    torch.autograd.grad(y.float().sum(), [x, *weights])
-    return time.perf_counter() - start
+    flags = {flag for line in lines for flag in line.split()}
+    return next((flag for flag in BF16_FLAGS if flag in flags), None)
 
 
 class LossScaler:
-    """fp16's loss scale, by torch.amp.GradScaler's rule, kept on the device: no step waits to read it."""
+    """fp16's loss scale, by torch.amp.GradScaler's rule, kept on the device: no step waits to read it.
+
+    It is never below `FLOOR`: gradients that overflow there do so by themselves, and halving is no help.
+    """
+
+    FLOOR = 1.0
 
     def __init__(self, enabled: bool, device: torch.device, growth_interval: int = 2000) -> None:
         self.enabled = enabled
@@ -314,7 +357,8 @@ class LossScaler:
         is_due = good_steps == self.growth_interval
         doubled = self.scale * 2.0
         grows = is_due & torch.isfinite(doubled)
-        self.scale.copy_(torch.where(bad, self.scale * 0.5, torch.where(grows, doubled, self.scale)))
+        halved = (self.scale * 0.5).clamp(min=self.FLOOR)
+        self.scale.copy_(torch.where(bad, halved, torch.where(grows, doubled, self.scale)))
         self.growth_tracker.copy_(torch.where(is_due, 0, good_steps))
 
     def state_dict(self) -> dict[str, float | int]:
@@ -323,5 +367,5 @@ class LossScaler:
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
         if self.enabled:
-            self.scale.fill_(state["scale"])
+            self.scale.fill_(max(state["scale"], self.FLOOR))
             self.growth_tracker.fill_(state["growth_tracker"])

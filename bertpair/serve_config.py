@@ -95,7 +95,9 @@ class ServeConfig:
     )
     labels: list[str] | None = _model(None, LABELS, "names, in id order, for a model folder without names")
     device: str = _model("auto", DEVICE, "where to compute")
-    amp: str = _model("auto", choice("auto", "off", "bf16", "fp16"), "precision; off: float32")
+    amp: str = _model(
+        "off", choice("auto", "off", "bf16", "fp16"), "precision; off: float32; auto: by the processor"
+    )
     num_threads: int | None = _model(None, or_null(whole(1, 1024)), "null: as many as cores")
     quantize: str | None = _model(None, or_null(choice("int8")), "linear layers in dynamic int8 (CPU)")
     quantize_check: str | None = _model(

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import os
 import signal
 import sys
@@ -37,7 +38,7 @@ from bertpair.log_writer import LogWriter
 from bertpair.microbatch import MicroBatcher, QueueLimits
 from bertpair.page import Page
 from bertpair.predictor import Predictor, load_predictor
-from bertpair.runtime import stop_flag
+from bertpair.runtime import is_device_lost, is_out_of_memory, stop_flag
 from bertpair.serve_config import ServeConfig
 from bertpair.serve_metrics import ServeMetrics
 from bertpair.service import Service
@@ -175,11 +176,23 @@ def start_queue(service: Service) -> MicroBatcher[Any, Any]:
     config, metrics = service.config, service.metrics
     limits = QueueLimits(config.max_batch_tokens or 4096, config.max_queue_rows, config.queue_deadline)
     batcher = MicroBatcher(
-        service.predictor.run, limits, on_batch=metrics.count_batch, on_drop=metrics.count_drop
+        service.predictor.run,
+        limits,
+        on_batch=metrics.count_batch,
+        on_drop=metrics.count_drop,
+        on_error=end_if_device_lost,
     )
     service.batcher = batcher
     metrics.watch_queue(lambda: batcher.num_waiting, lambda: batcher.running_seconds)
     return batcher
+
+
+def end_if_device_lost(error: BaseException) -> None:
+    """A device that answers every call with the same error comes back with a new process only."""
+    if is_device_lost(error):
+        logger.critical("the device is lost, the server ends: %s", str(error).splitlines()[0])
+        logging.shutdown()
+        os._exit(1)
 
 
 def make_uvicorn(service: Service) -> uvicorn.Server:
@@ -216,7 +229,10 @@ def make_uvicorn(service: Service) -> uvicorn.Server:
 async def warm_up(
     predictor: Predictor, batcher: MicroBatcher[Any, Any], max_batch_tokens: int | None
 ) -> None:
-    """Find the budget and the speed, then run every shape once, each batch on the model's thread."""
+    """Find the budget and the speed, then run every shape once, each batch on the model's thread.
+
+    A batch that runs out of memory is too large, as one that is too slow; also where the budget was given.
+    """
     await batcher.call(predictor.begin_thread)
     given = max_batch_tokens or 0
     most_rows = batcher.limits.max_queue_rows
@@ -225,12 +241,28 @@ async def warm_up(
     with contextlib.suppress(StopIteration):
         while True:
             lengths = [predictor.cut] * num_rows
-            seconds = await batcher.call(functools.partial(predictor.time_batch, lengths))
-            batcher.note_speed(sum(lengths), seconds)
+            seconds = await _time_batch(predictor, batcher, lengths)
+            if seconds < math.inf:
+                batcher.note_speed(sum(lengths), seconds)
             num_rows = search.send(seconds)
-    batcher.limits.max_batch_tokens = max_batch_tokens or predictor.budget
-    for lengths in predictor.warm_shapes(batcher.limits.max_batch_tokens, most_rows):
-        await batcher.call(functools.partial(predictor.time_batch, lengths))
+    limits = batcher.limits
+    limits.max_batch_tokens = max_batch_tokens or predictor.budget
+    for lengths in predictor.warm_shapes(limits.max_batch_tokens, most_rows):
+        tokens = sum(lengths)
+        if tokens <= limits.max_batch_tokens and await _time_batch(predictor, batcher, lengths) == math.inf:
+            limits.max_batch_tokens = max(predictor.cut, tokens // 2)
+            logger.warning("out of memory: batches have at most %d tokens", limits.max_batch_tokens)
+
+
+async def _time_batch(predictor: Predictor, batcher: MicroBatcher[Any, Any], lengths: list[int]) -> float:
+    """Seconds of one batch on the model's thread; endless where it runs out of memory."""
+    try:
+        seconds: float = await batcher.call(functools.partial(predictor.time_batch, lengths))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return math.inf
+    return seconds
 
 
 def configure_serve_logging() -> None:

@@ -190,21 +190,24 @@ class Stepper:
         divisor = clip_scale(norm, self._max_grad_norm, self.scaler.scale)
         self.optimizer.step(grad_scale=divisor, found_inf=found_inf)
         self.optimizer.zero_grad(set_to_none=True)
-        # An overflow of scaled fp16 gradients is the scaler's business, not a skipped step.
-        skipped = ~torch.isfinite(loss) if self.scaler.enabled else found_inf.bool()
+        # An overflow of scaled fp16 gradients is the scaler's business, unless it can do no more.
+        helpless = self.scaler.scale <= self.scaler.FLOOR
+        skipped = ~torch.isfinite(loss) | (found_inf.bool() & helpless)
         self.scaler.update(found_inf)
         pending = _Pending(number, rows, learning_rate, skipped, found_inf.bool())
         self.meter.add(pending, loss, norm)
 
     def _backward(self, micro_batches: Iterable[Batch], denominator: float) -> Tensor:
         total = torch.zeros((), device=self.device)
-        for host_batch in micro_batches:
-            batch = host_batch.to(self.device)
-            assert batch.targets is not None
-            with self.precision.autocast(self.device):
+        # One context a step: it keeps the converted weights for all micro-batches.
+        with self.precision.autocast(self.device):
+            for host_batch in micro_batches:
+                batch = host_batch.to(self.device)
+                assert batch.targets is not None
                 logits = self.model(batch.input_ids, batch.token_type_ids, batch.attention_mask)
-            loss = self.objective.loss_sum(logits.float(), batch.targets) / denominator
-            scaled = loss * self.scaler.scale if self.scaler.enabled else loss
-            scaled.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+                with self.precision.paused(self.device):
+                    loss = self.objective.loss_sum(logits.float(), batch.targets) / denominator
+                    scaled = loss * self.scaler.scale if self.scaler.enabled else loss
+                    scaled.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
         return total

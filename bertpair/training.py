@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bertpair.batching import BatchStream, padded_lengths
-from bertpair.checkpoint import checkpoint_folder
+from bertpair.checkpoint import checkpoint_folder, newest_whole
 from bertpair.config import Config, check_config, dump_yaml
-from bertpair.errors import CheckpointError, ConfigError, StoppedError
+from bertpair.errors import CheckpointError, ConfigError, StoppedError, TrainingError
 from bertpair.evaluation import Evaluation, curves_file, evaluate_split, result_files
 from bertpair.inference import Scorer
 from bertpair.lock import RunLock
@@ -31,7 +31,7 @@ from bertpair.pretrained import WORD_TABLE, load_state, state_tensors
 from bertpair.resumption import check_same_data, find_start, name_output_dir, warn_of_other_machine
 from bertpair.run_folder import SETTINGS_FILE, Contents, RunFolder, Snapshot
 from bertpair.run_state import RunState, read_run_state
-from bertpair.runtime import stop_flag
+from bertpair.runtime import is_out_of_memory, release_locals, stop_flag
 from bertpair.staging import Staging
 from bertpair.stepper import Stepper
 from bertpair.vocabulary import USED_IDS
@@ -201,8 +201,29 @@ class _Run:
     def run(self) -> TrainResult:
         kept = self.loop.plan.checkpoints_kept(self.job.config.save_total_limit)
         self.folder.begin(self.start, checkpoints=kept)
-        self.loop.run()
-        return self._finish()
+        try:
+            self.loop.run()
+            return self._finish()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            release_locals(error)
+            raise TrainingError(self._memory_advice(error)) from error
+
+    def _memory_advice(self, error: Exception) -> str:
+        """What ran out of memory, which settings make it less, and what of the work stands."""
+        config, step = self.job.config, self.loop.progression.global_step
+        batch, groups = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        found = newest_whole(self.folder.path, self.folder.run_id).path
+        kept = "no checkpoint has been written"
+        if found is not None:
+            kept = f"{found.name} stands: a new run with --model_name_or_path {found} starts from its weights"
+        return (
+            f"out of memory after step {step} on {self.job.device} ({str(error).splitlines()[0]:.160}); "
+            f"lower per_device_train_batch_size ({batch}) and raise gradient_accumulation_steps ({groups}) "
+            "by the same factor: a step then has the same rows; for an evaluation lower "
+            f"per_device_eval_batch_size ({config.per_device_eval_batch_size}); {kept}"
+        )
 
     def _finish(self) -> TrainResult:
         """Choose the weights, measure them, and write the final folder."""

@@ -13,10 +13,14 @@ from typing import Any
 
 
 class Worker:
-    """Made and used on the event loop's thread. A daemon: a function that hangs cannot hold up the exit."""
+    """Made and used on the event loop's thread. A daemon: a function that hangs cannot hold up the exit.
 
-    def __init__(self, name: str) -> None:
+    `on_error` is called on the thread with each exception that a function raised, before anybody else.
+    """
+
+    def __init__(self, name: str, on_error: Callable[[BaseException], None] = lambda error: None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._on_error = on_error
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._began: float | None = None
         self._ended = False
@@ -47,6 +51,7 @@ class Worker:
             try:
                 value = function()
             except BaseException as raised:
+                self._on_error(raised)
                 error = raised if isinstance(raised, Exception) else RuntimeError(repr(raised))
             with contextlib.suppress(RuntimeError):  # the loop may be closed by now
                 self._loop.call_soon_threadsafe(settle, value, error)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from bertpair.microbatch import BatchReport, MicroBatcher, QueueLimits
-from bertpair.refusal import ClosedError, ExpiredError, NoMemoryError, QueueFullError, is_out_of_memory
+from bertpair.refusal import ClosedError, ExpiredError, NoMemoryError, QueueFullError
+from bertpair.runtime import is_out_of_memory
 
 pytestmark = pytest.mark.anyio
 
