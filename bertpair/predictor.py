@@ -21,7 +21,7 @@ import numpy.typing as npt
 from bertpair.checkpoint import final_folder
 from bertpair.command_line import model_settings
 from bertpair.dataset import DataSettings, columns_for, resolve_source
-from bertpair.errors import ConfigError
+from bertpair.errors import ConfigError, DataError
 from bertpair.hub import resolve_folder
 from bertpair.inference import PairClassifier, Prediction
 from bertpair.model_config import read_folder
@@ -191,7 +191,11 @@ def _read_rows(path: str, settings: Mapping[str, Any], classifier: PairClassifie
     known = {name: value for name, value in settings.items() if name in names}
     source = resolve_source(DataSettings(**{**known, "dev_file": [path]}), needs=("dev",))
     columns = columns_for(source, path, with_labels=False, header=classifier.header)
-    pairs = read_pairs([path], columns, limit=CHECK_ROWS)
+    try:
+        pairs = read_pairs([path], columns, limit=CHECK_ROWS)
+    except DataError as error:  # whose advice is for scripts that can be told another layout
+        reason = str(error).splitlines()[0]
+        raise DataError(f"quantize_check: {reason}; it must be laid out like the training data") from error
     if not len(pairs):
         raise ConfigError(f"quantize_check: {path} holds no rows")
     return list(zip(pairs.text_a, pairs.text_b or [""] * len(pairs), strict=True))
