@@ -1,5 +1,6 @@
 """Where a server listens: one server a port, and a Unix socket that always has somebody behind it."""
 
+import errno
 import signal
 import socket
 import stat
@@ -35,6 +36,24 @@ def say(path: Path, data: bytes, timeout: float = 10) -> bytes:
 
 def is_ready(path: Path) -> bool:
     return say(path, b"GET /readyz HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+def test_a_socket_whose_server_is_too_busy_to_take_a_client_is_not_taken_for_stale(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen(0)
+        waiting = []
+        while True:
+            waiting.append(socket.socket(socket.AF_UNIX))
+            waiting[-1].setblocking(False)
+            if waiting[-1].connect_ex(str(path)) == errno.EAGAIN:
+                break
+        with pytest.raises(ConfigError, match="in use"):
+            bind(at(path))
+        assert path.is_socket()
+        for client in waiting:
+            client.close()
 
 
 # Ports

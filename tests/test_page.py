@@ -3,6 +3,7 @@
 `BERTPAIR_SCREENSHOTS=DIR` keeps the pictures.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -102,6 +103,22 @@ def test_a_pair_typed_and_answered(
     overflow = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert browser.execute_script(overflow) <= 0
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@needs_browser
+def test_a_model_of_single_texts_is_asked_for_one(browser: Any, tmp_path: Path) -> None:
+    folder = write_hf_folder(tmp_path / "single")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["bertpair"] = {"takes_pairs": False, "header": None}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with serving(*make_predictor(folder, max_batch_tokens=512)) as server:
+        screen(browser, 1280, 800, is_phone=False)
+        browser.get(f"http://127.0.0.1:{server.port}/")
+        wait(browser, lambda b: "neutral" in text(b, "about"))
+        assert not browser.find_element(By.ID, "text-b").is_displayed()
+        browser.find_element(By.ID, "text-a").send_keys("the cat sat", Keys.ENTER)
+        wait(browser, lambda b: text(b, "label") or text(b, "error"))
+        assert text(browser, "label") == server.predict({"text_a": "the cat sat"}).json["label"]
 
 
 @needs_browser

@@ -181,6 +181,15 @@ def test_files_of_one_name_do_not_meet(hf_folder: Path, dev: Path) -> None:
     assert Path(again.folders[str(hf_folder)]) == folders[0]
 
 
+def test_a_file_that_has_changed_has_results_of_its_own(hf_folder: Path, dev: Path) -> None:
+    (first,) = evaluate(hf_folder, dev).folders.values()
+    predictions = Path(first, "predictions.tsv").read_bytes()
+    dev.write_text(dev.read_text(encoding="utf-8").replace("cat", "mat"), encoding="utf-8")
+    (second,) = evaluate(hf_folder, dev).folders.values()
+    assert first != second and Path(first, "predictions.tsv").read_bytes() == predictions
+    assert list(evaluate(hf_folder, dev).folders.values()) == [second]
+
+
 def test_nothing_of_an_earlier_evaluation_stands_beside_a_new_one(hf_folder: Path, dev: Path) -> None:
     Path("here").mkdir()
     Path("here/notes.txt").write_text("mine")
