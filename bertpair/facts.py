@@ -25,9 +25,8 @@ def describe_server(
         "device": str(predictor.classifier.scorer.device),
         "num_threads": predictor.num_threads,
         "limits": {
-            "max_text_chars": predictor.max_text_chars,
-            "max_request_rows": config.max_request_rows,
-            "max_body_bytes": config.max_body_bytes,
+            **dataclasses.asdict(predictor.limits),
+            "max_inflight_bytes": config.max_inflight_bytes,
             "max_header_bytes": config.max_header_bytes,
             "max_queue_rows": config.max_queue_rows,
             "max_batch_tokens": None if limits is None else limits.max_batch_tokens,

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from bertpair.blank import INVISIBLE, is_blank
 from bertpair.refusal import RequestError
 from bertpair.strict_json import unique_keys
 
@@ -21,10 +22,9 @@ MAX_DEPTH = 32
 MAX_DIGITS = (
     4300  # Python's own bound for int(); said here, so that it holds whatever the interpreter is told
 )
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"?|([\[{])|([\]}])', re.DOTALL)
-_BLANK = re.compile(r"[\t\n\v\f\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]*")
-_JSON_TYPE = re.compile(r'application/json[ \t]*(;[ \t]*charset[ \t]*=[ \t]*"?utf-8"?[ \t]*)?;?[ \t]*', re.I)
-TEXT_PATTERN = r"^[^\u0000]*[^\s\u0000][^\u0000]*$"  # what `check_text` wants, as JSON Schema says it
+_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|([\[{])|([\]}])', re.DOTALL)
+_PARAMETER = re.compile(r'[ \t]*;[ \t]*(?:([\w!#$%&\'*+.^`|~-]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"|[^\s";]*))?')
+TEXT_PATTERN = rf"^[^\u0000]*[^{INVISIBLE}][^\u0000]*$"  # what `check_text` wants, as JSON Schema says it
 
 
 def error_json(error: RequestError, request_id: str) -> bytes:
@@ -38,15 +38,38 @@ def error_json(error: RequestError, request_id: str) -> bytes:
     return json.dumps({"error": body}).encode()
 
 
-def check_content_type(headers: Sequence[tuple[bytes, bytes]]) -> None:
-    """RequestError 415 unless the body is said to be JSON, in UTF-8, and not compressed."""
+def check_content_type(headers: Sequence[tuple[bytes, bytes]], *, may_be_any: bool = False) -> None:
+    """RequestError 415 unless the body is said to be JSON, in UTF-8, and not compressed.
+
+    With `may_be_any` the type does not matter, save for a browser's request: a page of somebody else's
+    may send other types without asking first.
+    """
     types = [value.decode("latin-1") for name, value in headers if name == b"content-type"]
-    if len(types) != 1 or not _JSON_TYPE.fullmatch(types[0].strip()):
+    is_exempt = may_be_any and all(name != b"origin" for name, _ in headers)
+    if not is_exempt and not (len(types) == 1 and _is_json_type(types[0])):
         message = "Content-Type must be application/json (charset utf-8, if any)"
         raise RequestError(415, "unsupported_media_type", message, headers={"Accept": "application/json"})
-    if any(name == b"content-encoding" for name, _ in headers):
+    codings = b",".join(value for name, value in headers if name == b"content-encoding").lower()
+    if any(coding.strip() not in (b"", b"identity") for coding in codings.split(b",")):
         message = "Content-Encoding is not supported: send the body as it is"
         raise RequestError(415, "unsupported_media_type", message, headers={"Accept-Encoding": "identity"})
+
+
+def _is_json_type(value: str) -> bool:
+    """application/json with any parameters; a charset among them is UTF-8."""
+    kind, semicolon, rest = value.partition(";")
+    if kind.strip().lower() != "application/json":
+        return False
+    found = semicolon + rest.rstrip()
+    position = 0
+    while position < len(found):
+        match = _PARAMETER.match(found, position)
+        if match is None:
+            return False
+        if (match[1] or "").lower() == "charset" and match[2].strip('"').lower() not in ("utf-8", "utf8"):
+            return False
+        position = match.end()
+    return True
 
 
 def check_length(headers: Sequence[tuple[bytes, bytes]], max_bytes: int) -> None:
@@ -62,16 +85,21 @@ def too_large(max_bytes: int) -> RequestError:
     return RequestError(413, "body_too_large", message, close=True)
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body; RequestError 413 once it grows too large, ClientDisconnect if its sender goes away."""
+async def read_body(request: Request, max_bytes: int, hold: Callable[[int], None]) -> bytes:
+    """The body; RequestError 413 once it grows too large, ClientDisconnect if its sender goes away.
+
+    `hold` is told the number of bytes of each part before it is kept, and may raise.
+    """
     body = bytearray()
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect()
-        body += message.get("body", b"")
-        if len(body) > max_bytes:
+        part = message.get("body", b"")
+        if len(body) + len(part) > max_bytes:
             raise too_large(max_bytes)
+        hold(len(part))
+        body += part
         if not message.get("more_body", False):
             return bytes(body)
 
@@ -176,7 +204,7 @@ def check_text(value: Any, field: str, max_chars: int) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise bad_value(f"{field}: found half of a surrogate pair; expected Unicode text", field) from None
-    if _BLANK.fullmatch(value):
+    if is_blank(value):
         raise bad_value(f"{field}: found a blank text", field)
     return value
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,8 @@ MAX_URL_BYTES = 8192
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 2**20
 FAREWELL_SECONDS = 1.0  # once nobody new gets in: a request that was under way has come by then
+_ABSOLUTE = re.compile(rb"https?://([^/?#]*)([/?][^#]*)?", re.IGNORECASE)
+_AUTHORITY = re.compile(rb"(?:[\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")  # no user's name
 UNANSWERED = (h11.IDLE, h11.SEND_RESPONSE)  # states of ours in which an answer can still begin
 
 
@@ -45,13 +48,31 @@ class RememberingConnection(h11.Connection):
         self.is_ending = is_ending
         self.fault: h11.RemoteProtocolError | None = None
         self.num_cycles = 0
+        self.skipped_cycle = -1
 
     def next_event(self) -> Any:
         try:
-            return super().next_event()
+            if self.their_state is h11.IDLE and self._skip_empty_line():
+                return h11.NEED_DATA
+            event = super().next_event()
+            return to_origin_form(event) if isinstance(event, h11.Request) else event
         except h11.RemoteProtocolError as error:
             self.fault = error
             raise
+
+    def _skip_empty_line(self) -> bool:
+        """One before a request is none of it (RFC 9112, 2.2): old clients send it behind a body.
+
+        Whether half of one is there.
+        """
+        buffer = self._receive_buffer
+        begin = bytes(buffer)[:2]
+        if self.skipped_cycle == self.num_cycles:
+            return False
+        if begin == b"\r\n" or begin[:1] == b"\n":
+            buffer.maybe_extract_at_most(begin.index(b"\n") + 1)
+            self.skipped_cycle = self.num_cycles
+        return begin == b"\r"
 
     def send(self, event: Any) -> Any:
         if isinstance(event, h11.Response) and self.is_ending():
@@ -75,6 +96,23 @@ class RememberingConnection(h11.Connection):
         if self.their_state is h11.IDLE:
             return bool(self.trailing_data[0])
         return self.their_state is h11.SEND_BODY
+
+
+def to_origin_form(request: h11.Request) -> h11.Request:
+    """A request whose target is a whole URL, as one for its path at the URL's host (RFC 9112, 3.2.2)."""
+    match = _ABSOLUTE.fullmatch(request.target)
+    if match is None:
+        return request
+    host, rest = match.groups(default=b"")
+    if not _AUTHORITY.fullmatch(host):
+        raise h11.RemoteProtocolError("no sound host in the request's target")
+    headers = [(name, value) for name, value in request.headers if name != b"host"]
+    return h11.Request(
+        method=request.method,
+        target=rest if rest.startswith(b"/") else b"/" + rest,
+        headers=[(b"host", host), *headers],
+        http_version=request.http_version,
+    )
 
 
 class GentleTransport:
@@ -174,7 +212,15 @@ class GuardedProtocol(H11Protocol):
                 self._end()
             return
         super().data_received(data)
+        if self.cycle is not None and self.cycle_is_over and not self.conn.is_mid_request:
+            self._stay_alive()
         self._watch()
+
+    def _stay_alive(self) -> None:
+        """What came was no request: uvicorn's timer for idle connections, which it stopped, runs on."""
+        if self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            then = self.timeout_keep_alive_handler
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, then)
 
     def eof_received(self) -> None:
         if not self.is_refused:  # asyncio closes now, once what is buffered is taken: not for ever

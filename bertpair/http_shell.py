@@ -44,6 +44,7 @@ class Exchange:
     began: float = field(default_factory=time.monotonic)
     route: str = UNMATCHED
     status: int = 0
+    inflight_bytes: int = 0  # of its body, held until it is answered
     fields: dict[str, object] = field(default_factory=dict)
 
 

@@ -55,6 +55,21 @@ def read_key(path: str) -> bytes:
     return key
 
 
+def trusted_proxies(given: str) -> str:
+    """Comma-separated addresses and networks, each IPv4 one also as `::` sees it, and back."""
+    found = [item.strip() for item in given.split(",")]
+    for item in list(found):
+        try:
+            network = ipaddress.ip_network(item)
+        except ValueError:
+            continue
+        if isinstance(network, ipaddress.IPv4Network):
+            found.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
+        elif (inner := network.network_address.ipv4_mapped) and network.prefixlen >= 96:
+            found.append(f"{inner}/{network.prefixlen - 96}")
+    return ",".join(found)
+
+
 class TcpListener:
     """A port: bound by nobody else from the start, listening once the model is there.
 

@@ -21,14 +21,14 @@ _WHY = {
     429: "Too much is waiting; Retry-After says when to come back.",
     431: "The headers are too large.",
     500: "A defect of the server.",
-    503: "Warming up, stalled, or waited longer than the queue's deadline.",
+    503: "Warming up, stalled, too many bodies at once, or waited longer than the queue's deadline.",
 }
 _ON_EVERY = (400, 408, 414, 417, 431, 500)
 _ON_BODIES = (413, 415, 422, 429, 503)
 
 
-def describe_api(facts: Mapping[str, Any], *, keyed: bool) -> Schema:
-    """The document; `facts` is what /info says."""
+def describe_api(facts: Mapping[str, Any], *, keyed: bool, root_path: str | None = None) -> Schema:
+    """The document; `facts` is what /info says, `root_path` the prefix under which a proxy shows it all."""
     paths = {
         "/v1/predict": {
             "post": _post("predict", "Classify one pair.", _one(facts), _prediction(facts), keyed)
@@ -59,6 +59,7 @@ def describe_api(facts: Mapping[str, Any], *, keyed: bool) -> Schema:
     return {
         "openapi": "3.1.0",
         "info": {"title": f"bertpair: {facts['model']}", "version": facts["model_version"]},
+        "servers": [{"url": root_path or "/"}],
         "paths": paths,
         "components": components,
     }

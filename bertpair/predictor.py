@@ -28,7 +28,7 @@ from bertpair.model_config import read_folder
 from bertpair.packed import fill_up
 from bertpair.refusal import BadNumberError
 from bertpair.runtime import set_threads
-from bertpair.serve_config import ServeConfig
+from bertpair.serve_config import RequestLimits, ServeConfig, settle_limits
 from bertpair.tokenizer import Tokens, check_max_length
 from bertpair.truncation import offsets_of
 from bertpair.tsv import read_pairs
@@ -37,7 +37,6 @@ from bertpair.weights import find_weights, weight_files
 logger = logging.getLogger(__name__)
 
 TARGET_SECONDS = 0.3  # of the largest batch, where max_batch_tokens is left to the warm-up
-CHARS_PER_TOKEN = 250  # of the cut: longer texts are refused before they are tokenized
 CHECK_ROWS = 256
 ENOUGH_AGREEMENT = 0.98
 SHORTEST = 8  # tokens of a row, as the queue counts them
@@ -76,7 +75,7 @@ class Predictor:
     name: str
     version: str  # the first 12 hex digits of the weights' sha256
     takes_pairs: bool
-    max_text_chars: int
+    limits: RequestLimits
     precision: str  # float32, bf16, fp16 or int8
     settings: Mapping[str, Any]  # those it was trained with
     num_threads: int
@@ -221,21 +220,22 @@ def load_predictor(config: ServeConfig) -> Predictor:
     )
     cut = classifier.max_seq_length
     classifier.takes_pairs = classifier.takes_pairs is not False  # where nothing says so, pairs
-    check_max_length(cut, num_texts=2 if classifier.takes_pairs else 1)
+    num_texts = 2 if classifier.takes_pairs else 1
+    check_max_length(cut, num_texts=num_texts)
+    limits = settle_limits(config, cut, num_texts)
     if config.max_batch_tokens is not None and config.max_batch_tokens < cut:
         raise ConfigError(
             f"max_batch_tokens {config.max_batch_tokens} is below the cut of {cut} tokens: a row must fit"
         )
     if config.quantize_check is not None:
         _read_rows(config.quantize_check, settings, classifier)  # a wrong file is said at once
-    chars = config.max_text_chars or min(CHARS_PER_TOKEN * cut, config.max_body_bytes)
     precision = {"off": "float32"}.get(classifier.scorer.precision.name, classifier.scorer.precision.name)
     found = Predictor(
         classifier,
         Path(config.model_dir).resolve().name,
         weights_digest(path)[:12],
         takes_pairs=classifier.takes_pairs,
-        max_text_chars=chars,
+        limits=limits,
         precision=config.quantize or precision,
         settings=settings,
         num_threads=threads,

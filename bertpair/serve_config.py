@@ -27,6 +27,11 @@ _ADDRESS = re.compile(r"[A-Za-z0-9.:*-]{1,253}(%[A-Za-z0-9]+)?")
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?|\*")
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _MEGABYTE = 2**20
+MOST_BODY_BYTES = 64 * _MEGABYTE
+CHARS_PER_TOKEN = 25  # of the cut: no more could matter to the model
+_ROWS = 32
+_BYTES_PER_CHAR = 6  # \uXXXX, as JSON may write any of them
+_BYTES_AROUND = 64  # a row's names and punctuation, or those around all rows
 
 
 def _accept_auto(value: object) -> object:
@@ -113,12 +118,19 @@ class ServeConfig:
         None, _TEXT, "comma-separated proxies whose X-Forwarded-* are believed, or *"
     )
 
-    max_body_bytes: int = _limit(65_536, whole(256, 64 * _MEGABYTE), "of a request's body: 413 above")
+    max_body_bytes: int | None = _limit(
+        None, or_null(whole(256, MOST_BODY_BYTES)), "of a request's body: 413 above; null: follows"
+    )
+    max_inflight_bytes: int = _limit(
+        64 * _MEGABYTE, whole(256, 2**40), "of all bodies held at a time: 503 above"
+    )
     max_header_bytes: int = _limit(16_384, whole(512, _MEGABYTE), "of a request's headers: 431 above")
     max_text_chars: int | None = _limit(
-        None, or_null(whole(1)), "of one text: 422 above; null: 250 times the cut"
+        None, or_null(whole(1)), "of one text: 422 above; null: follows, at most 25 times the cut"
     )
-    max_request_rows: int = _limit(32, whole(1, 100_000), "pairs in one request: 422 above")
+    max_request_rows: int | None = _limit(
+        None, or_null(whole(1, 100_000)), "pairs in one request: 422 above; null: follows, at most 32"
+    )
     max_queue_rows: int = _limit(256, whole(1, 1_000_000), "rows that may wait: 429 above")
     max_batch_tokens: int | None = _limit(
         None, _AUTO, "padded tokens of one batch; auto: as many as run in 300 ms"
@@ -136,6 +148,47 @@ class ServeConfig:
     cors_origin: list[str] | None = _access(None, _ORIGINS, "web pages that may call from a browser")
     allowed_hosts: list[str] | None = _access(
         None, _HOSTS, "Host names answered; null: any, but only local ones on a loopback address"
+    )
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What one request may hold. A body has room for the most rows of the longest texts, all escaped."""
+
+    max_body_bytes: int
+    max_text_chars: int
+    max_request_rows: int
+
+
+def settle_limits(config: ServeConfig, cut: int, num_texts: int) -> RequestLimits:
+    """The limits that were given, and the others as they follow from these, the cut and the texts of a row.
+
+    Raises ConfigError if those given do not fit together.
+    """
+    room = config.max_body_bytes or min(MOST_BODY_BYTES, config.max_inflight_bytes)
+    rows = config.max_request_rows or 1
+    chars = config.max_text_chars
+    if chars is None:
+        row_bytes = (room - _BYTES_AROUND) // rows
+        fitting = (row_bytes - _BYTES_AROUND) // (_BYTES_PER_CHAR * num_texts)
+        chars = max(min(CHARS_PER_TOKEN * cut, fitting), 1)
+    row_bytes = _BYTES_PER_CHAR * num_texts * chars + _BYTES_AROUND
+    if config.max_request_rows is None:
+        rows = max(min(_ROWS, config.max_queue_rows, (room - _BYTES_AROUND) // row_bytes), 1)
+    needed = rows * row_bytes + _BYTES_AROUND
+    if needed > room:
+        raise ConfigError(_misfit(config, needed, room))
+    return RequestLimits(config.max_body_bytes or max(needed, 256), chars, rows)
+
+
+def _misfit(config: ServeConfig, needed: int, room: int) -> str:
+    names = ("max_request_rows", "max_text_chars")
+    given = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) is not None]
+    parts = " and ".join(given) or "the shortest text"
+    limit = f"max_body_bytes {room}" if config.max_body_bytes else f"a body of at most {room} bytes"
+    return (
+        f"{parts} can need a body of {needed} bytes ({_BYTES_PER_CHAR} for each character), "
+        f"above {limit}: raise that, or lower the others"
     )
 
 
@@ -165,17 +218,17 @@ def make_serve_config(values: Mapping[str, object]) -> ServeConfig:
 
 def serve_contradictions(config: ServeConfig) -> list[str]:
     """What is sound one by one and cannot stand together."""
-    chars = config.max_text_chars
+    rows, body = config.max_request_rows, config.max_body_bytes
     table = [
         (
-            config.max_request_rows > config.max_queue_rows,
-            f"max_request_rows {config.max_request_rows} is above max_queue_rows {config.max_queue_rows}: "
+            rows is not None and rows > config.max_queue_rows,
+            f"max_request_rows {rows} is above max_queue_rows {config.max_queue_rows}: "
             "such a request could never be admitted",
         ),
         (
-            chars is not None and chars > config.max_body_bytes,
-            f"max_text_chars {chars} is above max_body_bytes {config.max_body_bytes}: "
-            "no body could hold such a text",
+            body is not None and body > config.max_inflight_bytes,
+            f"max_body_bytes {body} is above max_inflight_bytes {config.max_inflight_bytes}: "
+            "such a body could never be held",
         ),
         (
             config.grace_seconds <= config.queue_deadline,
@@ -199,4 +252,9 @@ def serve_contradictions(config: ServeConfig) -> list[str]:
             f"quantize {config.quantize} runs on the CPU only, found device {config.device}",
         ),
     ]
-    return [fault for is_wrong, fault in table if is_wrong]
+    faults = [fault for is_wrong, fault in table if is_wrong]
+    try:
+        settle_limits(config, cut=1, num_texts=1)  # the model is not known yet: what no model could change
+    except ConfigError as error:
+        faults.append(str(error))
+    return faults

@@ -73,6 +73,9 @@ class ServeMetrics:
         self.predictions = Counter("bertpair_predictions", "Rows answered", registry=registry)
         self.truncated = Counter("bertpair_truncated_rows", "Rows answered that were cut", registry=registry)
         self.queue_depth = Gauge("bertpair_queue_rows", "Rows that wait", registry=registry)
+        self.inflight_bytes = Gauge(
+            "bertpair_inflight_body_bytes", "Bytes of bodies without an answer yet", registry=registry
+        )
         self.running = Gauge(
             "bertpair_batch_running_seconds", "Age of the batch that runs", registry=registry
         )

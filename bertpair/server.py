@@ -33,6 +33,7 @@ from bertpair.listening import (
     check_descriptors,
     is_local,
     read_key,
+    trusted_proxies,
 )
 from bertpair.log_writer import LogWriter
 from bertpair.microbatch import MicroBatcher, QueueLimits
@@ -183,6 +184,7 @@ def start_queue(service: Service) -> MicroBatcher[Any, Any]:
         on_error=end_if_device_lost,
     )
     service.batcher = batcher
+    metrics.inflight_bytes.set_function(lambda: service.inflight_bytes)
     metrics.watch_queue(lambda: batcher.num_waiting, lambda: batcher.running_seconds)
     return batcher
 
@@ -221,7 +223,7 @@ def make_uvicorn(service: Service) -> uvicorn.Server:
             timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # a fraction does as well
             root_path=config.root_path or "",
             proxy_headers=config.forwarded_allow_ips is not None,
-            forwarded_allow_ips=config.forwarded_allow_ips or "",
+            forwarded_allow_ips=trusted_proxies(config.forwarded_allow_ips or ""),
         )
     )
 

@@ -13,6 +13,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -33,6 +34,7 @@ from bertpair.http_json import (
     read_body,
 )
 from bertpair.http_protocol import MAX_URL_BYTES
+from bertpair.http_shell import Exchange
 from bertpair.inference import Prediction
 from bertpair.microbatch import Answers, MicroBatcher
 from bertpair.openapi import describe_api
@@ -58,6 +60,7 @@ class Service:
     batcher: MicroBatcher[TokenRow, Prediction] | None = None
     is_warm: bool = False
     is_draining: bool = False
+    inflight_bytes: int = 0  # of bodies whose requests have no answer yet
     tokenizing: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="tokenizing")
     )
@@ -115,13 +118,17 @@ class Service:
         allow = "OPTIONS, POST" if method == "POST" else "GET, HEAD, OPTIONS"
 
         async def guarded(request: Request) -> Response:
-            request.scope["exchange"].route = path
+            exchange = request.scope["exchange"]
+            exchange.route = path
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers={"Allow": allow})
             if keyed and self.key is not None:
                 check_key(request.scope["headers"], self.key)
             self._check_size(request.scope)
-            return await handler(request)
+            try:
+                return await handler(request)
+            finally:
+                self.inflight_bytes -= exchange.inflight_bytes
 
         guarded.route_path = path  # type: ignore[attr-defined]  # for the figures of a 405
         return guarded
@@ -140,24 +147,33 @@ class Service:
                 message = "of expectations only 100-continue is known"
                 raise RequestError(417, "expectation_failed", message, close=True)
 
-    async def _read(self, request: Request) -> Any:
+    async def _read(self, request: Request, *, may_be_any: bool = False) -> Any:
         """The JSON of a request's body, after all that can be said without it."""
         headers = request.scope["headers"]
-        check_content_type(headers)
-        check_length(headers, self.config.max_body_bytes)
+        most = self.predictor.limits.max_body_bytes
+        check_content_type(headers, may_be_any=may_be_any)
+        check_length(headers, most)
         self._check_ready()
-        return parse_json(await read_body(request, self.config.max_body_bytes))
+        return parse_json(await read_body(request, most, partial(self._hold, request.scope["exchange"])))
+
+    def _hold(self, exchange: Exchange, num_bytes: int) -> None:
+        """Count what is kept of a body until it is answered; RequestError 503 if all are too much."""
+        if self.inflight_bytes + num_bytes > self.config.max_inflight_bytes:
+            message = "too many bytes of requests are being held; retry after 1 s"
+            raise RequestError(503, "bodies_full", message, headers={"Retry-After": "1"}, close=True)
+        self.inflight_bytes += num_bytes
+        exchange.inflight_bytes += num_bytes
 
     # Predictions
 
     async def legacy(self, request: Request) -> Response:
         """The old clients' route: sentence1 and sentence2 in, a list of label and score out."""
-        body = await self._read(request)
+        body = await self._read(request, may_be_any=True)
         if self.predictor.labels is None:
             raise RequestError(404, "not_found", "this model gives a value, no label: see /v1/predict")
         names = ["sentence1", "sentence2"] if self.predictor.takes_pairs else ["sentence1"]
         found = check_object(body, names, (), strict=False)
-        texts = [check_text(found[name], name, self.predictor.max_text_chars) for name in names]
+        texts = [check_text(found[name], name, self.predictor.limits.max_text_chars) for name in names]
         answers = await self._run(request, [texts], truncate=True)
         prediction = answers.values[0]
         return self._respond([prediction.label, prediction.score], answers)
@@ -173,7 +189,7 @@ class Service:
     async def predict_batch(self, request: Request) -> Response:
         found = check_object(await self._read(request), ("pairs",), ("truncate",))
         pairs = found["pairs"]
-        most = self.config.max_request_rows
+        most = self.predictor.limits.max_request_rows
         if not isinstance(pairs, list):
             raise bad_value(f"pairs: expected an array, found {json_type(pairs)}", "pairs")
         if not 1 <= len(pairs) <= most:
@@ -190,7 +206,7 @@ class Service:
         return ("text_a", "text_b") if self.predictor.takes_pairs else ("text_a",)
 
     def _texts(self, found: Mapping[str, Any], prefix: str) -> list[str]:
-        most = self.predictor.max_text_chars
+        most = self.predictor.limits.max_text_chars
         return [check_text(found[name], prefix + name, most) for name in self._text_names]
 
     async def _run(
@@ -266,7 +282,9 @@ class Service:
         return Response(self.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     async def openapi(self, request: Request) -> Response:
-        return json_response(describe_api(self.facts(), keyed=self.key is not None))
+        return json_response(
+            describe_api(self.facts(), keyed=self.key is not None, root_path=self.config.root_path)
+        )
 
     async def show_page(self, request: Request) -> Response:
         body, headers = self.page.render(request.scope.get("root_path", ""), keyed=self.key is not None)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bertpair.blank import is_blank
 from bertpair.columns import Columns, Places, listed, locate_columns, near_miss, other_format, shown
 from bertpair.errors import ConfigError, DataError, list_faults
 from bertpair.records import read_records
@@ -244,9 +245,9 @@ class _Reader:
                 f"expected {places.width} tab-separated columns as in the first row, found {len(cells)}; "
                 "is there a tab inside a text?"
             )
-        if _is_blank(cells[places.text_a]):
+        if is_blank(cells[places.text_a]):
             return f"text_a_column {self.columns.text_a!r} is empty; a text is expected"
-        if places.text_b is not None and _is_blank(cells[places.text_b]):
+        if places.text_b is not None and is_blank(cells[places.text_b]):
             return f"text_b_column {self.columns.text_b!r} is empty; a text is expected"
         return "" if places.label is None else self._label_fault(cells[places.label].strip())
 
@@ -299,10 +300,6 @@ class _Reader:
                     where,
                     shown(cell),
                 )
-
-
-def _is_blank(text: str) -> bool:
-    return not text or text.isspace()
 
 
 def _number(text: str) -> float | None:

@@ -3,7 +3,7 @@
     python examples/client.py "进程(process)。" "process"
     python examples/client.py --file pairs.tsv > answers.tsv      # two tab-separated texts a line
 
-BERTPAIR_KEY in the environment is sent as the bearer key.
+BERTPAIR_KEY in the environment is sent as the bearer key. Whatever goes wrong is one line and exit code 1.
 """
 
 import argparse
@@ -13,87 +13,186 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
 ATTEMPTS = 6
+MOST_WAIT = 60.0
+
+Pair = tuple[str, str]
+
+
+class ClientError(Exception):
+    """What went wrong, in one line."""
 
 
 class Client:
     """One connection that is kept, and opened anew when the server has closed it."""
 
     def __init__(self, url: str, key: str | None = None, timeout: float = 60) -> None:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host, port = None, None
+        if host is None or parts.scheme not in ("http", "https"):
+            raise ClientError(f"--url: expected a URL such as http://127.0.0.1:8000, found {url}")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self.connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=timeout)
+        self.connection = kind(host, port, timeout=timeout)
+        self.url, self.timeout = url, timeout
         self.prefix = parts.path.rstrip("/")
         self.headers = {"Content-Type": "application/json"}
         if key:
+            if not key.isascii() or not key.isprintable():
+                raise ClientError("BERTPAIR_KEY: expected printable ASCII characters")
             self.headers["Authorization"] = f"Bearer {key}"
 
-    def post(self, path: str, body: object) -> Any:
+    def ask(self, method: str, path: str, body: object = None) -> Any:
         """The answer as Python values. Waits and asks again where the server says so (429, 503)."""
-        data = json.dumps(body).encode()
+        data = None if body is None else encode(body)
         for attempt in range(ATTEMPTS):
+            is_last = attempt == ATTEMPTS - 1
             try:
-                self.connection.request("POST", self.prefix + path, data, self.headers)
+                self.connection.request(method, self.prefix + path, data, self.headers)
                 response = self.connection.getresponse()
-                answer = json.loads(response.read())
-            except (http.client.HTTPException, ConnectionError):
+                content = response.read()
+            except (http.client.HTTPException, ConnectionError) as error:
                 self.connection.close()
-                if attempt == ATTEMPTS - 1:
-                    raise
+                if is_last:
+                    raise ClientError(f"{self.url} cannot be reached: {reason_of(error)}") from error
                 time.sleep(0.2 * 2**attempt)
                 continue
-            if response.status == 200:
-                return answer
-            if response.status not in (429, 503) or attempt == ATTEMPTS - 1:
-                raise SystemExit(f"error: {response.status}: {answer['error']['message']}")
-            time.sleep(float(response.headers.get("Retry-After") or 1))
+            except TimeoutError as error:
+                raise ClientError(f"{self.url} did not answer within {self.timeout:g} s") from error
+            except OSError as error:
+                raise ClientError(f"{self.url} cannot be reached: {reason_of(error)}") from error
+            if response.status not in (429, 503) or is_last:
+                return read_answer(response, content)
+            time.sleep(wait_of(response))
         raise AssertionError
 
     def predict(self, text_a: str, text_b: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.post("/v1/predict", {"text_a": text_a, "text_b": text_b})
+        found: dict[str, Any] = self.ask("POST", "/v1/predict", {"text_a": text_a, "text_b": text_b})
         return found
 
-    def predict_many(self, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    def predict_many(self, pairs: list[Pair]) -> list[dict[str, Any]]:
         body = {"pairs": [{"text_a": a, "text_b": b} for a, b in pairs]}
-        found: list[dict[str, Any]] = self.post("/v1/predict/batch", body)["predictions"]
+        found: list[dict[str, Any]] = self.ask("POST", "/v1/predict/batch", body)["predictions"]
         return found
 
+    def batches(self, pairs: Iterator[Pair], max_rows: int) -> Iterator[list[Pair]]:
+        """The pairs in lists of at most `max_rows`, each of which fits into one request of this server."""
+        limits = self.ask("GET", "/info")["limits"]
+        max_rows = min(max_rows, limits["max_request_rows"])
+        empty = len(encode({"pairs": []}))
+        batch: list[Pair] = []
+        num_bytes = empty
+        for a, b in pairs:
+            added = len(encode({"text_a": a, "text_b": b})) + len(", ")
+            if batch and (len(batch) == max_rows or num_bytes + added > limits["max_body_bytes"]):
+                yield batch
+                batch, num_bytes = [], empty
+            batch.append((a, b))
+            num_bytes += added
+        if batch:
+            yield batch
 
-def read_pairs(path: str) -> Iterator[tuple[str, str]]:
+
+def encode(body: object) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ClientError("the texts are not in UTF-8") from error
+
+
+def reason_of(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def wait_of(response: http.client.HTTPResponse) -> float:
+    """Seconds that a refusal asks to wait."""
+    asked = response.headers.get("Retry-After") or ""
+    return min(float(asked), MOST_WAIT) if asked.isdecimal() else 1.0
+
+
+def read_answer(response: http.client.HTTPResponse, content: bytes) -> Any:
+    """The object in a good answer; a bad one, or one that no bertpair server gives, is a ClientError."""
+    try:
+        answer = json.loads(content)
+    except ValueError:
+        answer = None
+    if response.status == 200 and isinstance(answer, dict):
+        return answer
+    error = answer.get("error") if isinstance(answer, dict) else None
+    if isinstance(error, dict):
+        raise ClientError(f"{response.status}: {error.get('message')}")
+    kind = response.headers.get("Content-Type") or "no type"
+    raise ClientError(f"{response.status} {response.reason}: not an answer of a bertpair server ({kind})")
+
+
+def read_pairs(path: str) -> Iterator[Pair]:
     """The two texts of each line."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            cells = line.rstrip("\r\n").split("\t")
-            if len(cells) != 2:
-                raise SystemExit(
-                    f"error: {path}:{number}: expected 2 tab-separated texts, found {len(cells)}"
-                )
-            yield cells[0], cells[1]
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                cells = line.rstrip("\r\n").split("\t")
+                if len(cells) != 2:
+                    found = f"expected 2 tab-separated texts, found {len(cells)}"
+                    raise ClientError(f"{path}:{number}: {found}")
+                yield cells[0], cells[1]
+    except UnicodeDecodeError as error:
+        raise ClientError(f"{path}: not in UTF-8") from error
+    except OSError as error:
+        raise ClientError(f"{path}: {reason_of(error)}") from error
 
 
-def main() -> None:
+def answer_file(client: Client, path: str, max_rows: int) -> None:
+    """Print a line for each line of the file."""
+    first = 1
+    for rows in client.batches(read_pairs(path), max_rows):
+        try:
+            answers = client.predict_many(rows)
+        except ClientError as error:
+            raise ClientError(f"{path}, lines {first} to {first + len(rows) - 1}: {error}") from error
+        for (a, b), answer in zip(rows, answers, strict=True):
+            print(a, b, answer.get("label", answer.get("value")), answer.get("score", ""), sep="\t")
+        first += len(rows)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description="Ask a bertpair server.")
     parser.add_argument("texts", nargs="*", help="two texts")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--file", help="a file of two tab-separated texts a line")
-    parser.add_argument("--rows", type=int, default=32, help="rows of one request (with --file)")
+    parser.add_argument("--rows", type=int, default=32, help="most rows of one request (with --file)")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for an answer")
     arguments = parser.parse_args()
-    client = Client(arguments.url, os.environ.get("BERTPAIR_KEY"))
-    if arguments.file:
-        pairs = read_pairs(arguments.file)
-        while rows := list(islice(pairs, arguments.rows)):
-            for (a, b), answer in zip(rows, client.predict_many(rows), strict=True):
-                print(a, b, answer.get("label", answer.get("value")), answer.get("score", ""), sep="\t")
-    elif len(arguments.texts) == 2:
-        json.dump(client.predict(*arguments.texts), sys.stdout, ensure_ascii=False, indent=2)
-        print()
-    else:
+    if arguments.rows < 1 or not 0 < arguments.timeout < 1e6:
+        parser.error("--rows is at least 1, --timeout above 0")
+    if not arguments.file and len(arguments.texts) != 2:
         parser.error("give two texts, or --file")
+    try:
+        client = Client(arguments.url, os.environ.get("BERTPAIR_KEY"), arguments.timeout)
+        if arguments.file:
+            answer_file(client, arguments.file, arguments.rows)
+        else:
+            answer = client.predict(*arguments.texts)
+            print(json.dumps(answer, ensure_ascii=False, indent=2))
+        sys.stdout.flush()
+    except ClientError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (KeyError, TypeError):
+        print(f"error: {arguments.url} is not a bertpair server, or another version's", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # nobody reads on; nor what Python would still flush at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,11 +1,16 @@
 """What examples/ holds works: the client against a real server, the unit through systemd's own check."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +54,132 @@ def test_the_client_asks_for_one_pair_and_for_a_file(live: LiveServer, tmp_path:
     assert {len(row) for row in rows} == {4}
     refused = run_client(live, "the cat", "sat", key="a-wrong-key")
     assert refused.returncode == 1 and refused.stderr.startswith("error: 401") and not refused.stdout
+
+
+def test_the_client_sends_what_the_server_takes(live: LiveServer, tmp_path: Path) -> None:
+    """Long rows of three bytes a character, with the defaults, and more rows than one request may hold."""
+    limits = live.service.predictor.limits
+    file = tmp_path / "pairs.tsv"
+    chars = limits.max_text_chars
+    file.write_text(f"{'学' * chars}\t{'算' * chars}\n" * 40, encoding="utf-8")
+    for rows in ([], ["--rows", "1000"]):
+        done = run_client(live, *rows, "--file", str(file))
+        assert (done.returncode, done.stderr) == (0, "") and len(done.stdout.splitlines()) == 40
+    file.write_text("a\tb\n" * 40 + f"{'a' * (chars + 1)}\tb\n", encoding="utf-8")
+    done = run_client(live, "--file", str(file))
+    assert done.returncode == 1 and done.stderr.startswith(
+        f"error: {file}, lines 33 to 41: 422: pairs[8].text_a"
+    )
+
+
+def test_the_client_splits_by_bytes(tmp_path: Path) -> None:
+    settings = {"max_batch_tokens": 512, "max_body_bytes": 4000, "max_request_rows": 30, "max_text_chars": 5}
+    file = tmp_path / "pairs.tsv"
+    file.write_text("学\t算\n" * 61, encoding="utf-8")
+    settings["max_body_bytes"] = 30 * 124 + 64
+    predictor, config = make_predictor(write_hf_folder(tmp_path / "hf-tiny"), **settings)
+    with serving(predictor, config, b"the-right-key") as live:
+        done = run_client(live, "--file", str(file))
+        assert done.returncode == 0 and len(done.stdout.splitlines()) == 61
+
+
+class Stub:
+    """A server that gives every request the same bytes, or none."""
+
+    def __init__(self, answer: bytes | None) -> None:
+        self.answer = answer
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        lines = []
+        with contextlib.suppress(OSError):
+            while True:
+                lines.append(self.socket.accept()[0])
+                if self.answer is not None:
+                    lines[-1].recv(65536)
+                    lines[-1].sendall(self.answer)
+                    lines[-1].close()
+
+
+def run_alone(*arguments: str, **environment: str) -> tuple[int, str]:
+    """The client's exit code and standard error, which is one line."""
+    command = [sys.executable, str(EXAMPLES / "client.py"), *arguments]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONUTF8": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("more", [["a", "b"], ["--file", "pairs.tsv"]], ids=["one", "file"])
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (
+            b"HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/html\r\n\r\n<html>",
+            "502 Bad Gateway: not an answer",
+        ),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html>", "not an answer of a bertpair server"),
+        (b"HTTP/1.1 413 Too Large\r\n\r\n{}", "413 Too Large"),
+        (b'HTTP/1.1 401 No\r\n\r\n{"error": {"message": "a key is needed"}}', "401: a key is needed"),
+        (b"HTTP/1.1 200 OK\r\n\r\n[1]", "not an answer of a bertpair server"),
+    ],
+)
+def test_the_client_says_what_a_strange_server_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, said: str, more: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.tsv").write_text("a\tb\n")
+    code, line = run_alone("--url", f"http://127.0.0.1:{Stub(answer).port}", *more)
+    assert code == 1 and line.startswith("error: ") and said in line
+
+
+def test_the_client_without_a_server_says_so_in_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    assert run_alone("--url", url, "a", "b") == (1, f"error: {url} cannot be reached: Connection refused\n")
+    slow = f"http://127.0.0.1:{Stub(None).port}"
+    assert run_alone("--url", slow, "--timeout", "0.3", "a", "b") == (
+        1,
+        f"error: {slow} did not answer within 0.3 s\n",
+    )
+    for wrong in ("localhost:8000", "http://", "ftp://a", "http://a:b"):
+        code, line = run_alone("--url", wrong, "a", "b")
+        assert code == 1 and "expected a URL such as" in line
+    code, line = run_alone("--url", "http://no-such-name.invalid", "a", "b")
+    assert code == 1 and line.startswith("error: http://no-such-name.invalid cannot be reached")
+    code, line = run_alone("a", "b", BERTPAIR_KEY="ключ-ключ")
+    assert code == 1 and "BERTPAIR_KEY" in line
+
+
+def test_the_client_names_a_file_it_cannot_read(live: LiveServer, tmp_path: Path) -> None:
+    bad = tmp_path / "gbk.tsv"
+    bad.write_bytes("学\t算\n".encode("gbk"))
+    odd = tmp_path / "odd.tsv"
+    odd.write_text("a\tb\nc\n")
+    for path, said in (
+        (tmp_path / "none.tsv", "No such file"),
+        (bad, "not in UTF-8"),
+        (odd, "odd.tsv:2: expected"),
+    ):
+        done = run_client(live, "--file", str(path))
+        assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_client_stops_at_ctrl_c(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{Stub(None).port}"
+    command = [sys.executable, str(EXAMPLES / "client.py"), "--url", url, "a", "b"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == "stopped\n" and process.returncode == 130
 
 
 def test_the_page_shows_the_files_that_stand_beside_it() -> None:

@@ -29,7 +29,7 @@ GOOD = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[SteeredPredictor, ServeConfig]:
     folder = write_hf_folder(tmp_path_factory.mktemp("served") / "hf-tiny")
-    return make_predictor(folder, max_batch_tokens=512)
+    return make_predictor(folder, max_batch_tokens=512, max_body_bytes=65_536)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,49 @@ def test_malformed_requests_are_answered_and_the_connection_closed(
     assert answer.headers["connection"] == "close"
     line.socket.shutdown(1)
     assert line.is_closed()
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"GET http://127.0.0.1/livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 200),
+        (b"GET HTTPS://localhost:9/readyz/?a=http://b HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
+        (b"GET http://localhost/info HTTP/1.1\r\nHost: elsewhere.example\r\n\r\n", 200),  # the target's wins
+        (b"GET http://elsewhere.example/info HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET http://[::1]:80/info HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
+        (b"GET http://localhost HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
+        (b"GET http://localhost?a=b HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
+        (b"GET http://localhost/nope HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+        (b"GET http:///livez HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET http://me@localhost/livez HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET http://localhost/livez HTTP/1.1\r\n\r\n", 400),  # a Host is needed all the same
+        (b"GET http://localhost/livez HTTP/1.0\r\n\r\n", 200),
+        (GOOD.replace(b"POST /", b"POST http://localhost:8000/"), 200),
+        (b"\r\n" + GET + b"\r\n", 200),
+        (b"\n" + GET + b"\r\n", 200),
+        (b"\r\n\r\n" + GET + b"\r\n", 400),
+        (b"\n\n" + GET + b"\r\n", 400),
+    ],
+)
+def test_whole_urls_and_an_empty_line_in_front(live: LiveServer, data: bytes, status: int) -> None:
+    line = live.line()
+    for part in (data[:1], data[1:]):  # in two packets
+        line.send(part)
+        time.sleep(0.02)
+    assert line.read().status == status
+
+
+def test_an_empty_line_behind_a_body_is_none_of_the_next_request(hasty: LiveServer) -> None:
+    line = hasty.line()
+    line.send((GOOD + b"\r\n") * 3)
+    assert [line.read().status for _ in range(3)] == [200] * 3
+    line.send(GOOD)
+    assert line.read().status == 200
+    line.send(b"\r\n")
+    assert line.is_closed()  # as any idle connection, by its own timer
+    line = hasty.line()
+    line.send(GOOD + b"\r\n\r\n" + GOOD)
+    assert [line.read().status for _ in range(2)] == [200, 400]
 
 
 def test_a_header_block_in_pieces_is_431_too(live: LiveServer) -> None:

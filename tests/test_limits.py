@@ -41,6 +41,42 @@ def test_a_body(live: LiveServer, limits: dict[str, Any], more: int, status: int
     assert live.raw(head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk).status == status
 
 
+def test_a_body_holds_the_most_rows_of_the_longest_texts_escaped(
+    live: LiveServer, limits: dict[str, Any]
+) -> None:
+    text = "\u5b66" * limits["max_text_chars"]
+    rows = [{"text_a": text, "text_b": text}] * limits["max_request_rows"]
+    data = json.dumps({"pairs": rows, "truncate": True}).encode()
+    assert len(data) > 0.8 * limits["max_body_bytes"]
+    assert live.ask("POST", "/v1/predict/batch", raw_body=data).status == 200
+
+
+def test_bodies_share_one_bound_over_all_connections(tmp_path: Path) -> None:
+    """Slow ones that have not come whole, too; what was held is given back in each case."""
+    predictor, config = make_predictor(
+        write_hf_folder(tmp_path / "hf-tiny"), max_batch_tokens=512, max_inflight_bytes=50_000
+    )
+    with serving(predictor, config) as live:
+        assert live.ask("GET", "/info").json["limits"]["max_body_bytes"] <= 50_000
+        head = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        slow = [live.line() for _ in range(2)]
+        for line in slow:
+            line.send(head + b"Content-Length: 24500\r\n\r\n" + BODY + b" " * (24_499 - len(BODY)))
+        live.wait_for(lambda: live.service.inflight_bytes == 2 * 24_499)
+        assert live.metric("bertpair_inflight_body_bytes") == 2 * 24_499
+        assert live.predict().status == 200  # a small one still fits
+        refused = live.ask("POST", "/v1/predict", raw_body=BODY + b" " * 2000)
+        assert refused.status == 503 and refused.headers["retry-after"] == "1" and refused.error["type"]
+        assert live.ask("GET", "/livez").status == 200
+        slow[0].close()
+        live.wait_for(lambda: live.service.inflight_bytes == 24_499)
+        assert live.ask("POST", "/v1/predict", raw_body=BODY + b" " * 2000).status == 200
+        slow[1].send(b" ")
+        assert slow[1].read().status == 200
+        assert live.ask("POST", "/v1/predict", raw_body=b"{" * 100).status == 400
+        live.wait_for(lambda: live.service.inflight_bytes == 0)
+
+
 @pytest.mark.parametrize(("more", "status"), [(0, 200), (1, 422)])
 def test_texts_rows_and_levels(live: LiveServer, limits: dict[str, Any], more: int, status: int) -> None:
     for field in PAIR:

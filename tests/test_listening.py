@@ -1,9 +1,11 @@
 """Where a server listens: one server a port, and a Unix socket that always has somebody behind it."""
 
 import errno
+import json
 import signal
 import socket
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,23 @@ def test_a_socket_whose_server_is_too_busy_to_take_a_client_is_not_taken_for_sta
 
 
 # Ports
+
+
+@pytest.mark.parametrize("given", ["127.0.0.1", "::ffff:127.0.0.1", "10.1.2.3, 127.0.0.0/8"])
+def test_a_proxy_is_known_by_its_ipv4_address_on_both_kinds_of_socket(tmp_path: Path, given: str) -> None:
+    model = write_hf_folder(tmp_path / "hf-tiny")
+    for host in ("::", "127.0.0.1"):
+        with Process(
+            "--model_dir", str(model), "--port", "0", "--host", host, "--forwarded_allow_ips", given
+        ) as server:
+            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as line:
+                line.sendall(b"GET /livez HTTP/1.0\r\nX-Forwarded-For: 192.0.2.7, ::ffff:127.0.0.1\r\n\r\n")
+                assert line.recv(100).startswith(b"HTTP/1.1 200")
+            end = time.monotonic() + 20
+            while not server.access:
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            assert json.loads(server.access[0])["client"] == "192.0.2.7"
 
 
 def test_a_port_is_taken_from_the_moment_it_is_bound() -> None:

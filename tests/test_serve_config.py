@@ -6,7 +6,7 @@ import pytest
 
 from bertpair.errors import ConfigError
 from bertpair.serve_command_line import parse_serve_command_line, serve_help_page
-from bertpair.serve_config import SERVE_SETTINGS, ServeConfig, make_serve_config
+from bertpair.serve_config import SERVE_SETTINGS, RequestLimits, ServeConfig, make_serve_config, settle_limits
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +18,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_defaults_are_sound_and_those_promised() -> None:
     config = make_serve_config({})
     promised = {
-        "max_body_bytes": 65536,
+        "max_body_bytes": None,
+        "max_text_chars": None,
+        "max_inflight_bytes": 64 * 2**20,
         "max_header_bytes": 16384,
-        "max_request_rows": 32,
+        "max_request_rows": None,
         "max_queue_rows": 256,
         "max_batch_tokens": None,
         "queue_deadline": 5,
@@ -41,7 +43,18 @@ def test_the_defaults_are_sound_and_those_promised() -> None:
     ("values", "fault"),
     [
         ({"max_request_rows": 300}, "max_request_rows 300 is above max_queue_rows 256"),
-        ({"max_text_chars": 70_000}, "no body could hold such a text"),
+        (
+            {"max_text_chars": 70_000, "max_body_bytes": 65_536},
+            "max_text_chars 70000 can need a body of 420128",
+        ),
+        (
+            {"max_text_chars": 5000, "max_request_rows": 200, "max_body_bytes": 2**20},
+            "max_request_rows 200 and max_text_chars 5000 can need a body of 6012864 bytes (6 for each "
+            "character), above max_body_bytes 1048576",
+        ),
+        ({"max_request_rows": 250, "max_body_bytes": 4096}, "max_request_rows 250 can need a body of"),
+        ({"max_text_chars": 2**30}, "above a body of at most 67108864 bytes"),
+        ({"max_body_bytes": 70_000, "max_inflight_bytes": 65_536}, "such a body could never be held"),
         ({"grace_seconds": 4}, "grace_seconds 4 is not above queue_deadline 5"),
         ({"uds": "/tmp/x", "host": "0.0.0.0"}, "one place to listen"),
         ({"quantize": "int8", "amp": "bf16"}, "int8 goes with float32"),
@@ -59,6 +72,28 @@ def test_faults_say_what_was_found_and_what_is_allowed(values: dict[str, object]
     with pytest.raises(ConfigError) as raised:
         make_serve_config(values)
     assert fault in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "limits"),
+    [
+        ({}, (32 * 12_064 + 64, 1000, 32)),
+        ({"max_text_chars": 10}, (32 * 184 + 64, 10, 32)),
+        ({"max_request_rows": 200}, (200 * 12_064 + 64, 1000, 200)),
+        ({"max_request_rows": 20_000, "max_queue_rows": 20_000}, (20_000 * 3352 + 64, 274, 20_000)),
+        ({"max_body_bytes": 65_536}, (65_536, 1000, 5)),
+        ({"max_body_bytes": 2048}, (2048, 160, 1)),
+        ({"max_body_bytes": 65_536, "max_request_rows": 32}, (65_536, 165, 32)),
+        ({"max_body_bytes": 65_536, "max_text_chars": 2000}, (65_536, 2000, 2)),
+        ({"max_queue_rows": 4}, (4 * 12_064 + 64, 1000, 4)),
+        ({"max_inflight_bytes": 65_536}, (5 * 12_064 + 64, 1000, 5)),
+    ],
+)
+def test_limits_that_are_not_given_follow_from_those_that_are(
+    given: dict[str, object], limits: tuple[int, int, int]
+) -> None:
+    """For pairs cut at 40 tokens; 64 bytes a row for its names."""
+    assert settle_limits(make_serve_config(given), cut=40, num_texts=2) == RequestLimits(*limits)
 
 
 def test_flags_go_over_a_file_and_all_faults_come_at_once(folder: Path) -> None:

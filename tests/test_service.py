@@ -4,7 +4,10 @@ import ast
 import dataclasses
 import json
 import logging
+import re
+import sys
 import threading
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +16,12 @@ from conftest import write_hf_folder
 from live_server import PAIR, LiveServer, SteeredPredictor, make_predictor, serving
 
 from bertpair import PairClassifier
+from bertpair.blank import is_blank
+from bertpair.columns import Columns
+from bertpair.errors import DataError
 from bertpair.http_protocol import MAX_URL_BYTES
 from bertpair.serve_config import ServeConfig
+from bertpair.tsv import read_pairs
 
 OLD = {"sentence1": "the cat", "sentence2": "中文数据库"}
 BATCH = {"pairs": [{"text_a": "good", "text_b": "bad"}, {"text_a": "中文", "text_b": "café " * 80}, PAIR]}
@@ -192,7 +199,15 @@ def test_bad_batches_are_422(live: LiveServer, name: str) -> None:
         ({"content-type": "application/json; charset=UTF-8"}, 200),
         ({"content-type": 'Application/JSON;charset="utf-8"'}, 200),
         ({"content-encoding": "gzip"}, 415),
-        ({"content-encoding": "identity"}, 415),
+        ({"content-encoding": "br, identity"}, 415),
+        ({"content-encoding": "identity"}, 200),
+        ({"content-encoding": "Identity, identity"}, 200),
+        ({"content-type": "application/json;charset=utf8"}, 200),
+        ({"content-type": 'application/json; profile="a;charset=latin-1"; q=1 ; charset="UTF8";'}, 200),
+        ({"content-type": "application/json; v=1; charset=iso-8859-1"}, 415),
+        ({"content-type": "application/json; charset"}, 415),
+        ({"content-type": "application/json, application/json"}, 415),
+        ({"content-type": "application/jsonp"}, 415),
         ({"accept": "text/html"}, 200),
         ({"expect": "200-ok"}, 417),
         ({"upgrade": "h2c", "connection": "Upgrade, HTTP2-Settings", "http2-settings": "AAMAAABk"}, 200),
@@ -211,6 +226,61 @@ def test_headers(live: LiveServer, headers: dict[str, str], status: int) -> None
         assert answer.headers["accept-encoding"] == "identity"
 
 
+@pytest.mark.parametrize(
+    "kind", ["-", "", "text/plain; charset=ISO-8859-1", "application/x-www-form-urlencoded", "text/json"]
+)
+def test_the_old_route_takes_json_under_any_type_save_from_a_browser(live: LiveServer, kind: str) -> None:
+    path, headers = "/v1/model_prediction/", {"content-type": kind}
+    assert live.ask("POST", path, OLD, headers).status == 200
+    assert live.ask("POST", path.rstrip("/"), OLD, headers).status == 200
+    assert live.ask("POST", path, raw_body=b"sentence1=a", headers=headers).status == 400
+    for origin in ("https://evil.example", "null", ""):
+        assert live.ask("POST", path, OLD, {**headers, "origin": origin}).status == 415
+    assert live.ask("POST", path, OLD, {**headers, "content-encoding": "gzip"}).status == 415
+    assert live.predict(OLD, path).status == 200
+    assert live.ask("POST", path, OLD, {"origin": "https://evil.example"}).status == 200
+    for other in ("/v1/predict", "/v1/predict/batch"):
+        assert live.ask("POST", other, PAIR, headers).status == 415
+
+
+@pytest.mark.parametrize(
+    "blank",
+    ["\u200b\u200d", "\x1b\x7f\x9f", "\u2028\u2029\x85", "\u2800", "\u3164\uffa0\u115f", "\ufe0f",
+     "\U000e0100 ", "\u00ad\u2060\ufeff", "\u202e\u2066", "\U000e0041", "\u180e\u034f", "\x1c\x1f"],
+)  # fmt: skip
+def test_a_text_that_nobody_can_see_is_blank_here_and_in_a_file(
+    live: LiveServer, tmp_path: Path, blank: str
+) -> None:
+    answer = live.predict({**PAIR, "text_b": blank})
+    assert answer.status == 422 and answer.error["field"] == "text_b" and "blank" in answer.error["message"]
+    assert live.predict({**PAIR, "text_b": blank + "a"}).status == 200
+    schema = live.ask("GET", "/openapi.json").json["paths"]["/v1/predict"]["post"]["requestBody"]
+    pattern = schema["content"]["application/json"]["schema"]["properties"]["text_b"]["pattern"]
+    assert not re.search(pattern, blank) and re.search(pattern, blank + "a")
+    file = tmp_path / "train.tsv"
+    file.write_bytes(f"the cat\t{blank}\n".encode())
+    with pytest.raises(DataError, match="is empty; a text is expected"):
+        read_pairs([str(file)], Columns(text_a=0, text_b=1, label=None, has_header=False))
+
+
+def test_the_invisible_characters_are_those_of_unicode() -> None:
+    """By Python's tables, for what they know; fillers and selectors by hand."""
+    chosen = {*"\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\ufe00\ufe0f\u180b\u180d\U000e0100\U000e01ef"}
+    for code in range(sys.maxunicode + 1):
+        char = chr(code)
+        category = unicodedata.category(char)
+        if category in ("Cc", "Cf", "Zs", "Zl", "Zp") or char in chosen:
+            assert is_blank(char), hex(code)
+        elif category not in ("Cn", "Mn"):
+            assert not is_blank(char), hex(code)
+
+
+def test_the_document_names_the_prefix_of_a_proxy(folder: Path) -> None:
+    predictor, config = make_predictor(folder, max_batch_tokens=512, root_path="/pairs/v2")
+    with serving(predictor, config) as live:
+        assert live.ask("GET", "/openapi.json").json["servers"] == [{"url": "/pairs/v2"}]
+
+
 def test_methods_and_paths(live: LiveServer) -> None:
     for path in ("/v1/predict", "/v1/predict/batch", "/v1/model_prediction/"):
         answer = live.ask("GET", path)
@@ -227,7 +297,7 @@ def test_methods_and_paths(live: LiveServer) -> None:
 
 
 def test_bodies_that_are_too_large(live: LiveServer) -> None:
-    limit = live.service.config.max_body_bytes
+    limit = live.service.predictor.limits.max_body_bytes
     big = json.dumps({"text_a": "a" * limit, "text_b": "b"}).encode()
     answer = live.ask("POST", "/v1/predict", raw_body=big)
     assert answer.status == 413 and answer.headers["connection"] == "close" and answer.error["type"]
