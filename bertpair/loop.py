@@ -22,6 +22,7 @@ from bertpair.metrics import is_better
 from bertpair.model import loss_weight
 from bertpair.plan import Plan, Progression
 from bertpair.progress import Progress
+from bertpair.report import finite_or_null
 from bertpair.run_folder import RunFolder, Snapshot
 from bertpair.runtime import peak_memory_gb, random_state, restore_random_state, stop_flag
 from bertpair.stepper import SkippedStep, Stepper
@@ -214,7 +215,8 @@ class Loop:
         self._last_evaluation = (step, evaluation)
         figures = {f"eval_{name}": value for name, value in evaluation.figures.items()}
         seconds = round(time.monotonic() - started, 3)
-        self.folder.append_metrics({"step": step, "epoch": self.epoch, **figures, "eval_seconds": seconds})
+        record = {"step": step, "epoch": self.epoch, **finite_or_null(figures), "eval_seconds": seconds}
+        self.folder.append_metrics(record)
         metric = self.plan.metric
         value = evaluation.metrics[metric]
         improved = is_better(metric, value, state.best_metric)
@@ -223,7 +225,9 @@ class Loop:
             state.evaluations_without_improvement = 0
         else:
             state.evaluations_without_improvement += 1
-        best = "best so far" if improved else f"best {state.best_metric:.4f} at step {state.best_step}"
+        best = "best so far" if improved else "not finite"
+        if not improved and state.best_metric is not None:
+            best = f"best {state.best_metric:.4f} at step {state.best_step}"
         of = f" of {evaluation.positive_label}" if metric == "f1" else ""
         self._progress.line(f"step {step}  evaluation: {metric}{of} {value:.4f} ({best})")
         self._clock.restart_timer()

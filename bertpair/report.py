@@ -22,9 +22,16 @@ def format_eval_results(metrics: Mapping[str, float | int | str]) -> dict[str, b
     """`eval_results.txt`, sorted "key = value" lines, and `eval_results.json`, flat (null: not finite)."""
     plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in metrics.items()}
     text = "".join(f"{key} = {plain[key]}\n" for key in sorted(plain))
-    finite = {key: None if _is_not_finite(value) else value for key, value in plain.items()}
-    flat = json.dumps(finite, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    flat = (
+        json.dumps(finite_or_null(plain), ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
+        + "\n"
+    )
     return {"eval_results.txt": text.encode(), "eval_results.json": flat.encode()}
+
+
+def finite_or_null(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as JSON can hold them: null for a number that is not finite."""
+    return {key: None if _is_not_finite(value) else value for key, value in values.items()}
 
 
 def format_predictions(
@@ -124,5 +131,5 @@ def _cell(value: str | float) -> str:
     return value.translate(ESCAPES) if isinstance(value, str) else format(value, ".6g")
 
 
-def _is_not_finite(value: float | int | str) -> bool:
+def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)

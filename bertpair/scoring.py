@@ -26,7 +26,7 @@ from bertpair.hub import resolve_folder
 from bertpair.inference import PairClassifier
 from bertpair.metrics import per_class
 from bertpair.preparation import data_settings
-from bertpair.report import class_table, comparison_table, confusion_table
+from bertpair.report import class_table, comparison_table, confusion_table, finite_or_null
 from bertpair.retention import INPUT_FILE, RESULT_FILES, run_id_of
 from bertpair.runtime import allowed_precisions, resolve_device, set_deterministic, set_threads
 from bertpair.tsv import Pairs, read_pairs
@@ -46,9 +46,9 @@ class EvaluationResult:
     num_rows: int
     text: str  # the tables
 
-    def summary(self) -> dict[str, float | str]:
+    def summary(self) -> dict[str, float | str | None]:
         """The values of evaluate.py's last line."""
-        return {"n": self.num_rows, **self.metrics}
+        return finite_or_null({"n": self.num_rows, **self.metrics})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from bertpair.optim import AdamW, load_state_tensors, parameter_groups
 from bertpair.optim import state_tensors as optimizer_tensors
 from bertpair.preparation import Job, digest_of, make_plan, prepare
 from bertpair.pretrained import WORD_TABLE, load_state, state_tensors
+from bertpair.report import finite_or_null
 from bertpair.resumption import check_same_data, find_start, name_output_dir, warn_of_other_machine
 from bertpair.run_folder import SETTINGS_FILE, Contents, RunFolder, Snapshot
 from bertpair.run_state import RunState, read_run_state
@@ -55,7 +56,7 @@ class TrainResult:
         """The values of train.py's last line."""
         values = dataclasses.asdict(self)
         del values["save_failed"]
-        return values
+        return {**values, "metrics": finite_or_null(self.metrics)}
 
 
 def train(

@@ -184,3 +184,12 @@ def test_a_finished_run_goes_on_for_more_epochs_or_says_why_not(
     with pytest.raises(Exception, match="finished at step 3 and has no checkpoint to go on from"):
         go_on(max_steps=5)
     assert go_on().global_step == 3
+
+
+def test_a_loss_that_is_not_finite_is_null_in_every_file_and_ends_nothing(flags: list[str]) -> None:
+    done = run("train", *flags, "--adam_epsilon", "1e-308")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"]["loss"] is None and "NaN" not in done.stdout
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert any("eval_loss" in line and line["eval_loss"] is None for line in lines)
+    assert json.loads(Path("out/eval_results.json").read_text())["loss"] is None
