@@ -6,6 +6,7 @@ Tests marked `cuda` are skipped without such a device.
 import asyncio
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,7 @@ from bertpair.tokenizer import Tokens
 from bertpair.truncation import offsets_of
 from bertpair.worker import Worker
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch looks once, at the first product
 pytestmark = pytest.mark.usefixtures("fresh_process")
 
 CUDA = pytest.param(
@@ -79,8 +81,15 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """As a run resolves it; the process is as before in the end."""
     yield resolve_device(request.param)
     if torch.cuda.is_available():
-        torch.cuda.set_sync_debug_mode("default")
+        watch_for_waits("default")
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def watch_for_waits(mode: str) -> None:
+    """What PyTorch does when something waits for the device: default, warn or error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is a prototype
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def make_model(device: torch.device) -> BertClassifier:
@@ -146,9 +155,9 @@ def test_a_step_never_waits_for_the_device(device: torch.device, name: Precision
     stepper = make_stepper(device, name)
     for number in range(1, 11):
         if number == 3:
-            torch.cuda.set_sync_debug_mode("error")
+            watch_for_waits("error")
         run_step(stepper, number)
-    torch.cuda.set_sync_debug_mode("default")
+    watch_for_waits("default")
     assert stepper.meter.verdicts() == ()
 
 
@@ -323,6 +332,7 @@ def test_cudnns_attention_is_not_chosen(device: torch.device) -> None:
     model, precision = make_model(device).eval(), Precision("bf16", "test")
     seconds = []
     with (
+        warnings.catch_warnings(action="ignore"),
         torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile,
         torch.inference_mode(),
         precision.autocast(device),
@@ -396,12 +406,12 @@ def test_pinned_memory_is_not_reused_too_early(device: torch.device) -> None:
 def test_an_evaluation_waits_for_the_device_once(device: torch.device) -> None:
     scorer, tokens = make_scorer(device), make_tokens([64, 64, 64, 64, 64, 60, 60, 60, 60, 60])
     scorer.logits(tokens)
-    torch.cuda.set_sync_debug_mode("warn")
+    watch_for_waits("warn")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         scorer.logits(tokens)
-    torch.cuda.set_sync_debug_mode("default")
-    assert len([one for one in said if "synchroniz" in str(one.message)]) == 1
+    watch_for_waits("default")
+    assert len([one for one in said if "called a synchronizing" in str(one.message)]) == 1
 
 
 @on_each
