@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from bertpair.errors import CheckpointError, list_faults
 from bertpair.model import BertClassifier, BertConfig, init_module
@@ -114,7 +116,7 @@ def _start_from_scratch(
 
 def _check_memory(path: Path, config: BertConfig) -> None:
     """CheckpointError where config.json describes weights that this machine has no memory for."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         needed = sum(p.numel() * p.element_size() for p in BertClassifier(config).parameters())
     there = physical_memory()
     if there and needed > there:
@@ -177,9 +179,29 @@ def _check_alike(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where
         raise CheckpointError(list_faults(faults))
 
 
+class _Unfilled(TorchFunctionMode):
+    """Tensors keep no first values: PyTorch loads its compiler to write them, and that wants a folder."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__name__", "") in (
+            "normal_",
+            "uniform_",
+            "kaiming_uniform_",
+            "zero_",
+            "zeros_",
+            "ones_",
+            "fill_",
+        ):
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
 def _fill(config: BertConfig, stored: Mapping[str, Tensor], new: Sequence[str], where: str) -> BertClassifier:
     """A model with the `stored` weights, and initialised where it is `new`."""
-    with torch.device("meta"):  # memory only, no random numbers: all of it is overwritten
+    with torch.device("meta"), _Unfilled():  # all of it is overwritten
         model = BertClassifier(config)
     own = state_tensors(model)
     fresh = {

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 class Process:
     """serve.py as a user starts it; what it says on standard error, line by line. `stdout`: who gets that."""
 
-    def __init__(self, *flags: str, stdout: int = subprocess.PIPE) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    def __init__(self, *flags: str, stdout: int = subprocess.PIPE, **variables: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **variables}
         command = [sys.executable, str(ROOT / "serve.py"), *flags]
         self.process = subprocess.Popen(
             command, stdout=stdout, stderr=subprocess.PIPE, env=environment, text=True, cwd=ROOT

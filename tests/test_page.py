@@ -5,7 +5,9 @@
 
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,148 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(live: LiveServer, browser: A
         keep(browser, "key")
         stored = "return localStorage.length + sessionStorage.length + document.cookie.length"
         assert browser.execute_script(stored) == 0
+    finally:
+        live.service.key = None
+
+
+PRESS = """
+const [id, count, init] = arguments;
+for (let i = 0; i < count; i++) {
+  document.getElementById(id).dispatchEvent(new KeyboardEvent("keydown",
+    { key: "Enter", bubbles: true, cancelable: true, repeat: i > 0, ...init }));
+}
+"""
+FETCHES = "return performance.getEntriesByType('resource').filter((e) => e.name.includes('/v1/')).length"
+
+
+@needs_browser
+def test_enter_asks_once_and_not_while_a_word_is_composed(live: LiveServer, browser: Any) -> None:
+    screen(browser, 1280, 800, is_phone=False)
+    browser.get(f"http://127.0.0.1:{live.port}/")
+    wait(browser, lambda b: "neutral" in text(b, "about"))
+    for name in ("text-a", "text-b"):
+        browser.find_element(By.ID, name).send_keys("the cat")
+    for init in ({"keyCode": 229}, {"isComposing": True}, {"shiftKey": True}):
+        browser.execute_script(PRESS, "text-b", 1, init)
+    time.sleep(0.3)
+    assert browser.execute_script(FETCHES) == 0
+    browser.execute_script(PRESS, "text-b", 60, {"keyCode": 13})
+    wait(browser, lambda b: text(b, "label"))
+    time.sleep(0.3)
+    assert browser.execute_script(FETCHES) == 1
+    browser.find_element(By.ID, "ask").send_keys("")
+    for kind in ["rawKeyDown", *["char", "rawKeyDown"] * 20]:  # held on the button, as Chromium reports it
+        event = {"type": kind, "key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+        browser.execute_cdp_cmd("Input.dispatchKeyEvent", {**event, "autoRepeat": kind == "rawKeyDown"})
+    time.sleep(0.3)
+    assert browser.execute_script(FETCHES) <= 2
+
+
+@needs_browser
+def test_labels_like_numbers_keep_their_order_and_the_answer_is_marked(browser: Any, tmp_path: Path) -> None:
+    labels = ["10", "0", "-1"]
+    predictor, config = make_predictor(
+        write_hf_folder(tmp_path / "hf-tiny"), max_batch_tokens=512, labels=labels
+    )
+    screen(browser, 1280, 800, is_phone=False)
+    with serving(predictor, config) as live:
+        browser.get(f"http://127.0.0.1:{live.port}/")
+        wait(browser, lambda b: "10, 0, -1" in text(b, "about"))
+        browser.find_element(By.ID, "example").click()
+        wait(browser, lambda b: text(b, "label"))
+        bars = browser.find_elements(By.CSS_SELECTOR, "#bars li")
+        assert [bar.text.split("\n")[0] for bar in bars] == labels
+        best = [bar.text.split("\n")[0] for bar in bars if bar.get_attribute("class") == "best"]
+        assert best == [text(browser, "label")]
+        mark = "return getComputedStyle(document.querySelector('.best span'), '::before').content"
+        assert "✓" in browser.execute_script(mark)
+        assert browser.switch_to.active_element.get_attribute("id") == "example"
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_fields_have_an_edge_that_can_be_seen(live: LiveServer, browser: Any, scheme: str) -> None:
+    screen(browser, 1280, 800, is_phone=False, scheme=scheme)
+    browser.get(f"http://127.0.0.1:{live.port}/")
+    colours = browser.execute_script(
+        "const of = (id, name) => getComputedStyle(document.getElementById(id))[name];"
+        "return [of('text-a', 'borderTopColor'), of('text-a', 'backgroundColor'),"
+        " of('form', 'backgroundColor'), of('example', 'borderTopColor')]"
+    )
+    edge, inside, outside, button = (
+        luminance([int(part) for part in re.findall(r"\d+", colour)[:3]]) for colour in colours
+    )
+    for one, other in ((edge, inside), (edge, outside), (button, outside)):
+        assert (max(one, other) + 0.05) / (min(one, other) + 0.05) >= 3
+
+
+def luminance(rgb: list[int]) -> float:
+    """WCAG's relative luminance."""
+    parts = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+
+@needs_browser
+def test_a_text_from_right_to_left_stands_so(live: LiveServer, browser: Any) -> None:
+    screen(browser, 360, 740, is_phone=True)
+    browser.get(f"http://127.0.0.1:{live.port}/")
+    wait(browser, lambda b: "neutral" in text(b, "about"))
+    ask(browser, "قواعد البيانات العلائقية (SQL)", "מסד נתונים")
+    wait(browser, lambda b: text(b, "label"))
+    direction = (
+        "return ['text-a', 'text-b'].map((id) => getComputedStyle(document.getElementById(id)).direction)"
+    )
+    assert browser.execute_script(direction) == ["rtl", "rtl"]
+    keep(browser, "rtl")
+
+
+@needs_browser
+def test_errors_name_the_field_and_the_focus_stands_there(live: LiveServer, browser: Any) -> None:
+    screen(browser, 1280, 800, is_phone=False)
+    browser.get(f"http://127.0.0.1:{live.port}/")
+    wait(browser, lambda b: "neutral" in text(b, "about"))
+    most = live.service.predictor.limits.max_text_chars
+
+    def click_with(first: str, second: str) -> None:
+        fill = "for (const i of [0, 1]) document.getElementById(['text-a', 'text-b'][i]).value = arguments[i]"
+        browser.execute_script(fill, first, second)
+        browser.find_element(By.ID, "ask").click()
+
+    for first, second, field, said in (
+        ("the cat", "a" * (most + 1), "text-b", f"Second text: found {most + 1} characters"),
+        ("\u200b\u2800", "sat", "text-a", "First text: found a blank text"),
+        ("the cat", "", "text-b", "Second text: please type a text"),
+    ):
+        click_with(first, second)
+        wait(browser, lambda b, said=said: said in text(b, "error"))
+        assert "text_" not in text(browser, "error")
+        focused = browser.switch_to.active_element
+        assert focused.get_attribute("id") == field and focused.get_attribute("aria-invalid") == "true"
+    click_with("the cat", "sat")
+    wait(browser, lambda b: text(b, "label"))
+    assert text(browser, "error") == "" and browser.switch_to.active_element.get_attribute("id") == "ask"
+
+
+@needs_browser
+def test_a_missing_or_strange_key_is_said_and_focused(live: LiveServer, browser: Any) -> None:
+    screen(browser, 360, 740, is_phone=True, scheme="dark")
+    live.service.key = b"the-right-key"
+    try:
+        browser.get(f"http://127.0.0.1:{live.port}/")
+        assert browser.switch_to.active_element.get_attribute("id") == "key"
+        for name in ("text-a", "text-b"):
+            browser.find_element(By.ID, name).send_keys("the cat")
+        for typed, said in (
+            ("", "type the key first"),
+            ("ключ", "only the letters"),
+            ("a-wrong-one", "or wrong"),
+        ):
+            browser.find_element(By.ID, "key").clear()
+            browser.find_element(By.ID, "key").send_keys(typed)
+            browser.find_element(By.ID, "ask").click()
+            wait(browser, lambda b, said=said: said in text(b, "error"))
+            assert browser.switch_to.active_element.get_attribute("id") == "key"
+        keep(browser, "wrong-key")
     finally:
         live.service.key = None
 

@@ -383,3 +383,26 @@ def test_quantize_check_compares_with_float32(folder: Path, tmp_path: Path) -> N
     far = Prediction("b", 0.9, {"a": 0.1, "b": 0.9}, False, 5)
     assert compare([near, near], [near, far]) == Agreement(2, 0.5, 0.5)
     assert not Agreement(256, 0.97, 0.1).is_enough
+
+
+def test_nothing_is_written_at_the_start(tmp_path: Path) -> None:
+    """Every folder refuses a new file, and there is none for temporary files: as in a read-only container."""
+    model = write_hf_folder(tmp_path / "hf-tiny")
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "def refuse(event, arguments):\n"
+        "    if event == 'open' and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):\n"
+        "        if arguments[0] != os.devnull:\n"
+        "            raise OSError(30, 'Read-only file system', arguments[0])\n"
+        "    elif event in ('os.mkdir', 'os.rename', 'os.remove'):\n"
+        "        raise OSError(30, 'Read-only file system', arguments[0])\n"
+        "sys.addaudithook(refuse)\n"
+    )
+    missing = str(tmp_path / "missing")
+    environment = {"PYTHONPATH": str(hook), "HOME": missing, "TMPDIR": missing}
+    with Process("--model_dir", str(model), "--port", "0", **environment) as server:
+        assert ask(server.port, "/v1/predict", PAIR)[0] == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
