@@ -104,7 +104,8 @@ def _train(flags: Layer, path: str | None) -> Parsed:
     if unasked and not named:
         _leave_to_resume(call)
     sample = Path(sys.argv[0]).resolve().parent
-    if not (unasked or path or named) and sample != Path.cwd() and (sample / IMPLICIT).is_file():
+    is_lost = not (unasked or path or named or flags.values.get("resume") or flags.values.get("do_eval"))
+    if is_lost and sample != Path.cwd() and (sample / IMPLICIT).is_file():
         flags.faults.append(f"no {IMPLICIT} here; the sample is trained from its own folder: cd {sample}")
     return _finish(call, Layer(), "train")
 
