@@ -204,9 +204,13 @@ def test_enter_asks_once_and_not_while_a_word_is_composed(live: LiveServer, brow
 @needs_browser
 def test_labels_like_numbers_keep_their_order_and_the_answer_is_marked(browser: Any, tmp_path: Path) -> None:
     labels = ["10", "0", "-1"]
-    predictor, config = make_predictor(
-        write_hf_folder(tmp_path / "hf-tiny"), max_batch_tokens=512, labels=labels
-    )
+    folder = write_hf_folder(tmp_path / "hf-tiny")
+    config_file = folder / "config.json"
+    values = json.loads(config_file.read_text())
+    values["id2label"] = {str(i): name for i, name in enumerate(labels)}
+    values["label2id"] = {name: i for i, name in enumerate(labels)}
+    config_file.write_text(json.dumps(values))
+    predictor, config = make_predictor(folder, max_batch_tokens=512)
     screen(browser, 1280, 800, is_phone=False)
     with serving(predictor, config) as live:
         browser.get(f"http://127.0.0.1:{live.port}/")

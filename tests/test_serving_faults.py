@@ -385,7 +385,7 @@ def test_quantize_check_compares_with_float32(folder: Path, tmp_path: Path) -> N
     assert not Agreement(256, 0.97, 0.1).is_enough
 
 
-def test_nothing_is_written_at_the_start(tmp_path: Path) -> None:
+def test_nothing_is_written_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every folder refuses a new file, and there is none for temporary files: as in a read-only container."""
     model = write_hf_folder(tmp_path / "hf-tiny")
     hook = tmp_path / "hook"
@@ -400,6 +400,7 @@ def test_nothing_is_written_at_the_start(tmp_path: Path) -> None:
         "        raise OSError(30, 'Read-only file system', arguments[0])\n"
         "sys.addaudithook(refuse)\n"
     )
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # PyTorch sets it once it has found a folder
     missing = str(tmp_path / "missing")
     environment = {"PYTHONPATH": str(hook), "HOME": missing, "TMPDIR": missing}
     with Process("--model_dir", str(model), "--port", "0", **environment) as server:
