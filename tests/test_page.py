@@ -123,6 +123,34 @@ def test_a_model_of_single_texts_is_asked_for_one(browser: Any, tmp_path: Path) 
         assert text(browser, "label") == server.predict({"text_a": "the cat sat"}).json["label"]
 
 
+HOLD_FIRST = """
+const real = window.fetch;
+window.fetch = async (path, options) => {
+  const answer = await real(path, options);
+  if (path.endsWith("/v1/predict") && !window.release) {
+    await new Promise((done) => { window.release = done; });
+  }
+  return answer;
+};
+"""
+
+
+@needs_browser
+def test_an_answer_that_comes_late_does_not_replace_a_newer_one(live: LiveServer, browser: Any) -> None:
+    screen(browser, 1280, 800, is_phone=False)
+    browser.get(f"http://127.0.0.1:{live.port}/")
+    wait(browser, lambda b: "neutral" in text(b, "about"))
+    browser.execute_script(HOLD_FIRST)
+    ask(browser, "the cat", "sat")
+    wait(browser, lambda b: b.execute_script("return Boolean(window.release)"))
+    browser.find_element(By.ID, "text-b").send_keys(" on the mat", Keys.ENTER)
+    wait(browser, lambda b: text(b, "label"))
+    tokens = live.predict({"text_a": "the cat", "text_b": "sat on the mat"}).json["num_tokens"]
+    assert f"{tokens} tokens" in text(browser, "note")
+    browser.execute_async_script("window.release(); setTimeout(arguments[0], 200);")
+    assert f"{tokens} tokens" in text(browser, "note")
+
+
 @needs_browser
 def test_cuts_and_errors_are_told_in_words(live: LiveServer, browser: Any) -> None:
     screen(browser, 1280, 800, is_phone=False)
