@@ -123,7 +123,8 @@ def as_rows(pairs: Pairs, takes_pairs: bool | None) -> list[Any]:
     """
     if hasattr(pairs, "columns"):  # a data frame
         return _rows_of_frame(pairs)
-    if isinstance(pairs, str | bytes) or not isinstance(pairs, Iterable):
+    is_one_value = isinstance(pairs, np.ndarray) and not pairs.ndim
+    if isinstance(pairs, str | bytes) or is_one_value or not isinstance(pairs, Iterable):
         raise DataError(f"pairs: found {pairs!r:.60}; expected a list of pairs, or of single texts")
     if isinstance(pairs, Mapping):
         return [pairs]

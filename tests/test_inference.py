@@ -152,7 +152,10 @@ def test_truncation_is_told(hf_folder: Path) -> None:
     assert (long.truncated, long.num_tokens) == (True, 8)
 
 
-@pytest.mark.parametrize("pairs", ["a text", [("a", "b"), "c"], [("a",)], [("a", None)], ["a", ("b", "c")]])
+@pytest.mark.parametrize(
+    "pairs",
+    ["a text", np.array("a text"), [("a", "b"), "c"], [("a",)], [("a", None)], ["a", ("b", "c")]],
+)
 def test_what_is_no_pair_is_named(hf_folder: Path, pairs: object) -> None:
     with pytest.raises(DataError, match="pairs"):
         PairClassifier.from_pretrained(hf_folder).predict(pairs)  # type: ignore[arg-type]
