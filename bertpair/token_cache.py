@@ -23,7 +23,7 @@ from bertpair.tokenizer import Tokenizer, Tokens, check_texts
 
 logger = logging.getLogger(__name__)
 
-VERSION = "1"  # of the file's layout, part of the key
+VERSION = "2"  # of the file's layout, part of the key
 MAX_BYTES = 2 * 2**30
 MIN_CHARS = 100_000
 ABANDONED_SECONDS = 24 * 3600  # a temporary file this old belongs to no living writer
