@@ -214,24 +214,25 @@ def test_written_settings_read_back_the_same(tmp_path: Path) -> None:
 
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30)
+file_names = words.filter(lambda text: not text.isspace() and text[0] != "~")  # that is the home folder
 labels = st.lists(words.filter(str.strip), min_size=2, max_size=5, unique=True)
 
 
 @settings(max_examples=60, deadline=2000)
 @given(
     words,
-    st.lists(words, min_size=1, max_size=3),
+    st.lists(file_names, min_size=1, max_size=3),
     labels,
     st.floats(1e-300, 1),
     st.floats(0, 100),
     st.integers(0, 2**32 - 1),
 )
-@example("\u2028", ["\x85", "a\r\n b"], ["\ufeff", "x \t\u2029"], 1e-5, 0.0, 0)
+@example("\u2028", ["\x85b", "a\r\n b"], ["\ufeff", "x \t\u2029"], 1e-5, 0.0, 0)
 def test_any_sound_settings_read_back_the_same(
     word: str, paths: list[str], names: list[str], rate: float, decay: float, seed: int
 ) -> None:
     config = Config(
-        data_dir=word,
+        data_dir=paths[0],
         train_file=paths,
         labels=names,
         class_weights={name: rate for name in names},
