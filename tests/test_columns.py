@@ -65,3 +65,9 @@ def test_messages_stay_short_whatever_they_show() -> None:
     assert (
         near_miss("x" * 10**6, ["label"]) == "" and near_miss("LABLE", ["label"]) == "did you mean 'label'? "
     )
+
+
+def test_a_header_is_the_training_files_whatever_its_case() -> None:
+    columns = Columns(1, 2, 3, header=("ID", "Question", "Straße", "Label"))
+    for first in (["ID", "Question", "Straße", "Label"], ["id", "QUESTION", "STRASSE", "label"]):
+        assert locate_columns(columns, first, "f: ")[:3] == (1, 2, 3)

@@ -177,6 +177,12 @@ def test_a_folder_with_names_keeps_them(fit: Callable[..., TrainResult], tmp_pat
         make_predictor(tmp_path / "out", labels=["x", "y"])
 
 
+@pytest.mark.parametrize("labels", [["positive", "negative"], ["positive", "negative", "neutral", "odd"]])
+def test_some_of_the_labels_or_one_more_are_another_set(hf_folder: Path, labels: list[str]) -> None:
+    with pytest.raises(ConfigError, match="was trained for 'negative', 'neutral', 'positive'"):
+        PairClassifier.from_pretrained(hf_folder, labels=labels)
+
+
 def test_new_head_sets_the_order_that_labels_name(fit: Callable[..., TrainResult]) -> None:
     fit(["neg", "pos"] * 6)
     shutil.move("out", "first")
