@@ -5,7 +5,9 @@ friends, and neither says where a quote was opened. Here a line ends at \\n or \
 are read in blocks, so that a reader who has enough stops early.
 """
 
+import os
 import re
+import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,17 +18,29 @@ _BOM = b"\xef\xbb\xbf"
 _MAGIC = (
     (b"\x1f\x8b", "a gzip file", "unpack it: gunzip FILE"),
     (b"PK\x03\x04", "a zip archive or an Excel workbook", "unpack it, or export it as tab-separated text"),
+    (b"PK\x05\x06", "an empty zip archive", "tab-separated text is expected"),
+    (b"7z\xbc\xaf", "a 7z archive", "unpack it"),
     (b"\xd0\xcf\x11\xe0", "an old Excel workbook", "export it as tab-separated text"),
     (b"PAR1", "a Parquet file", "write it as tab-separated text"),
     (b"BZh", "a bzip2 file", "unpack it: bunzip2 FILE"),
     (b"\xfd7zXZ", "an xz file", "unpack it: unxz FILE"),
     (b"\x28\xb5\x2f\xfd", "a Zstandard file", "unpack it: unzstd FILE"),
+    (b"%PDF", "a PDF file", "tab-separated text is expected"),
+    (b"version https://git-lfs", "a Git LFS pointer to the file", "fetch the file itself: git lfs pull"),
+    (b"<!DOCTYPE", "a web page", "download the file itself"),
+    (b"<!doctype", "a web page", "download the file itself"),
+    (b"<html", "a web page", "download the file itself"),
 )
-_ENCODINGS = (  # and the letters that show them
-    ("SHIFT_JIS", "\u3040", "\u30ff"),
-    ("GB18030", "\u4e00", "\u9fff"),
-    ("BIG5", "\u4e00", "\u9fff"),
+_ENCODINGS = (  # iconv's name, Python's, the letters that a text in it consists of, and at least which part
+    ("WINDOWS-1251", "cp1251", "[а-яё]{3,}", 0.7),
+    ("KOI8-R", "koi8_r", "[а-яё]{3,}", 0.7),
+    ("SHIFT_JIS", "cp932", "[\u3040-\u30ff]", 0.25),
+    ("EUC-JP", "euc_jp", "[\u3040-\u30ff]", 0.25),
+    ("EUC-KR", "euc_kr", "[\uac00-\ud7a3]{2,}", 0.7),
+    ("GB18030", "gb2312", "[\u4e00-\u9fff]{3,}", 0.6),  # beyond GB 2312, Big5 and it are hard to tell apart
+    ("BIG5", "big5", "[\u4e00-\u9fff]{3,}", 0.6),
 )
+_BINARY = "binary data; tab-separated text is expected"
 _NOT_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, and what surrogateescape makes of bytes that are not UTF-8
 
 
@@ -71,6 +85,8 @@ def _read_blocks(path: str) -> Iterator[bytes]:
     """The file in pieces of whole lines, without the byte order mark and each piece's last newline."""
     pending: list[bytes] = []  # a line longer than a block: joined once, not over and over
     try:
+        if not _can_be_read_again(os.stat(path).st_mode):
+            raise DataError(f"{path}: is a pipe or a device; it is read more than once, so save it as a file")
         with open(path, "rb") as file:
             block = file.read(BLOCK_BYTES)
             if other := _other_kind(block):
@@ -90,42 +106,67 @@ def _read_blocks(path: str) -> Iterator[bytes]:
         yield rest
 
 
+def _can_be_read_again(mode: int) -> bool:
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)  # opening a folder says what it is
+
+
 def _other_kind(block: bytes) -> str:
     """What a file that begins so seems to be instead of UTF-8 text with lines, and what to do; or ""."""
     for magic, kind, advice in _MAGIC:
         if block.startswith(magic):
             return f"{kind}; {advice}"
-    nulls = block[:4096].count(0)
-    if block.startswith((b"\xff\xfe", b"\xfe\xff")) or nulls > len(block[:4096]) // 4:
+    if block.startswith((b"\xff\xfe", b"\xfe\xff")) and not block.startswith(b"\xff\xfe\0\0"):
         return "UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"
+    head = block[:4096]
+    if head.count(0) > max(3, len(head) // 50):  # a few are bad rows, each to be named
+        if name := _wide_encoding(head):
+            return f"{name} text; convert it: iconv -f {name} -t UTF-8 OLD > NEW"
+        return _BINARY
     if block.count(b"\r") - block.count(b"\r\n") > block.count(b"\n"):
         return "lines that end in a carriage return alone; convert it: tr '\\r' '\\n' < OLD > NEW"
-    lines = block.split(b"\n")[:2000]
+    if b"\x1b$B" in block:
+        return "ISO-2022-JP text; convert it: iconv -f ISO-2022-JP -t UTF-8 OLD > NEW"
+    lines = [line for line in block.split(b"\n") if not line.isascii()][:2000]
     foreign = [line for line in lines if _is_foreign(line)]
-    if len(foreign) < max(3, len(lines) // 10):  # a few are bad rows, each to be named
+    if len(foreign) < 3 or 2 * len(foreign) < len(lines):  # the same
         return ""
-    name = _guess_encoding(b"\n".join(foreign))
-    return f"{name} text, not UTF-8; convert it: iconv -f {name} -t UTF-8 OLD > NEW"
+    if b"\0" in block:
+        return _BINARY
+    if name := _guess_encoding(b"\n".join(foreign)):
+        return f"{name} text, not UTF-8; convert it: iconv -f {name} -t UTF-8 OLD > NEW"
+    return (
+        "text that is not UTF-8; convert it from its encoding, "
+        "such as WINDOWS-1252: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+    )
+
+
+def _wide_encoding(head: bytes) -> str:
+    """The encoding of two or four bytes a letter in which the bytes make lines of text, or ""."""
+    for name in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE"):
+        size = int(name[4:6]) // 8
+        text = head[: len(head) // size * size].decode(name, "ignore")
+        is_whole = len(text) > 0.9 * (len(head) // size)
+        if is_whole and "\0" not in text and ("\t" in text or "\n" in text):
+            return name
+    return ""
 
 
 def _is_foreign(line: bytes) -> bool:
     try:
         line.decode("utf-8")
     except UnicodeDecodeError:
-        return not line.isascii()
+        return True
     return False
 
 
 def _guess_encoding(lines: bytes) -> str:
-    """A name that iconv knows: the first encoding in which the bytes make the letters expected of it."""
-    for name, first, last in _ENCODINGS:
-        try:
-            foreign = [char for char in lines.decode(name) if not char.isascii()]
-        except UnicodeDecodeError:
-            continue
-        if sum(first <= char <= last for char in foreign) > len(foreign) // 4:
+    """The first encoding in which the bytes make the letters expected of it, or ""."""
+    for name, codec, letters, least in _ENCODINGS:
+        text = lines.decode(codec, "replace")
+        num_foreign = sum(char == "\ufffd" or (char.isalpha() and not char.isascii()) for char in text)
+        if sum(map(len, re.findall(letters, text))) > least * num_foreign:
             return name
-    return "WINDOWS-1252"
+    return ""
 
 
 def _reason(error: OSError | ValueError) -> str:

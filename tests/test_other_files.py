@@ -4,7 +4,6 @@ import gzip
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,10 @@ pytestmark = pytest.mark.usefixtures("fresh_process")
 CHINESE = "".join(f"{i}\t数据库索引{i}\t事务是有的\t{'对错'[i % 2]}\n" for i in range(12))
 JAPANESE = "".join(f"{i}\tデータの{i}\tこれはねこ\t{'対違'[i % 2]}\n" for i in range(12))
 FRENCH = "".join(f"{i}\tcafé {i}\tdéjà vu\t{'ab'[i % 2]}\n" for i in range(12))
+KOREAN = "".join(f"{i}\t데이터베이스 색인 {i}\t고양이입니다\t{'맞틀'[i % 2]}\n" for i in range(12))
+TAIWANESE = "".join(f"{i}\t資料庫的索引結構{i}\t關於網路的問題\t{'對錯'[i % 2]}\n" for i in range(12))
+RUSSIAN = "".join(f"{i}\tбаза данных {i}\tэто кошка\t{'даны' if i % 2 else 'нет'}\n" for i in range(12))
+POLISH = "".join(f"{i}\tżółty kość {i}\tłąka źle\t{'ab'[i % 2]}\n" for i in range(12))
 HEADER = "index\tsentence1\tsentence2\tlabel\n"
 PLAIN = HEADER + "".join(f"{i}\tthe cat {i}\tsat\t{'ab'[i % 2]}\n" for i in range(12))
 
@@ -38,12 +41,24 @@ def fit(file: str, **settings: object) -> None:
     [
         (gzip.compress(PLAIN.encode()), "a gzip file; unpack it: gunzip FILE"),
         (b"PK\x03\x04" + b"\0" * 40, "a zip archive or an Excel workbook"),
+        (bytes(range(256)) * 20, "binary data"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "git lfs pull"),
+        (b"<!DOCTYPE html>\n<html><body>404</body></html>\n", "a web page"),
         (b"PAR1" + b"\x15\x04" * 40, "a Parquet file"),
         (PLAIN.encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
-        (PLAIN.encode("utf-16-le"), "iconv -f UTF-16 -t UTF-8"),
+        (PLAIN.encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8"),
+        ((HEADER + CHINESE).encode("utf-16-be"), "iconv -f UTF-16BE -t UTF-8"),
+        ((HEADER + CHINESE).encode("utf-32"), "iconv -f UTF-32LE -t UTF-8"),
         ((HEADER + CHINESE).encode("gb18030"), "GB18030 text, not UTF-8; convert it: iconv -f GB18030"),
         ((HEADER + JAPANESE).encode("shift_jis"), "iconv -f SHIFT_JIS -t UTF-8"),
-        ((HEADER + FRENCH).encode("cp1252"), "iconv -f WINDOWS-1252 -t UTF-8"),
+        ((HEADER + JAPANESE).encode("euc_jp"), "iconv -f EUC-JP -t UTF-8"),
+        ((HEADER + KOREAN).encode("euc_kr"), "iconv -f EUC-KR -t UTF-8"),
+        ((HEADER + TAIWANESE).encode("big5"), "iconv -f BIG5 -t UTF-8"),
+        ((HEADER + RUSSIAN).encode("cp1251"), "iconv -f WINDOWS-1251 -t UTF-8"),
+        ((HEADER + RUSSIAN).encode("koi8_r"), "iconv -f KOI8-R -t UTF-8"),
+        ((HEADER + FRENCH).encode("cp1252"), "convert it from its encoding, such as WINDOWS-1252: iconv -f"),
+        ((HEADER + POLISH).encode("iso8859_2"), "convert it from its encoding, such as"),
+        ((PLAIN * 40 + FRENCH).encode("latin1"), "text that is not UTF-8"),
         (PLAIN.replace("\n", "\r").encode(), "a carriage return alone; convert it: tr"),
         (PLAIN.replace("\t", ",").encode(), "columns with a comma between them"),
         (PLAIN.replace("\t", ";").encode(), "columns with a semicolon between them"),
@@ -131,7 +146,14 @@ def test_train_from_elsewhere_says_where_the_sample_is(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_what_is_no_file_is_said(tmp_path: Path, write_tsv: Callable[..., Path]) -> None:
+def test_what_is_no_file_is_said() -> None:
     Path("folder.tsv").mkdir()
     with pytest.raises(DataError, match="folder.tsv: is a folder; a TSV file is expected"):
         fit("folder.tsv")
+    os.mkfifo("pipe.tsv")  # nobody writes: it must not be waited for
+    with pytest.raises(DataError, match="pipe.tsv: is a pipe or a device; .* save it as a file"):
+        fit("pipe.tsv")
+    Path("plain.tsv").write_text(PLAIN)
+    fit("plain.tsv")
+    with pytest.raises(DataError, match="pipe.tsv: is a pipe or a device"):
+        evaluate("out", "pipe.tsv")
