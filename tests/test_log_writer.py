@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -190,3 +191,20 @@ def full_pipe() -> tuple[int, int]:
             os.write(sink, b"x")
     os.set_blocking(sink, True)
     return source, sink
+
+
+def test_a_pipe_that_takes_only_a_part_gets_the_rest_later() -> None:
+    """Whoever gave us the pipe made it non-blocking: it holds 64 KiB, the lines are 400 KB."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    writer = LogWriter(writing, "a pipe")
+    lines = [f"{i} {'x' * 2000}" for i in range(200)]
+    for line in lines:
+        writer.emit(logging.LogRecord("test", logging.INFO, "", 0, line, None, None))
+    expected = "".join(f"{line}\n" for line in lines).encode()
+    found = b""
+    while len(found) < len(expected):
+        assert select.select([reading], [], [], 10)[0], "no more comes"
+        found += os.read(reading, 65536)
+    assert found == expected and writer.num_dropped == 0
+    os.close(reading)
