@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +89,7 @@ class Stub:
         self.answer = answer
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
+        self.is_asked = threading.Event()
         threading.Thread(target=self.serve, daemon=True).start()
 
     def serve(self) -> None:
@@ -97,6 +97,7 @@ class Stub:
         with contextlib.suppress(OSError):
             while True:
                 lines.append(self.socket.accept()[0])
+                self.is_asked.set()
                 if self.answer is not None:
                     lines[-1].recv(65536)
                     lines[-1].sendall(self.answer)
@@ -174,12 +175,13 @@ def test_the_client_names_a_file_it_cannot_read(live: LiveServer, tmp_path: Path
 
 
 def test_the_client_stops_at_ctrl_c(tmp_path: Path) -> None:
-    url = f"http://127.0.0.1:{Stub(None).port}"
+    stub = Stub(None)
+    url = f"http://127.0.0.1:{stub.port}"
     command = [sys.executable, str(EXAMPLES / "client.py"), "--url", url, "a", "b"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=20)[1] == "stopped\n" and process.returncode == 130
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert stub.is_asked.wait(60)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == "stopped\n" and process.returncode == 130
 
 
 def test_the_page_shows_the_files_that_stand_beside_it() -> None:

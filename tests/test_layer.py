@@ -28,7 +28,7 @@ def test_flags_and_files_give_the_same_settings() -> None:
 def test_the_settings_file_is_named_by_a_flag() -> None:
     assert flag_layer(["--config", "c.yaml"], "train")[1] == "c.yaml"
     assert flag_layer([], "train")[1] is flag_layer(["--config", "null"], "train")[1] is None
-    assert "--config: expected a path" in flag_layer(["--config", "a\0"], "train")[0].faults[0]
+    assert "--config: expected text without NUL" in flag_layer(["--config", "a\0"], "train")[0].faults[0]
 
 
 def test_faults_of_a_file_name_line_and_setting() -> None:
