@@ -20,6 +20,7 @@ SMALL_FILES = (
     "tokenizer_config.json",
     "vocab.txt",
     "special_tokens_map.json",
+    "added_tokens.json",
 )
 # In this order, until one kind of weights is there: a repository often holds several.
 WEIGHTS = (

@@ -24,15 +24,16 @@ from tokenizers import normalizers
 
 from bertpair.errors import CheckpointError, ConfigError, DataError, list_faults
 from bertpair.runtime import stop_flag
-from bertpair.strict_json import read_json
 from bertpair.truncation import Ints, copy_runs, longest_first, offsets_of, undecided_heads
 from bertpair.wordpiece import (
     MASK_TOKEN,
     NORMALIZER_SETTINGS,
+    RESERVED,
     WordPiece,
     check_size,
     entries_by_number,
     is_standard,
+    read_if_there,
     read_wordpiece,
 )
 
@@ -186,6 +187,7 @@ class Tokenizer:
         settings: dict[str, object] = {
             "tokenizer_class": "BertTokenizer" if self._is_standard else "PreTrainedTokenizerFast",
             "model_max_length": max_length,
+            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
             "do_lower_case": self.lower_case,
             **specials,
             "mask_token": mask,
@@ -212,24 +214,26 @@ class Tokenizer:
 def read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, {} without one; what the pipeline takes from it is checked."""
     path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.exists() else {}
+    settings = read_if_there(path)
     for name in NORMALIZER_SETTINGS:
         if not isinstance(settings.get(name), bool | None):
             raise CheckpointError(f"{path}: {name} is {settings[name]!r}; true, false or null is allowed")
     return settings
 
 
-def added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
-    """Tokens that the folder adds to its vocab.txt, with their ids."""
-    path = folder / "added_tokens.json"
-    listed = read_json(path) if path.exists() else {}
+def added_tokens(folder: Path, settings: Mapping[str, Any]) -> set[str]:
+    """Tokens beside BERT's own five that the folder's small files say texts may hold whole."""
+    found = set(read_if_there(folder / "added_tokens.json"))
     try:
-        added = {token: int(number) for token, number in listed.items()}
-        for number, token in settings.get("added_tokens_decoder", {}).items():
-            added[str(token["content"])] = int(number)
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        found |= {token["content"] for token in settings.get("added_tokens_decoder", {}).values()}
+        for said in (settings, read_if_there(folder / "special_tokens_map.json")):
+            for name in ("additional_special_tokens", "extra_special_tokens"):
+                extra = said.get(name) or []
+                tokens = extra.values() if isinstance(extra, dict) else extra
+                found |= {token if isinstance(token, str) else token["content"] for token in tokens}
+    except (AttributeError, KeyError, TypeError) as e:
         raise CheckpointError(f"{folder}: its added tokens cannot be read ({e!r})") from e
-    return added
+    return found - set(RESERVED)
 
 
 def boundary_pattern(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:

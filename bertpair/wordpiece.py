@@ -5,9 +5,10 @@ tokenizer_config.json even where tokenizer.json's normalizer says otherwise (wit
 BertTokenizer does so, and a model trained there saw those ids.
 """
 
+import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,22 @@ logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 MASK_TOKEN = "[MASK]"  # not needed for classification, kept special where the vocabulary has it
+RESERVED = (*SPECIAL_TOKENS, MASK_TOKEN)
 NORMALIZER_SETTINGS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
-BERT_CLASSES = tuple(  # these are one pipeline in transformers
-    f"{name}Tokenizer{fast}"
-    for name in ("Bert", "DistilBert", "Electra", "MobileBert")
-    for fast in ("", "Fast")
+BERT_CLASSES = tuple(  # one pipeline in transformers; DistilBert's has no token types
+    f"{name}Tokenizer{fast}" for name in ("Bert", "Electra", "MobileBert") for fast in ("", "Fast")
 )
-STANDARD = {  # what tokenizer_config.json may say of the pipeline; anything else would change ids
+NETWORKS = ("bert", "electra", "mobilebert")  # whose tokenizer it is where no class is named
+STANDARD = {  # what the folder may say of the pipeline; anything else would change ids
     "do_basic_tokenize": (True,),
     "never_split": ([],),
     "word_tokenizer_type": ("basic", "wordpiece"),
     "subword_tokenizer_type": ("wordpiece",),
     "clean_text": (True,),
     "wordpieces_prefix": ("##",),
-    **{f"{token[1:-1].lower()}_token": (token,) for token in (*SPECIAL_TOKENS, MASK_TOKEN)},
+    "truncation_side": ("right",),
+    "fast_tokenizer_files": (["tokenizer.json"],),
+    **{f"{token[1:-1].lower()}_token": (token,) for token in RESERVED},
 }
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # there tokenizer.json alone rules
 MOJIBAKE_SHARE = 0.1  # of the entries that are not ASCII; 0 in Google's vocabularies, 0.98 in a broken copy
@@ -52,62 +55,93 @@ class WordPiece:
 
 
 def read_wordpiece(
-    folder: Path, settings: Mapping[str, Any], added: Mapping[str, int], do_lower_case: bool | None = None
+    folder: Path, settings: Mapping[str, Any], added: Collection[str], do_lower_case: bool | None = None
 ) -> WordPiece:
     """Read and check the folder's tokenizer; raises CheckpointError.
 
-    `settings` is its tokenizer_config.json, `added` the tokens that it adds to a vocab.txt. `do_lower_case`
+    `settings` is its tokenizer_config.json, `added` the tokens that its texts may hold whole. `do_lower_case`
     None follows the settings, then tokenizer.json's normalizer, then the vocabulary: cased if an entry
     outside brackets has an upper-case letter.
     """
     path = folder / "tokenizer.json"
-    check_declared(settings, folder, has_json=path.is_file())
+    declared = check_declared(settings, folder, has_json=path.is_file())
     if path.is_file():
         backend = read_tokenizer_json(path)
         if (folder / "vocab.txt").is_file():
             compare_vocabularies(backend, folder)
-        if settings.get("tokenizer_class") in GENERIC_CLASSES:
+        refuse_unknown_tokens(backend, added, path)
+        if declared in BERT_CLASSES and not is_standard(backend):
+            raise CheckpointError(
+                f"{path}: its pipeline is another than that of {declared}, which the folder names as "
+                "tokenizer_class; PreTrainedTokenizerFast there means tokenizer.json as it stands"
+            )
+        if declared in GENERIC_CLASSES:
             settings = {name: value for name, value in settings.items() if name not in NORMALIZER_SETTINGS}
     else:
         path = folder / "vocab.txt"
         vocabulary = read_vocabulary(path)
         check_vocabulary(vocabulary, path)
-        refuse_added_tokens(added, len(vocabulary), path)
+        refuse_added_tokens(added, path)
         backend = build_backend(vocabulary)
     lower_case = set_casing(backend, path, settings, do_lower_case)
     finish_backend(backend, path)
     return WordPiece(backend, lower_case, settings)
 
 
-def check_declared(settings: Mapping[str, Any], folder: Path, *, has_json: bool) -> None:
-    """CheckpointError where the folder declares another pipeline than BERT's WordPiece."""
+def check_declared(settings: Mapping[str, Any], folder: Path, *, has_json: bool) -> str | None:
+    """The tokenizer class that the folder names, if any; CheckpointError where it declares another pipeline
+    than BERT's WordPiece."""
     place = folder / "tokenizer_config.json"
     declared = settings.get("tokenizer_class")
-    if declared is None and (folder / "config.json").is_file():
+    special = folder / "special_tokens_map.json"
+    faults = _other_pipeline(settings, place) + _other_pipeline(read_if_there(special), special)
+    if declared is None:
         place = folder / "config.json"
-        declared = read_json(place).get("tokenizer_class")
+        config = read_if_there(place)
+        declared = config.get("tokenizer_class")
+        faults += _own_code(config, place)
+        network = config.get("model_type")
+        if declared is None and network is not None and network not in NETWORKS:
+            faults.append(
+                f"{place}: model_type: found {network!r:.80}, whose tokenizer is not BERT's WordPiece"
+            )
     allowed = (*BERT_CLASSES, *GENERIC_CLASSES) if has_json else BERT_CLASSES
-    faults = []
     if declared is not None and declared not in allowed:
         needs = ", which needs a tokenizer.json" if declared in GENERIC_CLASSES else ""
         faults.append(
             f"{place}: tokenizer_class: found {declared!r:.80}{needs}; only BERT's WordPiece is supported "
             f"({', '.join(allowed)})"
         )
-    said = {**_special_tokens(folder), **settings}
+    if faults:
+        raise CheckpointError(list_faults(faults))
+    return declared
+
+
+def _other_pipeline(said: Mapping[str, Any], place: Path) -> list[str]:
+    """What a settings file of the folder says that is not BERT's WordPiece."""
+    faults = _own_code(said, place)
     for name, usual in STANDARD.items():
         value = said.get(name)
         value = value.get("content") if isinstance(value, dict) else value
         if value is not None and value not in usual:
-            faults.append(f"{folder}: {name}: found {value!r:.80}; only {usual[0]!r} is supported")
-    if "AutoTokenizer" in (settings.get("auto_map") or {}):
-        faults.append(f"{place}: auto_map: names a tokenizer in code of its own, which is never run")
-    if faults:
-        raise CheckpointError(list_faults(faults))
+            faults.append(f"{place}: {name}: found {value!r:.80}; only {usual[0]!r} is supported")
+    inputs = said.get("model_input_names")
+    if inputs is not None and not (isinstance(inputs, list) and "token_type_ids" in inputs):
+        faults.append(
+            f"{place}: model_input_names: found {inputs!r:.80}; only a model that was trained with "
+            "token_type_ids is supported"
+        )
+    return faults
 
 
-def _special_tokens(folder: Path) -> dict[str, Any]:
-    path = folder / "special_tokens_map.json"
+def _own_code(said: Mapping[str, Any], place: Path) -> list[str]:
+    names = said.get("auto_map")
+    if not names or (isinstance(names, dict) and "AutoTokenizer" not in names):
+        return []
+    return [f"{place}: auto_map: names a tokenizer in code of its own, which is never run"]
+
+
+def read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
@@ -192,13 +226,23 @@ def undo_mojibake(text: str) -> str | None:
     return None
 
 
-def refuse_added_tokens(added: Mapping[str, int], size: int, path: Path) -> None:
-    """Tokens that a slow tokenizer added beyond vocab.txt: leaving them out would change ids silently."""
-    beyond = [token for token, number in added.items() if number >= size]
-    if beyond:
+def refuse_added_tokens(added: Collection[str], path: Path) -> None:
+    """Tokens that a tokenizer adds to vocab.txt: leaving them out would change ids silently."""
+    if added:
         raise CheckpointError(
-            f"{path.parent}: {len(beyond)} tokens are added to vocab.txt ({beyond[0]!r}, …), which "
+            f"{path.parent}: {len(added)} tokens are added to vocab.txt ({min(added)!r}, …), which "
             "only a tokenizer.json says in full; save_pretrained of transformers' AutoTokenizer writes one"
+        )
+
+
+def refuse_unknown_tokens(backend: tokenizers.Tokenizer, added: Collection[str], path: Path) -> None:
+    """Tokens that the folder adds in another file, and tokenizer.json does not."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    missing = sorted(set(added) - known)
+    if missing:
+        raise CheckpointError(
+            f"{path}: lacks {len(missing)} tokens that other files of the folder add ({missing[0]!r}, …); "
+            "save_pretrained of transformers' AutoTokenizer writes one that has them"
         )
 
 
@@ -213,12 +257,11 @@ def build_backend(vocabulary: Sequence[str]) -> tokenizers.Tokenizer:
 
 def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     try:
-        backend = tokenizers.Tokenizer.from_buffer(read_bytes(path))
+        backend = read_markers(tokenizers.Tokenizer.from_buffer(read_bytes(path)))
     except CheckpointError:
         raise
     except Exception as e:  # the library raises bare Exception for whatever it cannot parse
         raise CheckpointError(f"{path}: not a tokenizer: {e}") from e
-    refuse_other_template(backend, path)
     model = backend.model
     if not isinstance(model, models.WordPiece) or model.unk_token != "[UNK]":
         kind = type(model).__name__
@@ -226,24 +269,40 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     by_number = entries_by_number(backend)
     entries = [by_number.get(number, "") for number in range(max(by_number, default=-1) + 1)]
     check_vocabulary([entry for entry in entries if entry], path)
+    refuse_other_template(backend, path)
     return backend
 
 
+def read_markers(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same with special tokens of the folder's own (<e1>) as plain added ones: texts may hold them."""
+    content = json.loads(backend.to_str())
+    own = [t for t in content["added_tokens"] if t["special"] and t["content"] not in RESERVED]
+    for token in own:
+        token["special"] = False
+    return tokenizers.Tokenizer.from_str(json.dumps(content)) if own else backend
+
+
 def refuse_other_template(backend: tokenizers.Tokenizer, path: Path) -> None:
-    """CheckpointError where tokenizer.json joins the texts in another way than [CLS] a [SEP] b [SEP]."""
+    """CheckpointError where tokenizer.json cuts at the left, or joins texts otherwise than
+    [CLS] a [SEP] b [SEP]."""
+    if (backend.truncation or {}).get("direction", "right") != "right":
+        raise CheckpointError(f"{path}: its truncation cuts texts at the left; only right is supported")
     if backend.post_processor is None:
         return
     backend.no_truncation()
     backend.no_padding()
-    found = backend.encode("a", "b")
-    parts = [backend.encode(text, add_special_tokens=False).tokens for text in "ab"]
-    tokens = ["[CLS]", *parts[0], "[SEP]", *parts[1], "[SEP]"]
-    types = [0] * (len(parts[0]) + 2) + [1] * (len(parts[1]) + 1)
-    if (found.tokens, found.type_ids) != (tokens, types):
-        raise CheckpointError(
-            f"{path}: its post_processor makes {' '.join(found.tokens)} with the types {found.type_ids} "
-            f"of a pair; only BERT's {' '.join(tokens)} with {types} is supported"
-        )
+    cls, sep = (backend.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+    a, b = (backend.encode(text, add_special_tokens=False) for text in "ab")
+    types = [0] * (len(a) + 2) + [1] * (len(b) + 1)
+    single, pair = backend.encode("a"), backend.encode("a", "b")
+    for found, ids in ((pair, [cls, *a.ids, sep, *b.ids, sep]), (single, [cls, *a.ids, sep])):
+        if (found.ids, found.type_ids) != (ids, types[: len(ids)]):
+            expected = " ".join(backend.id_to_token(number) for number in ids)
+            raise CheckpointError(
+                f"{path}: its post_processor makes {' '.join(found.tokens)} (ids {found.ids}, types "
+                f"{found.type_ids}); only BERT's is supported: {expected} (ids {ids}, types "
+                f"{types[: len(ids)]})"
+            )
 
 
 def entries_by_number(backend: tokenizers.Tokenizer) -> dict[int, str]:
@@ -318,7 +377,7 @@ def finish_backend(backend: tokenizers.Tokenizer, path: Path) -> None:
     """No padding, no truncation, BERT's template, and user text that stays text."""
     backend.no_padding()
     backend.no_truncation()
-    numbers = {token: backend.token_to_id(token) for token in (*SPECIAL_TOKENS, MASK_TOKEN)}
+    numbers = {token: backend.token_to_id(token) for token in RESERVED}
     backend.add_special_tokens([token for token, number in numbers.items() if number is not None])
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
