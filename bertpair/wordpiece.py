@@ -297,8 +297,8 @@ def refuse_other_template(backend: tokenizers.Tokenizer, path: Path) -> None:
     single, pair = backend.encode("a"), backend.encode("a", "b")
     for found, ids in ((pair, [cls, *a.ids, sep, *b.ids, sep]), (single, [cls, *a.ids, sep])):
         if (found.ids, found.type_ids) != (ids, types[: len(ids)]):
-            parts = ["[CLS]", *a.tokens, "[SEP]", *b.tokens, "[SEP]"]
-            expected = " ".join(parts[: len(ids)])
+            names = ["[CLS]", *a.tokens, "[SEP]", *b.tokens, "[SEP]"]
+            expected = " ".join(names[: len(ids)])
             raise CheckpointError(
                 f"{path}: its post_processor makes {' '.join(found.tokens)} (ids {found.ids}, types "
                 f"{found.type_ids}); only BERT's is supported: {expected} (ids {ids}, types "
