@@ -1,6 +1,7 @@
 """What examples/ holds works: the client against a real server, the unit through systemd's own check."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -178,7 +179,8 @@ def test_the_client_stops_at_ctrl_c(tmp_path: Path) -> None:
     stub = Stub(None)
     url = f"http://127.0.0.1:{stub.port}"
     command = [sys.executable, str(EXAMPLES / "client.py"), "--url", url, "a", "b"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
         assert stub.is_asked.wait(60)
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60)[1] == "stopped\n" and process.returncode == 130
