@@ -16,6 +16,12 @@ INVISIBLE = (
     "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
 _VISIBLE = re.compile(f"[^{INVISIBLE}]")
+_HIDDEN = re.compile(f"[{INVISIBLE}]+")
+
+
+def without_invisible(text: str) -> str:
+    """What can be seen of it."""
+    return _HIDDEN.sub("", text)
 
 
 def is_blank(text: str) -> bool:

@@ -7,6 +7,7 @@ said "pairs, three classes" about its own files.
 
 import logging
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -16,14 +17,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bertpair.columns import listed
+from bertpair.blank import without_invisible
+from bertpair.columns import listed, shown
 from bertpair.errors import ConfigError, DataError, list_faults
+from bertpair.setting import plain
 from bertpair.task import CLASSIFICATION_METRICS, FOUR_COLUMN, REGRESSION_METRICS, Task, find_task
 from bertpair.tsv import Columns, Pairs, check_two_classes, find_labels, first_row
 
 logger = logging.getLogger(__name__)
 
 MAX_SHOWN = 20  # labels in one line
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?")
 
 
 @dataclass(frozen=True)
@@ -157,11 +161,13 @@ def report_labels(name: str, pairs: Pairs, labels: Sequence[str] | None) -> None
     if labels is None or pairs.labels is None:
         return
     counts = Counter(pairs.labels)
-    shown = [f"{label} {counts[label]:,}" for label in labels[:MAX_SHOWN]]
+    shown = [f"{plain(label)} {counts[label]:,}" for label in labels[:MAX_SHOWN]]
     more = [f"and {len(labels) - MAX_SHOWN} more"] if len(labels) > MAX_SHOWN else []
     logger.info("%s labels: %s", name, ", ".join([*shown, *more]))
     if len(counts) == 1:
-        logger.warning("%s: all %s rows have the label %s", name, f"{len(pairs):,}", next(iter(counts)))
+        logger.warning(
+            "%s: all %s rows have the label %s", name, f"{len(pairs):,}", plain(next(iter(counts)))
+        )
 
 
 def label_warnings(labels: Sequence[str]) -> list[str]:
@@ -169,8 +175,12 @@ def label_warnings(labels: Sequence[str]) -> list[str]:
     alike: dict[str | float, list[str]] = {}
     for label in labels:
         alike.setdefault(_meant(label), []).append(label)
-    twins = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
-    warnings = [f"labels that look alike and are trained apart: {'; '.join(twins)}"] if twins else []
+    twins = [" and ".join(map(_spelt, group)) for group in alike.values() if len(group) > 1]
+    more = f"; and {len(twins) - MAX_SHOWN} more" if len(twins) > MAX_SHOWN else ""
+    warnings = []
+    if twins:
+        shown = "; ".join(twins[:MAX_SHOWN]) + more
+        warnings.append(f"labels that look alike and are trained apart: {shown}")
     numbers = [value for value in alike if isinstance(value, float)]
     if len(numbers) == len(alike) and (len(numbers) > 10 or not all(n.is_integer() for n in numbers)):
         warnings.append(
@@ -182,12 +192,14 @@ def label_warnings(labels: Sequence[str]) -> list[str]:
 
 def _meant(label: str) -> str | float:
     """Equal for labels that a person would take for the same."""
-    text = unicodedata.normalize("NFKC", label).casefold()
-    text = "".join(char for char in text if unicodedata.category(char) not in ("Cf", "Cc", "Zs"))
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    text = without_invisible(unicodedata.normalize("NFKC", label)).casefold()
+    return float(text) if _NUMBER.fullmatch(text) else unicodedata.normalize("NFKC", text)
+
+
+def _spelt(label: str) -> str:
+    """A label so that it can be told from one that looks the same."""
+    is_seen = without_invisible(label) == label.replace(" ", "") and unicodedata.is_normalized("NFC", label)
+    return shown(label) if is_seen else ascii(label)
 
 
 def targets(pairs: Pairs, labels: Sequence[str] | None) -> NDArray[np.int64] | NDArray[np.float32]:

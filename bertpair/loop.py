@@ -25,6 +25,7 @@ from bertpair.progress import Progress
 from bertpair.report import finite_or_null
 from bertpair.run_folder import RunFolder, Snapshot
 from bertpair.runtime import peak_memory_gb, random_state, restore_random_state, stop_flag
+from bertpair.setting import plain
 from bertpair.stepper import SkippedStep, Stepper
 from bertpair.tokenizer import Tokens
 
@@ -228,7 +229,7 @@ class Loop:
         best = "best so far" if improved else "not finite"
         if not improved and state.best_metric is not None:
             best = f"best {state.best_metric:.4f} at step {state.best_step}"
-        of = f" of {evaluation.positive_label}" if metric == "f1" else ""
+        of = f" of {plain(evaluation.positive_label or '')}" if metric == "f1" else ""
         self._progress.line(f"step {step}  evaluation: {metric}{of} {value:.4f} ({best})")
         self._clock.restart_timer()
         return improved
@@ -280,8 +281,12 @@ class Loop:
         if self.progression.best_step is None or self.identity["dev_sha256"] is None:
             return
         watched = {"metric": self.plan.metric, "dev_sha256": self.identity["dev_sha256"]}
+        if self.plan.metric == "f1":
+            watched["positive_label"] = self.identity["positive_label"]
         if any(state.get(name, value) != value for name, value in watched.items()):
-            logger.warning("another metric or dev set is watched from here on: the best so far starts anew")
+            logger.warning(
+                "another metric or dev set is watched from here on: the best so far starts anew"
+            )
             fresh = Progression(self.progression.global_step)
             fresh.evaluation_pending = self.progression.evaluation_pending
             self.progression = fresh

@@ -7,10 +7,11 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bertpair.errors import CheckpointError, ConfigError, list_faults
 from bertpair.model import ACTIVATIONS, BertConfig
+from bertpair.setting import LABELS, convert
 from bertpair.strict_json import read_json
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,11 @@ def name_labels(folder: ModelFolder, given: Sequence[str] | None) -> tuple[str, 
 
     None for a regression. Raises ConfigError where `given` names another set, or another number of labels.
     """
+    if given is not None:
+        given = _sound_labels(given)
     if folder.regression:
+        if given is not None:
+            raise ConfigError(f"labels: found {_shorten(given)}; {folder.path} is a regression model")
         return None
     count = folder.config.num_labels
     unnamed = tuple(f"LABEL_{i}" for i in range(count))
@@ -129,6 +134,13 @@ def name_labels(folder: ModelFolder, given: Sequence[str] | None) -> tuple[str, 
     if len(given) != count:
         raise ConfigError(f"labels: found {len(given)} names; {folder.path} has {count} labels without names")
     return tuple(given)
+
+
+def _sound_labels(given: Sequence[str]) -> tuple[str, ...]:
+    try:
+        return tuple(label.strip() for label in cast(list[str], convert(LABELS, given)))
+    except ValueError as error:
+        raise ConfigError(f"labels: {error}") from None
 
 
 def config_json(

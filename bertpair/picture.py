@@ -76,8 +76,8 @@ def draw_curves(records: Sequence[Mapping[str, Any]], metric: str | None = None)
         elif len(eval_loss):
             _mark_best(panels[0], eval_loss[eval_loss[:, 1].argmin()], ORANGE)
         _plot(panels[-1], rate, VIOLET, "learning rate")
-        titles = ["loss", str(metric), "learning rate"] if show_metric else ["loss", "learning rate"]
-        for axes, name in zip(panels, titles, strict=True):
+        titles = ["loss", _metric_title(records, metric), "learning rate"]
+        for axes, name in zip(panels, titles if show_metric else titles[::2], strict=True):
             _style_panel(axes, name)
         _style_steps(panels[-1], records)
         return _png(figure)
@@ -210,8 +210,16 @@ def _mark_best(axes: "Axes", best: NDArray[np.float64], color: str) -> None:
     axes.set_title(text, loc="right", font=font_of_size(9), color=color)
 
 
+def _metric_title(records: Sequence[Mapping[str, Any]], metric: str | None) -> str:
+    """The metric, and which label f1 was last of, if a font can draw its name."""
+    labels = [record["eval_positive_label"] for record in records if record.get("eval_positive_label")]
+    title = printable(f"f1 of {labels[-1]}", MAX_TITLE_LENGTH) if metric == "f1" and labels else str(metric)
+    return title if find_fonts([title]) else str(metric)
+
+
 def _style_panel(axes: "Axes", name: str) -> None:
-    axes.set_title(name, loc="left", font=font_of_size(11), color=INK, parse_math=False)
+    font = font_of_size(11, find_fonts([name]).get(name))
+    axes.set_title(name, loc="left", font=font, color=INK, parse_math=False)
     axes.grid(color=FAINT, linewidth=0.5, alpha=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)

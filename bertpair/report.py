@@ -21,7 +21,7 @@ ESCAPES = {ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}
 def format_eval_results(metrics: Mapping[str, float | int | str]) -> dict[str, bytes]:
     """`eval_results.txt`, sorted "key = value" lines, and `eval_results.json`, flat (null: not finite)."""
     plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in metrics.items()}
-    text = "".join(f"{key} = {plain[key]}\n" for key in sorted(plain))
+    text = "".join(f"{key} = {_one_line(plain[key])}\n" for key in sorted(plain))
     flat = (
         json.dumps(finite_or_null(plain), ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
         + "\n"
@@ -129,6 +129,10 @@ def _table_cell(value: Any) -> str:
 def _cell(value: str | float) -> str:
     """A label as it is, but no tab or line break of its own; a number to six digits."""
     return value.translate(ESCAPES) if isinstance(value, str) else format(value, ".6g")
+
+
+def _one_line(value: float | int | str) -> float | int | str:
+    return value.translate(ESCAPES) if isinstance(value, str) else value
 
 
 def _is_not_finite(value: Any) -> bool:

@@ -33,8 +33,14 @@ DECIDE_THE_END = (
     "eval_strategy",
     "load_best_model_at_end",
     "metric_for_best_model",
+    "positive_label",
 )
-RESOLVED = {"amp": "auto", "num_threads": None, "device": "auto"}  # these mean: as it was
+RESOLVED = {
+    "amp": "auto",
+    "num_threads": None,
+    "device": "auto",
+    "positive_label": None,
+}  # these mean: as it was
 
 
 def name_output_dir(config: Config) -> Config:

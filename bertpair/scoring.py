@@ -55,12 +55,13 @@ class EvaluationResult:
 class _Candidate:
     """A model folder to evaluate, its name in the table, and what its results' folder is called after.
 
-    `prefix` is empty for the model that was asked for.
+    `prefix` is empty for the model that was asked for; `is_own`: that one or a checkpoint of it.
     """
 
     name: str
     path: Path
     prefix: str = ""
+    is_own: bool = True
 
 
 def evaluate(
@@ -154,7 +155,7 @@ def _candidates(config: Config) -> list[_Candidate]:
     for other in config.compare or ():
         path = resolve_folder(other, revision=config.revision, cache_dir=config.cache_dir)
         where = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]  # x/m and y/m are two models
-        found.append(_Candidate(other, final_folder(path), f"compare-{path.name}-{where}"))
+        found.append(_Candidate(other, final_folder(path), f"compare-{path.name}-{where}", is_own=False))
     return found
 
 
@@ -210,7 +211,7 @@ def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> P
         amp = "off"
     return PairClassifier.from_pretrained(
         candidate.path,
-        labels=config.labels,
+        labels=config.labels if candidate.is_own or "labels" in explicit else None,
         max_seq_length=cut,
         device=config.device,
         amp=amp,

@@ -174,7 +174,12 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         job = self.job
         dev = None if job.dev is None else digest_of(job.dev)
-        return {"data_sha256": job.data_digest, "dev_sha256": dev, "device": job.device.type}
+        return {
+            "data_sha256": job.data_digest,
+            "dev_sha256": dev,
+            "device": job.device.type,
+            "positive_label": job.config.positive_label,
+        }
 
     def _evaluate(self) -> Evaluation:
         assert self.job.dev is not None

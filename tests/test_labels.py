@@ -12,8 +12,18 @@ from live_server import make_predictor, serving
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import f1_score
 
-from bertpair import Config, ConfigError, DataError, PairClassifier, TrainResult, evaluate, train
+from bertpair import (
+    CheckpointError,
+    Config,
+    ConfigError,
+    DataError,
+    PairClassifier,
+    TrainResult,
+    evaluate,
+    train,
+)
 from bertpair.command_line import parse_command_line
+from bertpair.picture import draw_curves
 from bertpair.scoring import EvaluationResult, evaluate_models
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -115,6 +125,10 @@ def test_labels_are_counted_in_id_order(
         (["a\u200bb", "ab", "x"], "look alike"),
         (["a b", "a\u00a0b", "x"], "look alike"),
         (["1", "1.0", "01", "0"], "look alike"),
+        (["NaN", "nan", "x"], "'NaN' and 'nan'"),
+        (["a\ufe0f", "a", "x"], "'a' and 'a\\ufe0f'"),
+        (["\u00e9", "e\u0301", "x"], "'e\\u0301' and '\u00e9'"),  # no two signs that look the same
+        ([f"{word}{i}" for i in range(25) for word in ("a", "A")], "; and 5 more"),
         (["0.5", "1.0", "1.5"], "problem_type: regression"),
         ([str(i) for i in range(12)], "problem_type: regression"),
     ],
@@ -128,7 +142,15 @@ def test_labels_that_look_alike_or_like_scores_are_pointed_out(
 
 
 @pytest.mark.parametrize(
-    "labels", [["right", "wrong", "partly"], ["1", "2", "3"], ["0", "1"], ["-1", "0", "1"]]
+    "labels",
+    [
+        ["right", "wrong", "partly"],
+        ["1", "2", "3"],
+        ["0", "1"],
+        ["-1", "0", "1"],
+        ["1_0", "10"],
+        ["nan", "inf", "x"],
+    ],
 )
 def test_sound_labels_are_not(
     fit: Callable[..., TrainResult], caplog: pytest.LogCaptureFixture, labels: list[str]
@@ -168,6 +190,81 @@ def test_a_folder_without_names_is_told_them(fit: Callable[..., TrainResult], tm
     with serving(*make_predictor(tmp_path / "out", labels=["neg", "pos"])) as live:
         assert live.ask("GET", "/info").json["labels"] == ["neg", "pos"]
         assert live.predict().json["label"] in ("neg", "pos")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a", "a"], "found 'a' more than once"),
+        ("ab", "a list of at least two labels"),
+        (["a", " "], "found an empty one"),
+    ],
+)
+def test_names_that_cannot_be_labels_are_refused(
+    fit: Callable[..., TrainResult], tmp_path: Path, names: list[str], said: str
+) -> None:
+    fit(["neg", "pos", "pos"] * 6)
+    nameless(tmp_path / "out")
+    with pytest.raises(ConfigError, match=f"labels: .*{said}"):
+        PairClassifier.from_pretrained("out", labels=names)
+    assert PairClassifier.from_pretrained("out", labels=[" a", "b"]).labels == ("a", "b")
+
+
+def test_a_regression_is_not_told_names(fit: Callable[..., TrainResult], tmp_path: Path) -> None:
+    fit(["1.5", "2", "3"] * 6, problem_type="regression")
+    with pytest.raises(ConfigError, match="labels: found 'a', 'b'; .*out is a regression model"):
+        PairClassifier.from_pretrained("out", labels=["a", "b"])
+    with pytest.raises(ConfigError, match="is a regression model"):
+        make_predictor(tmp_path / "out", labels=["a", "b"])
+
+
+def test_one_models_own_names_are_not_lent_to_another(
+    fit: Callable[..., TrainResult], tmp_path: Path
+) -> None:
+    fit(["neg", "pos", "pos"] * 6, labels=["pos", "neg"])
+    shutil.copytree("out", "other")
+    nameless(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="other: its labels are LABEL_0, LABEL_1, the others' pos, neg"):
+        score("--model_dir", "out", "--compare", "other")
+    compared = score("--model_dir", "out", "--compare", "other", "--labels", "pos", "neg")
+    assert compared.by_model["out"] == compared.by_model["other"]
+
+
+def test_the_best_of_one_labels_f1_is_not_held_against_anothers(
+    fit: Callable[..., TrainResult], caplog: pytest.LogCaptureFixture
+) -> None:
+    column = ["neg", "pos", "pos"] * 10
+    watched = {"metric_for_best_model": "f1", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    one = fit(column, positive_label="neg", **watched)
+    two = fit(column, positive_label="pos", overwrite_output_dir=False, resume="auto", **watched)
+    assert "another metric or dev set is watched" in caplog.text
+    rows = [line.split("\t") for line in Path("out/predictions.tsv").read_text().splitlines()[1:]]
+    expected = f1_score([row[1] for row in rows], [row[2] for row in rows], pos_label="pos", zero_division=0)
+    assert two.metrics["positive_label"] == "pos" and two.metrics["f1"] == pytest.approx(expected)
+    assert one.metrics["positive_label"] == "neg"
+
+
+def test_curves_name_the_label_of_f1(fit: Callable[..., TrainResult]) -> None:
+    settings = {"metric_for_best_model": "f1", "logging_steps": 1}
+    drawn = []
+    for label in ("neg", "pos"):
+        fit(["neg", "pos", "pos"] * 10, positive_label=label, **settings)
+        records = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+        assert {r["eval_positive_label"] for r in records if "eval_f1" in r} == {label}
+        same = [{**r, "eval_f1": 0.5} if "eval_f1" in r else r for r in records]
+        drawn.append(draw_curves([{**r, "loss": 1.0} if "loss" in r else r for r in same], "f1"))
+    assert drawn[0] != drawn[1]
+
+
+def test_a_label_of_two_lines_keeps_eval_results_in_lines(
+    fit: Callable[..., TrainResult], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "bertpair")
+    fit(['"p\no"', "neg"] * 8, quoting="csv", positive_label="p\no")
+    lines = Path("out/eval_results.txt").read_text().splitlines()
+    assert all(" = " in line for line in lines)
+    assert json.loads(Path("out/eval_results.json").read_text())["positive_label"] == "p\no"
+    assert "train labels: neg 8, 'p\\no' 8" in caplog.text
 
 
 def test_a_folder_with_names_keeps_them(fit: Callable[..., TrainResult], tmp_path: Path) -> None:
