@@ -119,7 +119,7 @@ class Chaos:
                 writer.write(self.request(self.rng.choice(BAD)))
                 self.expect(kind, (await read_answer(reader))[0], (400, 422))
             elif kind == "oversized":
-                writer.write(self.request(b" " * 100_000))
+                writer.write(self.request(b" " * 100_000, 2**26 + 1))  # above any max_body_bytes
                 self.expect(kind, (await read_answer(reader))[0], (413,))
             elif kind == "garbage":
                 writer.write(self.rng.randbytes(200) + b"\r\n\r\n")
