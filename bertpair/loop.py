@@ -284,9 +284,7 @@ class Loop:
         if self.plan.metric == "f1":
             watched["positive_label"] = self.identity["positive_label"]
         if any(state.get(name, value) != value for name, value in watched.items()):
-            logger.warning(
-                "another metric or dev set is watched from here on: the best so far starts anew"
-            )
+            logger.warning("another metric or dev set is watched from here on: the best so far starts anew")
             fresh = Progression(self.progression.global_step)
             fresh.evaluation_pending = self.progression.evaluation_pending
             self.progression = fresh
