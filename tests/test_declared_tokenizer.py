@@ -189,6 +189,12 @@ def test_another_template_in_tokenizer_json_is_refused(hf_folder: Path) -> None:
     path.write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"post_processor makes \[CLS\] a \[SEP\] \[SEP\] b \[SEP\]"):
         PairClassifier.from_pretrained(hf_folder)
+    first_types = json.loads(json.dumps(pair).replace('"type_id": 1', '"type_id": 0'))
+    assert first_types != pair
+    document["post_processor"]["pair"] = first_types  # the second text as if it were the first
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"types \[0, 0, 0, 0, 0\]"):
+        PairClassifier.from_pretrained(hf_folder)
     document["post_processor"]["pair"] = pair
     single = document["post_processor"]["single"]
     document["post_processor"]["single"] = single[1:]

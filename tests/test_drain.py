@@ -110,6 +110,23 @@ def test_each_answer_of_the_drain_says_that_it_is_the_last(
         assert server.wait() == 0
 
 
+def test_a_request_whose_head_is_half_here_is_waited_for(
+    folder: Path, connect: Callable[[int], Line]
+) -> None:
+    with Process(*flags(folder, 0)) as server:
+        lines = [connect(server.port) for _ in range(2)]
+        for line in lines:
+            line.send(GET)
+            line.read()
+        lines[0].send(POST[:30])
+        server.process.send_signal(signal.SIGTERM)
+        assert lines[1].is_closed()  # an idle connection goes once its last moment for a request is over
+        lines[0].send(POST[30:])
+        answer = lines[0].read()
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert server.wait() == 0
+
+
 def test_requests_sent_together_are_all_answered_in_the_drain(
     folder: Path, connect: Callable[[int], Line]
 ) -> None:
