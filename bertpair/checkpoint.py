@@ -79,7 +79,7 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     found = []
     try:
         entries = list(os.scandir(output_dir))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise CheckpointError(f"{output_dir}: cannot be listed: {error.strerror}") from error

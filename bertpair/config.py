@@ -1,9 +1,13 @@
 """Every setting, in one flat dataclass: the field names are the YAML keys and the flags.
 
 Names are run_glue's where it has one. Its defaults too, but for weight_decay 0.01, learning_rate 2e-5 and
-batches of 16. A field says what it may hold, what it means, what a resume makes of another value (free,
-warn, anyway: only with resume_anyway, or never), and whom it belongs to. Settings of the model go wherever
-the model goes, and the names of its data files with them; those of the run end with it.
+batches of 16. A field says what it may hold, what it means, what a resume makes of another value, and whom
+it belongs to. Settings of the model go wherever the model goes, and the names of its data files with them;
+those of the run end with it.
+
+A resume takes another value as it is (free), says that results agree to rounding only (warn), wants
+resume_anyway for it (anyway) or refuses it (never). Those marked `end` are free, and decide when a run ends
+or which weights and figures it ends with: a finished run is then opened again.
 """
 
 from collections.abc import Container, Mapping, Sequence
@@ -37,7 +41,7 @@ from bertpair.setting import (
 )
 from bertpair.task import find_task
 
-ResumeRule = Literal["free", "warn", "anyway", "never"]
+ResumeRule = Literal["free", "end", "warn", "anyway", "never"]
 Owner = Literal["model", "files", "run"]
 METRICS = ("acc", "f1", "macro_f1", "mcc", "pearson", "spearmanr", "corr", "loss")
 _COUNT = whole(1)
@@ -95,9 +99,9 @@ _evaluate = partial(setting, group="evaluate")
 class Config:
     """The settings of a run or an evaluation. `check_config` says whether they are sound."""
 
-    data_dir: str | None = _files(None, PATH, "folder with the TSV files", "free")
+    data_dir: str | None = _files(None, PATH, "folder with the TSV files", "end")
     train_file: list[str] | None = _files(None, PATHS, "training TSV; null: the task's, in data_dir", "free")
-    dev_file: list[str] | None = _files(None, PATHS, "dev TSV; null: the task's, in data_dir", "free")
+    dev_file: list[str] | None = _files(None, PATHS, "dev TSV; null: the task's, in data_dir", "end")
     test_file: list[str] | None = _files(None, PATHS, "test TSV; null: the task's, in data_dir", "free")
     task_name: str | None = _layout(None, _TASK, "preset of columns, labels, files and metrics")
     text_a_column: str | int = _layout("auto", COLUMN, "first text; auto: the task's, else 1")
@@ -111,7 +115,7 @@ class Config:
     quoting: str = _layout("none", choice("none", "csv"), "csv: quoted fields may hold tabs and newlines")
     labels: list[str] | None = _layout(None, LABELS, "labels in id order; null: found in the training data")
     positive_label: str | None = _layout(
-        None, LABEL, "with two labels: the one that f1 is of; null: as the task, else that with id 1", "free"
+        None, LABEL, "with two labels: the one that f1 is of; null: as the task, else that with id 1", "end"
     )
     problem_type: str | None = _layout(
         None, or_null(choice("classification", "regression")), "null: as the task, else classification"
@@ -119,7 +123,7 @@ class Config:
     on_bad_row: str = _data("error", choice("error", "skip"), "skip: count and list bad rows, and go on")
     max_seq_length: int = _layout(128, whole(5, 65_535), "tokens of a pair, special ones included")
     max_train_samples: int | None = _data(None, _LIMIT, "only the first rows of the training data")
-    max_eval_samples: int | None = _data(None, _LIMIT, "only the first rows of the dev data", "free")
+    max_eval_samples: int | None = _data(None, _LIMIT, "only the first rows of the dev data", "end")
     token_cache_dir: str | None = _data(None, PATH, "of token ids; null: the user's cache folder", "free")
     overwrite_cache: bool = _data(False, SWITCH, "tokenize anew even if token ids are kept", "free")
 
@@ -172,22 +176,22 @@ class Config:
     num_threads: int | None = _device(None, or_null(whole(1, 1024)), "null: as many as cores", "warn")
 
     do_train: bool | None = _run(None, _MAYBE, "train; null: unless only do_eval is given", "free")
-    do_eval: bool | None = _run(None, _MAYBE, "evaluate; null: unless only do_train is given", "free")
+    do_eval: bool | None = _run(None, _MAYBE, "evaluate; null: unless only do_train is given", "end")
     output_dir: str | None = _run(None, PATH, "folder for the model and its checkpoints", "free")
     overwrite_output_dir: bool = _run(False, SWITCH, "a new run may replace the old one there", "free")
     resume: str | Literal[False] = _run(False, RESUME, "go on from a checkpoint; auto: the newest", "free")
     resume_anyway: bool = _run(False, SWITCH, "resume although settings that allow it have changed", "free")
     logging_steps: int = _run(500, whole(-1), "steps between lines of metrics.jsonl; 0 or -1: none", "free")
     save_steps: int = _run(500, whole(-1), "steps between checkpoints; 0 or -1: none", "free")
-    eval_strategy: str = _run("epoch", choice("no", "steps", "epoch"), "when to evaluate in training", "free")
-    eval_steps: int | None = _run(None, _LIMIT, "steps between evaluations; null: logging_steps", "free")
+    eval_strategy: str = _run("epoch", choice("no", "steps", "epoch"), "when to evaluate in training", "end")
+    eval_steps: int | None = _run(None, _LIMIT, "steps between evaluations; null: logging_steps", "end")
     evaluate_during_training: bool = _run(False, SWITCH, "the old name of eval_strategy steps", "free")
     save_total_limit: int | None = _run(None, _LIMIT, "checkpoints kept besides the best", "free")
     metric_for_best_model: str | None = _run(
-        None, or_null(choice(*METRICS)), "what to watch; null: the task's first metric", "free", owner="model"
+        None, or_null(choice(*METRICS)), "what to watch; null: the task's first metric", "end", owner="model"
     )
-    load_best_model_at_end: bool = _run(False, SWITCH, "the final folder holds the best weights", "free")
-    early_stopping_patience: int | None = _run(None, _LIMIT, "evaluations without a better one", "free")
+    load_best_model_at_end: bool = _run(False, SWITCH, "the final folder holds the best weights", "end")
+    early_stopping_patience: int | None = _run(None, _LIMIT, "evaluations without a better one", "end")
     report_to: list[str] = _run(["none"], REPORTS, "other places to send metrics to", "free")
 
     model_dir: str | None = _evaluate(None, PATH, "trained folder; null: the configured output_dir", "free")
@@ -298,7 +302,7 @@ def dump_yaml(config: Config) -> str:
 
 
 def resume_rule(name: str) -> ResumeRule:
-    """What a resume makes of another value: free, warn, refuse unless resume_anyway, or refuse always."""
+    """What a resume makes of another value: see the head of this module."""
     return SETTINGS[name].resume
 
 

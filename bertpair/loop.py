@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -78,10 +79,27 @@ class Loop:
 
     @property
     def is_done(self) -> bool:
+        return self.progression.global_step >= self.plan.total_steps or self._is_out_of_patience
+
+    @property
+    def _is_out_of_patience(self) -> bool:
         patience, waited = self.plan.patience, self.progression.evaluations_without_improvement
-        return self.progression.global_step >= self.plan.total_steps or (
-            patience is not None and waited >= patience
-        )
+        return patience is not None and waited >= patience
+
+    def log_end(self) -> None:
+        """Say why no step is left to do."""
+        done, total = self.progression.global_step, self.plan.total_steps
+        if done >= total:
+            logger.info("step %d of %d: nothing is left to train", done, total)
+        else:
+            logger.info(
+                "step %d of %d: early stopping ended the run after %d evaluations without a better one; "
+                "a larger early_stopping_patience than %d goes on",
+                done,
+                total,
+                self.progression.evaluations_without_improvement,
+                self.plan.patience,
+            )
 
     def run(self) -> None:
         """Train to the end of the plan, or until patience runs out.
@@ -95,10 +113,13 @@ class Loop:
                 if self.progression.evaluation_pending:
                     self._evaluate()
                 self._clock.restart()
+                if self.is_done:
+                    self.log_end()
                 while not self.is_done:
                     stop_flag.raise_if_set()
                     self._step()
                     self._after_step()
+                self._check_trained()
                 if self.plan.save_steps:  # early stopping may end the run at any evaluation
                     self._save()
             except StoppedError as stopped:
@@ -113,7 +134,8 @@ class Loop:
         if self._saved_step is None:
             lost = "the last save failed, and what came after the newest checkpoint is lost"
             return StoppedError(stopped.signum, lost, save_failed=True)
-        go_on = f"saved at step {step}; continue with --resume --output_dir {self.folder.path}"
+        place = shlex.quote(str(self.folder.path))
+        go_on = f"saved at step {step}; continue with --resume --output_dir {place}"
         return StoppedError(stopped.signum, go_on)
 
     def _step(self) -> None:
@@ -202,8 +224,20 @@ class Loop:
         if longest > self.plan.max_skipped_steps:
             raise TrainingError(
                 f"{longest} steps in a row had a loss or gradient that is not finite "
-                f"(max_skipped_steps {self.plan.max_skipped_steps}); lower learning_rate, or try amp off"
+                f"(max_skipped_steps {self.plan.max_skipped_steps}); {self._skipping_advice()}"
             )
+
+    def _check_trained(self) -> None:
+        """TrainingError where no step of the whole run counted: the weights are those of its start."""
+        self._check_verdicts()
+        if self.stepper.meter.mean_loss is None:
+            raise TrainingError(
+                "nothing was trained: every step had a loss or gradient that is not finite; "
+                + self._skipping_advice()
+            )
+
+    def _skipping_advice(self) -> str:
+        return "lower learning_rate" + ("" if self.stepper.precision.name == "off" else ", or try amp off")
 
     def _evaluate(self) -> bool:
         """Evaluate now; True where the watched metric improved."""

@@ -166,13 +166,13 @@ def verify_folder(folder: Path) -> Manifest:
 
 
 def extra_files(folder: Path, manifest: Manifest) -> list[str]:
-    """A line for each visible file or folder in `folder` that its manifest does not name."""
+    """The names of visible files and folders in `folder` that its manifest does not name."""
     known = {entry.name for entry in manifest.files} | {MANIFEST_NAME}
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be listed: {error.strerror}") from error
-    return [f"{folder / n}: not named in {MANIFEST_NAME}" for n in names if n not in known and n[0] != "."]
+    return [name for name in names if name not in known and name[0] != "."]
 
 
 def _size_fault(folder: Path, entry: FileEntry) -> str | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from bertpair.command_line import config_from_folder
-from bertpair.config import Config, changed_settings, check_config, resume_rule, to_dict
+from bertpair.config import SETTINGS, Config, changed_settings, check_config, resume_rule, to_dict
 from bertpair.errors import CheckpointError, ConfigError, list_faults
 from bertpair.lock import RunLock
 from bertpair.preparation import Job
@@ -26,15 +27,6 @@ from bertpair.run_state import (
 logger = logging.getLogger(__name__)
 
 Change = tuple[str, object, object]
-DECIDE_THE_END = (
-    "dev_file",
-    "early_stopping_patience",
-    "eval_steps",
-    "eval_strategy",
-    "load_best_model_at_end",
-    "metric_for_best_model",
-    "positive_label",
-)
 RESOLVED = {
     "amp": "auto",
     "num_threads": None,
@@ -50,8 +42,17 @@ def name_output_dir(config: Config) -> Config:
     return dataclasses.replace(config, output_dir=str(Path(str(config.resume)).absolute().parent))
 
 
-def find_start(config: Config, explicit: Collection[str], lock: RunLock) -> tuple[RunState | None, Config]:
-    """Where the run goes on, if it does, and the settings it then has. Takes the lock if the folder is there.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins, and the settings it has."""
+
+    config: Config
+    checkpoint: RunState | None = None  # None: at step 0, or not at all
+    finished: RunState | None = None  # this run is over; its result stands unless it has steps left to do
+
+
+def find_start(config: Config, explicit: Collection[str], lock: RunLock) -> Start:
+    """Where the run goes on, if it does. Takes the lock if the folder is there.
 
     Raises ConfigError or CheckpointError where the run may not begin there, or there is nothing whole to
     resume from.
@@ -61,32 +62,33 @@ def find_start(config: Config, explicit: Collection[str], lock: RunLock) -> tupl
         check_new_run(output_dir, config.overwrite_output_dir)
     enter_folder(output_dir, lock)
     if not config.resume:
-        return None, config
+        return Start(config)
     finished = finished_run(output_dir) if config.resume == "auto" else None
+    ends_otherwise = False
     if finished is not None:
         merged, changes = merge_settings(config, explicit, finished)
-        if not changes and not _may_go_on(finished, merged):
-            return finished, merged
+        ends_otherwise = _ending(merged) != _ending(Config(**config_from_folder(finished.folder)))
+        if not ends_otherwise and not any(resume_rule(name) == "anyway" for name, _, _ in changes):
+            return Start(merged, finished=finished)
     start = find_resume(output_dir, str(config.resume))
     if finished is not None:
         _say_where_it_goes_on(finished, start)
     if start is None:
-        check_new_run(output_dir, overwrite=may_start_over(output_dir))
+        check_new_run(output_dir, overwrite=may_start_over(output_dir), instead_of_resume=True)
         logger.info("%s: no checkpoint to resume from: starting at step 0", output_dir)
-        return None, check_config(config, training=True)
+        return Start(check_config(config, training=True))
     merged, changes = merge_settings(config, explicit, start)
     for name, old, new in changes:
         only_rounding = "; results then agree to rounding" if resume_rule(name) == "warn" else ""
         logger.warning("%s was %s, is now %s%s", name, old, new, only_rounding)
     logger.info("resuming from %s", start.folder)
-    return start, merged
+    return Start(merged, start, None if ends_otherwise else finished)
 
 
-def _may_go_on(finished: RunState, now: Config) -> bool:
-    """Whether a setting is another than in the finished run that decides when it ends or which weights it
-    keeps; such settings may change freely."""
-    then = Config(**config_from_folder(finished.folder))
-    return any(getattr(then, name) != getattr(now, name) for name in DECIDE_THE_END)
+def _ending(config: Config) -> dict[str, object]:
+    """What decides when a run ends, and which weights and figures it then has, by meaning."""
+    values = {name: getattr(config, name) for name in SETTINGS if resume_rule(name) == "end"}
+    return {**values, "do_eval": config.runs_evaluation, "eval_steps": config.eval_interval}
 
 
 def _say_where_it_goes_on(finished: RunState, start: RunState | None) -> None:
@@ -96,7 +98,7 @@ def _say_where_it_goes_on(finished: RunState, start: RunState | None) -> None:
         raise CheckpointError(
             f"{finished.folder}: the run is finished at step {ended} and has no checkpoint to go on from "
             "(save_steps was 0); start a new run from its weights with "
-            f"--model_name_or_path {finished.folder} and another --output_dir"
+            f"--model_name_or_path {shlex.quote(str(finished.folder))} and another --output_dir"
         )
     if start.state["global_step"] != ended:
         logger.warning(
@@ -132,7 +134,7 @@ def _refuse(never: list[Change], unless_anyway: list[Change], run: RunState) -> 
     advice = "--resume_anyway accepts this"
     if never:
         advice = "a resume cannot change this; start a new run from the weights: "
-        advice += f"--model_name_or_path {run.folder}"
+        advice += f"--model_name_or_path {shlex.quote(str(run.folder))}"
     raise ConfigError(f"{run.folder}: these settings differ from the run's\n{list_faults(faults)}\n{advice}")
 
 
@@ -142,7 +144,7 @@ def check_same_data(job: Job, resumed_from: RunState) -> None:
         raise CheckpointError(
             f"{resumed_from.folder}: the training data (or how it is read) has changed since this "
             "checkpoint; a resume needs the same rows. To train on from its weights, start a new run with "
-            f"--model_name_or_path {resumed_from.folder} and another --output_dir"
+            f"--model_name_or_path {shlex.quote(str(resumed_from.folder))} and another --output_dir"
         )
 
 

@@ -37,9 +37,11 @@ MODEL_FILES = (
     "trainer_state.json",
     "vocab.txt",
 )
+COMPARED = "compare-"  # begins the names of folders with a compared model's results
 RUN_FILES = (".run.json", "curves.png", "metrics.jsonl", "training_args.yaml", *RESULT_FILES)
 _FOLDER_NAME = rf"checkpoint-(?:0|[1-9]\d{{0,17}})|{re.escape(FINAL_READY)}"
 _TEMPORARY_FOLDER = re.compile(rf"({_FOLDER_NAME})\.(tmp|old)-\d{{1,10}}(?:-\d{{1,10}})?", re.ASCII)
+_PART_NAME = re.compile(rf"(?:{_FOLDER_NAME})|{COMPARED}.+", re.DOTALL)
 _TEMPORARY_FILE = re.compile(r"\.(.+)\.tmp-(\d{1,10})", re.ASCII)
 
 
@@ -60,7 +62,7 @@ def prune(
     older = [path for step, path in steps if step < now and path.name not in spared]
     older = [path for path in older if _run_of(path) == run_id]
     doomed = older[: max(0, len(older) - max(keep - 1, 0))]
-    return [path for path in doomed if retire_folder(path)]
+    return [path for path in doomed if _retire(path)]
 
 
 def discard_others(output_dir: Path, run_id_to_keep: str, *, is_finished: bool = False) -> list[Path]:
@@ -70,20 +72,29 @@ def discard_others(output_dir: Path, run_id_to_keep: str, *, is_finished: bool =
     others = [path for path, run in runs if run not in (None, run_id_to_keep)]
     if not others or not (is_finished or newest_whole(output_dir, run_id_to_keep).path):
         return []
-    return [path for path in others if retire_folder(path)]
+    return [path for path in others if _retire(path)]
 
 
 def _run_of(folder: Path) -> str | None:
-    """The run whose writing fills this folder; None if that is unsure or somebody added something."""
+    """The run that wrote this folder; None if that is unsure."""
     try:
-        manifest = read_manifest(folder)
-        extra = extra_files(folder, manifest)
+        return read_manifest(folder).run_id or ""
     except CheckpointError:
         return None
-    if extra:
-        logger.info("%s is kept: %s", folder, extra[0])
-        return None
-    return manifest.run_id or ""
+
+
+def _retire(folder: Path) -> bool:
+    """Delete a checkpoint; what somebody added to it stays, in a folder whose name is no checkpoint's."""
+    manifest = read_manifest(folder)
+    added = extra_files(folder, manifest)
+    if not added:
+        return retire_folder(folder)
+    kept = folder.with_name(f"{folder.name}.kept-{os.getpid()}")
+    os.rename(folder, kept)
+    for name in (*(entry.name for entry in manifest.files), MANIFEST_NAME):
+        (kept / name).unlink(missing_ok=True)
+    logger.warning("%s is deleted; %s, which bertpair did not write, is now in %s", folder, added[0], kept)
+    return True
 
 
 def remove_leftovers(output_dir: Path) -> list[Path]:
@@ -137,10 +148,22 @@ def discard_evaluations(output_dir: Path, run_id_to_keep: str) -> None:
         except (OSError, ValueError):
             continue  # not evaluate.py's
         if isinstance(said, dict) and said.get("run_id") != run_id_to_keep:
-            for name in RESULT_FILES:
-                (folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # something of the user's lies in it
-                folder.rmdir()
+            _discard_results(folder)
+
+
+def discard_parts(folder: Path) -> None:
+    """Delete the results of checkpoints and compared models that an earlier evaluation wrote in `folder`."""
+    for part in _children(folder):
+        if _PART_NAME.fullmatch(part.name) and (part / INPUT_FILE).is_file():
+            _discard_results(part)
+
+
+def _discard_results(folder: Path) -> None:
+    """Delete what evaluate.py wrote in `folder`, and the folder if nothing else lies in it."""
+    for name in RESULT_FILES:
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or something of the user's lies in it
+        folder.rmdir()
 
 
 def run_id_of(folder: Path) -> str | None:

@@ -75,8 +75,9 @@ def enter_folder(output_dir: Path, lock: RunLock) -> None:
         logger.warning("the staged final model is passed over: %s", error)
 
 
-def check_new_run(output_dir: Path, overwrite: bool) -> None:
-    """ConfigError unless a new run may begin here; nothing is written."""
+def check_new_run(output_dir: Path, overwrite: bool, *, instead_of_resume: bool = False) -> None:
+    """ConfigError unless a new run may begin here, asked for or for want of one to resume; nothing is
+    written."""
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"output_dir: {output_dir} is a file; a folder is needed")
     existing = output_dir.absolute()
@@ -86,9 +87,14 @@ def check_new_run(output_dir: Path, overwrite: bool) -> None:
         raise ConfigError(f"output_dir: {output_dir} cannot be written ({existing})")
     if not overwrite and (found := _contents(output_dir)):
         shown = ", ".join([*found[:3], *(["…"] if len(found) > 3 else [])])
+        what = f"output_dir: {output_dir} is not empty ({shown})"
+        if instead_of_resume:
+            raise ConfigError(
+                f"{what} and holds no run to resume; --output_dir names another folder; "
+                "without --resume, --overwrite_output_dir starts anew in its place"
+            )
         raise ConfigError(
-            f"output_dir: {output_dir} is not empty ({shown}); "
-            "--resume goes on with the run in it, --overwrite_output_dir starts anew in its place, "
+            f"{what}; --resume goes on with the run in it, --overwrite_output_dir starts anew in its place, "
             "--output_dir names another folder"
         )
 

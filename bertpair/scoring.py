@@ -25,9 +25,10 @@ from bertpair.evaluation import Evaluation, confusion_of, evaluate_split, result
 from bertpair.hub import resolve_folder
 from bertpair.inference import PairClassifier
 from bertpair.metrics import per_class
+from bertpair.model_config import read_folder
 from bertpair.preparation import data_settings
 from bertpair.report import class_table, comparison_table, confusion_table, finite_or_null
-from bertpair.retention import INPUT_FILE, RESULT_FILES, run_id_of
+from bertpair.retention import COMPARED, INPUT_FILE, RESULT_FILES, discard_parts, run_id_of
 from bertpair.runtime import allowed_precisions, resolve_device, set_deterministic, set_threads
 from bertpair.tsv import Pairs, read_pairs
 
@@ -94,7 +95,8 @@ def evaluate_models(
         logger.info("%s", note)
     set_threads(config.num_threads)
     set_deterministic(config.deterministic)
-    candidates = _candidates(config)  # a wrong model folder is said before a wrong data file
+    model_dir = _model_folder(config)
+    candidates = _candidates(config, model_dir)  # a wrong model folder is said before a wrong data file
     first = _open(candidates[0], config, explicit)
     source, files = _resolve_files(config)
     _check_task(config, first, source)
@@ -111,11 +113,13 @@ def evaluate_models(
     if len(set(pairs.labels or ())) == 1:
         report_labels(", ".join(pairs.files), pairs, first.labels)
     data = _describe_data(pairs)
+    if config.eval_output_dir is not None:
+        discard_parts(Path(config.eval_output_dir))
     by_model, folders, tables = {}, {}, []
     for candidate in candidates:
         model = first if candidate is candidates[0] else _open(candidate, config, explicit)
         _check_same_labels(first, model, candidate)
-        output = _output_folder(config, candidate, data)
+        output = _output_folder(config, model_dir, candidate, data)
         evaluation, files_of_it, table = _evaluate_one(config, candidate, model, pairs, positive)
         _write_files(output, {**files_of_it, INPUT_FILE: _describe_input(config, candidate, data)})
         by_model[candidate.name] = evaluation.figures
@@ -138,10 +142,9 @@ def _resolve_files(config: Config) -> tuple[Source, tuple[Path, ...]]:
     return source, source.test_files if kind == "test" else source.dev_files
 
 
-def _candidates(config: Config) -> list[_Candidate]:
+def _candidates(config: Config, model_dir: Path) -> list[_Candidate]:
     """The folders to evaluate: checkpoints in numeric order, then the model itself, then what it is
-    compared with."""
-    model_dir = _model_folder(config)
+    compared with. CheckpointError where one of these is no model folder."""
     found = []
     if config.all_checkpoints:
         found = [_Candidate(p.name, p, p.name) for _, p in list_checkpoints(model_dir)]
@@ -155,7 +158,9 @@ def _candidates(config: Config) -> list[_Candidate]:
     for other in config.compare or ():
         path = resolve_folder(other, revision=config.revision, cache_dir=config.cache_dir)
         where = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]  # x/m and y/m are two models
-        found.append(_Candidate(other, final_folder(path), f"compare-{path.name}-{where}", is_own=False))
+        found.append(_Candidate(other, final_folder(path), f"{COMPARED}{path.name}-{where}", is_own=False))
+    for candidate in found:
+        read_folder(candidate.path)
     return found
 
 
@@ -187,7 +192,9 @@ def _describe_input(config: Config, candidate: _Candidate, data: list[dict[str, 
     return (json.dumps(said, indent=2, ensure_ascii=False) + "\n").encode(errors="surrogateescape")
 
 
-def _output_folder(config: Config, candidate: _Candidate, data: list[dict[str, Any]]) -> Path:
+def _output_folder(
+    config: Config, model_dir: Path, candidate: _Candidate, data: list[dict[str, Any]]
+) -> Path:
     """Where the files of one model's results on these data go; other data have another folder."""
     if config.eval_output_dir is not None:
         return Path(config.eval_output_dir) / candidate.prefix
@@ -197,7 +204,8 @@ def _output_folder(config: Config, candidate: _Candidate, data: list[dict[str, A
     more = f"+{len(data) - 1}" if len(data) > 1 else ""
     prefix = f"{candidate.prefix}-" if candidate.prefix else ""
     name = f"{prefix}{os.path.basename(data[0]['path'])}{more}-{digest.hexdigest()[:8]}"
-    return output_dir_of(_model_folder(config)) / "eval" / (name + ("-predict" if config.predict else ""))
+    name += f"-first{config.max_eval_samples}" if config.max_eval_samples else ""
+    return output_dir_of(model_dir) / "eval" / (name + ("-predict" if config.predict else ""))
 
 
 def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> PairClassifier:

@@ -259,7 +259,7 @@ def _accept_weights(value: object) -> object:
         return value
     if not isinstance(value, Mapping) or not value:
         raise ValueError
-    weight = number(above=0)
+    weight = number(low=1e-6, high=1e6)  # float32 holds a sum of losses so weighted
     labels = [clean_label(label) for label in value]
     _refuse_twice(labels)
     return {label: convert(weight, item) for label, item in zip(labels, value.values(), strict=True)}
@@ -273,7 +273,12 @@ def _read_weights(words: Sequence[str]) -> object:
 
 
 WEIGHTS = or_null(
-    Kind("balanced, or a weight above 0 by label (label=weight …)", _accept_weights, _read_weights, "many")
+    Kind(
+        "balanced, or a weight from 1e-6 to 1e6 by label (label=weight …)",
+        _accept_weights,
+        _read_weights,
+        "many",
+    )
 )
 
 

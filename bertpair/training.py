@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,13 +79,21 @@ def train(
     config = name_output_dir(config)
     lock = RunLock(Path(str(config.output_dir)))
     try:
-        start, config = find_start(config, given, lock)
-        if start is not None and "result" in start.state:
-            logger.info("%s: this run is finished; its result:", start.folder)
-            return TrainResult(**{**start.state["result"], "output_dir": str(config.output_dir)})
-        return _Run(prepare(config, start), start, lock).run()
+        start = find_start(config, given, lock)
+        if start.finished is not None and start.checkpoint is None:
+            return _stored_result(start.finished)
+        run = _Run(prepare(start.config, start.checkpoint), start.checkpoint, lock)
+        if start.finished is not None and run.loop.is_done:
+            run.loop.log_end()
+            return _stored_result(start.finished)
+        return run.run()
     finally:
         lock.release()
+
+
+def _stored_result(finished: RunState) -> TrainResult:
+    logger.info("%s: this run is finished; its result:", finished.folder)
+    return TrainResult(**{**finished.state["result"], "output_dir": str(finished.folder)})
 
 
 def changed_from_defaults(config: Config) -> set[str]:
@@ -223,7 +232,8 @@ class _Run:
         found = newest_whole(self.folder.path, self.folder.run_id).path
         kept = "no checkpoint has been written"
         if found is not None:
-            kept = f"{found.name} stands: a new run with --model_name_or_path {found} starts from its weights"
+            place = shlex.quote(str(found))
+            kept = f"{found.name} stands: a new run with --model_name_or_path {place} starts from its weights"
         return (
             f"out of memory after step {step} on {self.job.device} ({str(error).splitlines()[0]:.160}); "
             f"lower per_device_train_batch_size ({batch}) and raise gradient_accumulation_steps ({groups}) "

@@ -193,7 +193,7 @@ def test_written_settings_read_back_the_same(tmp_path: Path) -> None:
         train_file=files,
         dev_file=files,  # the same list twice: YAML must not write an alias
         labels=["yes", "no", "010", "1:30", "null", "正 ", "=", "2020-01-01", "1_000", "😀", "# x"],
-        class_weights={"yes": 1e-7, "no": 3.0},
+        class_weights={"yes": 1e-5, "no": 3.0},
         amp="off",
         eval_strategy="no",
         resume="auto",
@@ -225,17 +225,18 @@ labels = st.lists(words.filter(str.strip), min_size=2, max_size=5, unique=True)
     labels,
     st.floats(1e-300, 1),
     st.floats(0, 100),
+    st.floats(1e-6, 1e6),
     st.integers(0, 2**32 - 1),
 )
-@example("\u2028", ["\x85b", "a\r\n b"], ["\ufeff", "x \t\u2029"], 1e-5, 0.0, 0)
+@example("\u2028", ["\x85b", "a\r\n b"], ["\ufeff", "x \t\u2029"], 1e-5, 0.0, 1.0, 0)
 def test_any_sound_settings_read_back_the_same(
-    word: str, paths: list[str], names: list[str], rate: float, decay: float, seed: int
+    word: str, paths: list[str], names: list[str], rate: float, decay: float, weight: float, seed: int
 ) -> None:
     config = Config(
         data_dir=paths[0],
         train_file=paths,
         labels=names,
-        class_weights={name: rate for name in names},
+        class_weights={name: weight for name in names},
         text_a_column=word,
         learning_rate=rate,
         weight_decay=decay,
@@ -252,10 +253,13 @@ def test_a_resume_knows_what_may_change() -> None:
     never = """labels label_column max_seq_length task_name model_name_or_path do_lower_case
         compact_vocabulary seed per_device_train_batch_size gradient_accumulation_steps max_train_samples
         group_by_length""".split()
-    free = """output_dir data_dir train_file logging_steps save_steps eval_strategy eval_steps
-        save_total_limit per_device_eval_batch_size max_eval_samples token_cache_dir resume resume_anyway
-        do_train""".split()
-    for expected, names in [("anyway", anyway), ("never", never), ("free", free), ("warn", ["num_threads"])]:
+    free = """output_dir train_file logging_steps save_steps save_total_limit per_device_eval_batch_size
+        token_cache_dir resume resume_anyway do_train""".split()
+    end = """data_dir dev_file max_eval_samples do_eval eval_strategy eval_steps positive_label
+        metric_for_best_model load_best_model_at_end early_stopping_patience""".split()
+    warn = ["device", "num_threads"]
+    rule_of = {"anyway": anyway, "never": never, "free": free, "end": end, "warn": warn}
+    for expected, names in rule_of.items():
         assert {name: rules[name] for name in names} == dict.fromkeys(names, expected)
 
 

@@ -56,18 +56,27 @@ def test_prune_never_takes_the_last_verified_for_a_damaged_newer_one(tmp_path: P
     assert newest_whole(tmp_path).path == tmp_path / "checkpoint-2"
 
 
-def test_prune_spares_other_runs_and_what_it_does_not_know(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
+def test_prune_spares_other_runs_and_what_it_does_not_know(tmp_path: Path) -> None:
     save(tmp_path, 1, run_id="b")
     (save(tmp_path, 2) / "manifest.json").write_bytes(b"{}")
-    (save(tmp_path, 3) / "notes.txt").write_text("mine")
     (tmp_path / "checkpoint-4").mkdir()  # another program's
     save(tmp_path, 5)
     assert prune(tmp_path, 1, last=save(tmp_path, 6), run_id="a") == [tmp_path / "checkpoint-5"]
-    assert steps(tmp_path) == [1, 2, 3, 4, 6]
-    assert "notes.txt" in caplog.text
+    assert steps(tmp_path) == [1, 2, 4, 6]
+
+
+def test_what_somebody_added_to_a_pruned_checkpoint_stays_without_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    added = save(tmp_path, 3) / "notes" / "mine.txt"
+    added.parent.mkdir()
+    added.write_text("mine")
+    assert prune(tmp_path, 1, last=save(tmp_path, 6), run_id="a") == [tmp_path / "checkpoint-3"]
+    kept = tmp_path / f"checkpoint-3.kept-{os.getpid()}"
+    assert files_below(kept) == {"notes/mine.txt": b"mine"} and steps(tmp_path) == [6]
+    assert str(kept) in caplog.text and "notes" in caplog.text
+    remove_leftovers(tmp_path)
+    assert (kept / "notes" / "mine.txt").read_text() == "mine"
 
 
 def test_a_kill_while_pruning_leaves_no_half_checkpoint(tmp_path: Path) -> None:

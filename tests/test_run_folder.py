@@ -327,7 +327,7 @@ def test_another_thread_count_resumes_with_a_warning(
 ) -> None:
     run(settings, max_steps=4)
     shutil.rmtree("out/eval", ignore_errors=True)
-    run(settings, max_steps=4, resume="auto", num_threads=2, resume_anyway=False)
+    run(settings, max_steps=6, resume="auto", num_threads=2, resume_anyway=True)
     assert "num_threads was 1, is now 2; results then agree to rounding" in caplog.text
 
 

@@ -196,6 +196,42 @@ def test_nothing_of_an_earlier_evaluation_stands_beside_a_new_one(hf_folder: Pat
     run("--model_dir", hf_folder, "--data_file", dev, "--output_dir", "here")
     run("--model_dir", hf_folder, "--data_file", dev, "--predict", "--output_dir", "here")
     assert {path.name for path in Path("here").iterdir()} == {"notes.txt", "predictions.tsv", "input.json"}
+    shutil.copytree(hf_folder, "other")
+    run("--model_dir", hf_folder, "--data_file", dev, "--compare", "other", "--output_dir", "here")
+    Path("here/checkpoint-mine").mkdir()
+    (compared,) = Path("here").glob("compare-*")
+    (compared / "mine.txt").write_text("mine")
+    run("--model_dir", hf_folder, "--data_file", dev, "--predict", "--output_dir", "here")
+    left = {str(path.relative_to("here")) for path in Path("here").rglob("*") if path != compared}
+    assert left == {
+        "notes.txt",
+        "predictions.tsv",
+        "input.json",
+        "checkpoint-mine",
+        f"{compared.name}/mine.txt",
+    }
+
+
+def test_the_results_of_some_rows_stand_beside_those_of_all(hf_folder: Path, dev: Path) -> None:
+    (all_rows,) = evaluate(hf_folder, dev).folders.values()
+    some = run("--model_dir", hf_folder, "--data_file", dev, "--max_eval_samples", "7")
+    (folder,) = some.folders.values()
+    assert folder == f"{all_rows}-first7" and some.num_rows == 7
+    assert len(rows_of(Path(all_rows, "predictions.tsv"))) == 41
+
+
+def test_a_folder_to_compare_with_that_is_none_is_found_before_the_data_are_read(
+    hf_folder: Path, dev: Path
+) -> None:
+    Path("empty").mkdir()
+    for wrong, message in (
+        ("empty", "no such file; a model folder holds one"),
+        (str(dev), "a file; expected a model folder"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            run("--model_dir", hf_folder, "--data_file", "nowhere.tsv", "--compare", wrong)
+        with pytest.raises(CheckpointError, match=message):
+            run("--model_dir", wrong, "--data_file", dev)
 
 
 def test_models_of_one_name_are_compared_in_places_of_their_own(hf_folder: Path, dev: Path) -> None:

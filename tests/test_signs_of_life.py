@@ -4,6 +4,8 @@ import json
 import os
 import pty
 import select
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +93,7 @@ def test_the_curves_show_the_watched_metric(flags: list[str]) -> None:
 
 def test_ctrl_c_says_how_to_go_on_and_that_works(flags: list[str]) -> None:
     longer = [*flags, "--max_steps", "100000", "--eval_strategy", "no", "--save_steps", "0"]
+    longer += ["--output_dir", "a new place"]
     command = [sys.executable, str(ROOT / "train.py"), *longer, "--logging_steps", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -101,10 +104,10 @@ def test_ctrl_c_says_how_to_go_on_and_that_works(flags: list[str]) -> None:
     _, rest = process.communicate(timeout=60)
     last = rest.splitlines()[-1]
     assert process.returncode == 130 and last.startswith("stopped by Ctrl-C: saved at step ")
-    advice = last.partition("; continue with ")[2].split()
-    step = list_checkpoints(Path("out"))[-1][0]
+    advice = shlex.split(last.partition("; continue with ")[2])
+    step = list_checkpoints(Path("a new place"))[-1][0]
     again = run("train", *advice, "--max_steps", str(step + 2), "--resume_anyway")
-    assert again.returncode == 0 and f"resuming from out/checkpoint-{step}" in again.stderr
+    assert again.returncode == 0 and f"resuming from a new place/checkpoint-{step}" in again.stderr
 
 
 @pytest.mark.parametrize("command", ["evaluate", "serve"])
@@ -141,6 +144,10 @@ def test_what_would_be_in_vain_is_refused_or_said(
     write_tsv("scores.tsv", [(i, "a cat", "sat", i) for i in range(5)], HEADER)
     with pytest.raises(ConfigError, match="acc is not measured with a regression"):
         fit(train_file=["scores.tsv"], dev_file=None, task_name="sts-b", metric_for_best_model="acc")
+    with pytest.raises(
+        ConfigError, match=r"tiny is not empty \(config.json, .* holds no run to resume; --out"
+    ):
+        fit(resume="auto", output_dir="tiny")
     write_tiny_bert(tmp_path / "single", type_vocab_size=1)
     with pytest.raises(Exception, match="type_vocab_size is 1, and pairs need 2"):
         fit(model_name_or_path="single")
@@ -184,6 +191,56 @@ def test_a_finished_run_goes_on_for_more_epochs_or_says_why_not(
     with pytest.raises(Exception, match="finished at step 3 and has no checkpoint to go on from"):
         go_on(max_steps=5)
     assert go_on().global_step == 3
+
+
+def test_a_finished_run_says_what_keeps_it_from_going_on(
+    flags: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def go_on(**settings: object) -> TrainResult:
+        caplog.clear()
+        given = {"resume": "auto", "output_dir": "out", **settings}
+        return train(Config(**given), explicit=set(given))  # type: ignore[arg-type]
+
+    caplog.set_level("INFO")
+    stopped = fit(**EARLY, early_stopping_patience=2)
+    settings = Path("out/training_args.yaml").read_text()
+    assert go_on(max_steps=24, resume_anyway=True) == stopped
+    assert "after 2 evaluations without a better one; a larger early_stopping_patience than 2" in caplog.text
+    for unused in ({"learning_rate": 1e-3}, {"max_steps": 3}):
+        assert go_on(resume_anyway=True, **unused) == stopped
+    assert go_on(logging_steps=3, num_threads=3, save_steps=2) == stopped
+    assert Path("out/training_args.yaml").read_text() == settings, "what was never used is not stored"
+    assert go_on(early_stopping_patience=20, logging_steps=3).global_step == 12
+    again = go_on(early_stopping_patience=30)
+    assert again.global_step == 12 and "step 12 of 12: nothing is left to train" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"max_eval_samples": 2},
+        {"eval_strategy": "steps", "logging_steps": 2},
+        {"load_best_model_at_end": True},
+        {"data_dir": "other"},
+    ],
+    ids=str,
+)
+def test_a_setting_that_changes_how_a_run_ends_opens_a_finished_run(
+    flags: list[str], changed: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    Path("other").mkdir()
+    shutil.copy("dev.tsv", "other/dev.tsv")
+    shutil.copy("train.tsv", "other/train.tsv")
+    base = {"max_steps": 4, "save_steps": 2, "eval_strategy": "epoch"}
+    fit(**base, train_file=None, dev_file=None, data_dir=".")
+    given = {"resume": "auto", "output_dir": "out", **changed}
+    caplog.set_level("INFO")
+    result = train(Config(**given), explicit=set(given))  # type: ignore[arg-type]
+    assert result.global_step == 4 and "step 4 of 4: nothing is left to train" in caplog.text
+    assert result.metrics["n"] == changed.get("max_eval_samples", result.metrics["n"])
+    stored = Path("out/training_args.yaml").read_text()
+    for name, value in changed.items():
+        assert f"{name}: {str(value).lower() if isinstance(value, bool) else value}\n" in stored
 
 
 def test_a_loss_that_is_not_finite_is_null_in_every_file_and_ends_nothing(flags: list[str]) -> None:
