@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from bertpair.errors import CheckpointError, ConfigError
 from bertpair.evaluation import Evaluation, confusion_of, evaluate_split, result_files
 from bertpair.hub import resolve_folder
 from bertpair.inference import PairClassifier
+from bertpair.manifest import MANIFEST_NAME
 from bertpair.metrics import per_class
 from bertpair.model_config import read_folder
 from bertpair.preparation import data_settings
@@ -97,6 +99,7 @@ def evaluate_models(
     set_deterministic(config.deterministic)
     model_dir = _model_folder(config)
     candidates = _candidates(config, model_dir)  # a wrong model folder is said before a wrong data file
+    _check_place(config, candidates)
     first = _open(candidates[0], config, explicit)
     source, files = _resolve_files(config)
     _check_task(config, first, source)
@@ -161,13 +164,33 @@ def _candidates(config: Config, model_dir: Path) -> list[_Candidate]:
         found.append(_Candidate(other, final_folder(path), f"{COMPARED}{path.name}-{where}", is_own=False))
     for candidate in found:
         read_folder(candidate.path)
-    return found
+    return _named_apart(found)
+
+
+def _named_apart(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """The same, each with a name of its own in the table: a folder to compare with may be called `final`."""
+    apart: dict[str, _Candidate] = {}
+    for candidate in candidates:
+        more = (f"{candidate.name} ({i})" for i in itertools.count(2))
+        name = next(name for name in itertools.chain([candidate.name], more) if name not in apart)
+        apart[name] = dataclasses.replace(candidate, name=name)
+    return list(apart.values())
 
 
 def _model_folder(config: Config) -> Path:
     if config.model_dir is None:
         raise ConfigError("model_dir: not set; name a trained folder (or output_dir in config.yaml)")
     return resolve_folder(config.model_dir, revision=config.revision, cache_dir=config.cache_dir)
+
+
+def _check_place(config: Config, candidates: Sequence[_Candidate]) -> None:
+    """ConfigError where results would go into a model folder, over files that its manifest names."""
+    if config.eval_output_dir is None:
+        return
+    root = Path(config.eval_output_dir)
+    for place in (root, *(root / candidate.prefix for candidate in candidates)):
+        if (place / "config.json").exists() or (place / MANIFEST_NAME).exists():
+            raise ConfigError(f"output_dir: {place} is a model folder; name another one for the results")
 
 
 def _describe_data(pairs: Pairs) -> list[dict[str, Any]]:

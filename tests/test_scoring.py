@@ -13,6 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from bertpair import CheckpointError, Config, ConfigError, DataError, PairClassifier, evaluate, train
 from bertpair.command_line import parse_command_line
 from bertpair.evaluation import measure
+from bertpair.manifest import verify_folder
 from bertpair.scoring import EvaluationResult, evaluate_models
 
 OLD = Path(__file__).parent / "written_by_0_1_0"
@@ -159,6 +160,35 @@ def test_a_checkpoint_that_was_evaluated_is_still_whole(tmp_path: Path) -> None:
     assert {path.name for path in Path("stopped/checkpoint-16").iterdir()} == {*before, "notes.txt"}
     config = Config(output_dir="stopped", resume="auto")
     assert train(config, explicit={"output_dir", "resume"}).global_step == 24
+
+
+def test_results_never_go_into_a_model_folder(tmp_path: Path) -> None:
+    """Its manifest names the results of its training: others in their place would be damage."""
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    base = {"model_name_or_path": "base", "from_scratch": True, "train_file": ["train.tsv"], "amp": "off"}
+    train(Config(**base, output_dir="out", dev_file=["dev.tsv"], max_steps=2, max_seq_length=16))
+    for place in ("out", "out/checkpoint-2", "finished"):
+        for model in ("out", "out/checkpoint-2"):
+            with pytest.raises(ConfigError, match="is a model folder; name another one"):
+                run("--model_dir", model, "--data_file", "dev.tsv", "--predict", "--output_dir", place)
+    shutil.copytree("stopped", "half")  # a run without a final model
+    with pytest.raises(ConfigError, match="half/checkpoint-16 is a model folder"):
+        run("--model_dir", "stopped", "--data_file", "dev.tsv", "--all_checkpoints", "--output_dir", "half")
+    assert verify_folder(Path("out")) and verify_folder(Path("half/checkpoint-16"))
+    assert list(evaluate("out", "dev.tsv").folders)
+
+
+def test_every_model_has_a_row_of_its_own_in_the_table(tmp_path: Path) -> None:
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    shutil.copytree("finished", "final")
+    shutil.copytree("finished", "whole")
+    shutil.copytree("stopped/checkpoint-16", "whole/checkpoint-16")
+    words = ["--data_file", "dev.tsv", "--compare", "final", "whole", "whole"]
+    result = run("--model_dir", "whole", "--all_checkpoints", *words)
+    assert list(result.by_model) == ["checkpoint-16", "final", "final (2)", "whole", "whole (2)"]
+    assert all(name in result.text for name in result.by_model)
+    result = run("--model_dir", "whole", "--data_file", "dev.tsv", "--compare", "whole")
+    assert list(result.folders) == ["whole", "whole (2)"] and len(set(result.folders.values())) == 2
 
 
 def test_files_of_one_name_do_not_meet(hf_folder: Path, dev: Path) -> None:
