@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tokenizers import normalizers
 
 from bertpair.errors import CheckpointError, ConfigError, DataError, list_faults
+from bertpair.manifest import MANIFEST_NAME
 from bertpair.runtime import stop_flag
 from bertpair.truncation import Ints, copy_runs, longest_first, offsets_of, undecided_heads
 from bertpair.wordpiece import (
@@ -223,7 +224,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def added_tokens(folder: Path, settings: Mapping[str, Any]) -> set[str]:
     """Tokens beside BERT's own five that the folder's small files say texts may hold whole."""
-    found = set(read_if_there(folder / "added_tokens.json"))
+    is_ours = (folder / MANIFEST_NAME).is_file()  # such a file is none of it then, so it is never read
+    found = set() if is_ours else set(read_if_there(folder / "added_tokens.json"))
     try:
         found |= {token["content"] for token in settings.get("added_tokens_decoder", {}).values()}
         for said in (settings, read_if_there(folder / "special_tokens_map.json")):

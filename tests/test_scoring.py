@@ -158,6 +158,9 @@ def test_a_checkpoint_that_was_evaluated_is_still_whole(tmp_path: Path) -> None:
     assert Path(result.folders["stopped/checkpoint-16"]).parent == tmp_path / "stopped" / "eval"
     Path("stopped/checkpoint-16/notes.txt").write_text("mine")  # a stray file is no damage either
     assert {path.name for path in Path("stopped/checkpoint-16").iterdir()} == {*before, "notes.txt"}
+    for name in ("added_tokens.json", "model.safetensors.index.json", "pytorch_model.bin", "tokenizer.model"):
+        Path("stopped/checkpoint-16", name).write_text('{"<x>": 1}')
+    assert evaluate("stopped/checkpoint-16", "dev.tsv").metrics == result.metrics
     config = Config(output_dir="stopped", resume="auto")
     assert train(config, explicit={"output_dir", "resume"}).global_step == 24
 
