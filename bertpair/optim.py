@@ -6,6 +6,7 @@ all agree to rounding. Nothing here waits for the device: clipping, the loss sca
 whose gradients are not finite are numbers that stay on it.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -74,7 +75,8 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"betas: found {group['betas']!r}; numbers from 0 to below 1 are allowed")
         if (chosen := group["implementation"]) not in IMPLEMENTATIONS:
             raise ValueError(f"implementation: found {chosen!r}; not one of {IMPLEMENTATIONS}")
-        super().add_param_group(param_group)
+        # The bare function: torch's wrapper imports its compiler, which takes over a second.
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     @torch.no_grad()
     def step(self, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:  # type: ignore[override]

@@ -241,7 +241,8 @@ def set_deterministic(on: bool) -> None:
         torch.backends.cudnn.benchmark = False
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # pure cost
     torch.backends.cudnn.deterministic = on
-    torch.use_deterministic_algorithms(on)
+    if torch.are_deterministic_algorithms_enabled() != on:  # the call imports torch's compiler: over a second
+        torch.use_deterministic_algorithms(on)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -189,7 +189,8 @@ class Stepper:
             group["lr"] = learning_rate
         divisor = clip_scale(norm, self._max_grad_norm, self.scaler.scale)
         self.optimizer.step(grad_scale=divisor, found_inf=found_inf)
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
         # An overflow of scaled fp16 gradients is the scaler's business, unless it can do no more.
         helpless = self.scaler.scale <= self.scaler.FLOOR
         skipped = ~torch.isfinite(loss) | (found_inf.bool() & helpless)

@@ -250,3 +250,14 @@ def test_a_loss_that_is_not_finite_is_null_in_every_file_and_ends_nothing(flags:
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert any("eval_loss" in line and line["eval_loss"] is None for line in lines)
     assert json.loads(Path("out/eval_results.json").read_text())["loss"] is None
+
+
+def test_no_command_waits_for_torchs_compiler(flags: list[str]) -> None:
+    """Its import takes over a second, and nothing here is compiled."""
+    program = "import sys, runpy; sys.argv[:] = sys.argv[1:]; sys.path.insert(0, sys.argv[1])\n"
+    program += "try: runpy.run_path(sys.argv.pop(0), run_name='__main__')\n"
+    program += "finally: print('torch._dynamo' in sys.modules)"
+    for name, words in (("train", flags), ("evaluate", ["--model_dir", "out"])):
+        command = [sys.executable, "-c", program, str(ROOT / f"{name}.py"), str(ROOT), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False", done.stderr
