@@ -78,8 +78,9 @@ def enter_folder(output_dir: Path, lock: RunLock) -> None:
 def check_new_run(output_dir: Path, overwrite: bool, *, instead_of_resume: bool = False) -> None:
     """ConfigError unless a new run may begin here, asked for or for want of one to resume; nothing is
     written."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigError(f"output_dir: {output_dir} is a file; a folder is needed")
+    if os.path.lexists(output_dir) and not output_dir.is_dir():
+        what = "is a file" if output_dir.exists() else "is a link that leads nowhere"
+        raise ConfigError(f"output_dir: {output_dir} {what}; a folder is needed")
     existing = output_dir.absolute()
     while not existing.exists():
         existing = existing.parent

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import write_tiny_bert
 
-from bertpair import Config, ConfigError, DataError, TrainResult, train
+from bertpair import CheckpointError, Config, ConfigError, DataError, PairClassifier, TrainResult, train
 from bertpair.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +117,10 @@ def test_a_model_folder_that_is_none_is_said_first(tmp_path: Path, command: str)
     assert missing.returncode == empty.returncode == 2
     assert "./nope" in missing.stderr and "no such folder" in missing.stderr and "dev" not in missing.stderr
     assert "no weights in it" in empty.stderr and "from_scratch" not in empty.stderr
+    Path("run/checkpoint-9").mkdir(parents=True)
+    Path("run/checkpoint-10").mkdir()
+    with pytest.raises(CheckpointError, match="is not finished; name a checkpoint of it: run/checkpoint-10"):
+        PairClassifier.from_pretrained("run")
 
 
 BASE = {
