@@ -201,15 +201,15 @@ class _Unfilled(TorchFunctionMode):
 
 def _fill(config: BertConfig, stored: Mapping[str, Tensor], new: Sequence[str], where: str) -> BertClassifier:
     """A model with the `stored` weights, and initialised where it is `new`."""
-    with torch.device("meta"), _Unfilled():  # all of it is overwritten
-        model = BertClassifier(config)
-    own = state_tensors(model)
+    with torch.device("meta"), _Unfilled():
+        own = state_tensors(BertClassifier(config))
     fresh = {
         name: tensor for module in new for name, tensor in own.items() if name in _names_under(module, own)
     }
     _check_alike(own, {**stored, **fresh}, where)
     sound = to_float32(stored, where)
-    model.to_empty(device="cpu")
+    with _Unfilled():  # all of it is overwritten; to_empty would import torch's compiler
+        model = BertClassifier(config)
     for module in new:
         init_module(model.get_submodule(module), config.initializer_range)
     own = state_tensors(model)
