@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SHOWN = 20  # labels in one line
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?")
+_DECIMAL_COMMA = re.compile(r"([-+]?\d+),(\d+)")
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,7 @@ def label_warnings(labels: Sequence[str]) -> list[str]:
 def _meant(label: str) -> str | float:
     """Equal for labels that a person would take for the same."""
     text = without_invisible(unicodedata.normalize("NFKC", label)).casefold()
+    text = _DECIMAL_COMMA.sub(r"\1.\2", text) if _DECIMAL_COMMA.fullmatch(text) else text
     return float(text) if _NUMBER.fullmatch(text) else unicodedata.normalize("NFKC", text)
 
 

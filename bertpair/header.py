@@ -31,8 +31,10 @@ def check_header(where: str, cells: Sequence[str], quoting: str) -> None:
     """DataError for a header that shows that its file is read in another way than it was written."""
     if any("\r" in cell.strip() for cell in cells):
         raise DataError(f"{where}a carriage return in the header; convert it: tr '\\r' '\\n' < OLD > NEW")
-    if quoting == "none" and len(cells) > 1 and all(map(is_quoted, cells)):
-        raise DataError(f"{where}all names are in quotes; read the file with --quoting csv")
+    if quoting == "none" and cells[0].startswith('"') and cells[-1].rstrip().endswith('"') and len(cells) > 1:
+        if not is_quoted(cells[0]):
+            raise DataError(f"{where}the whole line is in quotes; write the lines without them")
+        raise DataError(f"{where}the names are in quotes; read the file with --quoting csv")
 
 
 def is_quoted(cell: str) -> bool:

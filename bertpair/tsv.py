@@ -153,13 +153,14 @@ class _File:
     num_faults: int
     num_good: int
     header: list[str] | None = None  # the cells that are read
-    num_names: int = 0  # in the header, up to the last one
+    num_filled: int = 0  # cells of the first row, up to the last one with something in it
     first: FirstRow | None = None  # below the header, if there is one
     first_line: int = 0
     places: Places | None = None
     num_rows: int = 0
     num_tried: int = 0  # those within the limit
-    widest: int = 0
+    num_short: int = 0  # good rows with fewer cells than the first one
+    first_short: int = 0
     misfits: Misfits = field(default_factory=Misfits)
 
 
@@ -248,13 +249,13 @@ class _Reader:
                 else f"expected tabs between the columns, found none in {listed(cells)}"
             )
             raise DataError(where + found)
+        here.num_filled = max((place + 1 for place, cell in enumerate(cells) if cell.strip()), default=0)
         if self.columns.has_header:
             check_header(where, cells, self.columns.quoting)
         places = locate_columns(self.columns, cells, where)
         if not self.columns.has_header:
             return places
         here.header = self._used(cells, places)
-        here.num_names = max((place + 1 for place, cell in enumerate(cells) if cell.strip()), default=0)
         if self.header is None:
             self.header = tuple(cell.strip() for cell in cells)
         if self.columns.header is None:  # further files must agree with this one
@@ -281,9 +282,9 @@ class _Reader:
             raise DataError(f"{here.path}: not one good row:\n{faults}")
         if here.first is not None and self._good_first_row():
             self._check_first_row(here.first)
-        if here.num_tried and here.widest < here.num_names:
-            said = "%s: the header has %d columns, no row has more than %d; they are counted from the left"
-            logger.warning(said, here.path, here.num_names, here.widest)
+        if here.num_short:
+            said = "%s: rows with fewer columns than the first, counted from the left: %d, as in line %d"
+            logger.warning(said, here.path, here.num_short, here.first_short)
 
     def _good_first_row(self) -> bool:
         return self.line_of_row[self.here.num_good : self.here.num_good + 1] == [self.here.first_line]
@@ -302,11 +303,13 @@ class _Reader:
     def _add(self, record: Record, places: Places) -> None:
         here, cells = self.here, record.cells
         here.num_tried += 1
-        here.widest = max(here.widest, len(cells))
         fault = record.fault or self._fault(cells, places) or self._header_again(cells, places)
         if fault:
             self.note(f"{here.path}:{record.line}: {fault}")
             return
+        if len(cells) < here.num_filled:
+            here.first_short = here.first_short or record.line
+            here.num_short += 1
         self.text_a.append(cells[places.text_a])
         if places.text_b is not None:
             self.text_b.append(cells[places.text_b])
@@ -353,7 +356,9 @@ class _Reader:
         elif self.regression:
             if _number(label) is not None:
                 return ""
-            expected = "problem_type: regression takes numbers up to 1e18"
+            point = label.replace(",", ".")
+            hint = f"did you mean {shown(point)}? " if "," in label and _number(point) is not None else ""
+            expected = f"{hint}problem_type: regression takes numbers up to 1e18"
         else:
             expected = "a label is expected"
         if not label:

@@ -135,10 +135,13 @@ def test_a_carriage_return_in_the_header_and_quotes_around_all_names_are_refused
         fit("data.tsv")
     quoted = "".join("\t".join(f'"{cell}"' for cell in row.split("\t")) + "\n" for row in PLAIN.splitlines())
     Path("data.tsv").write_text(quoted)
-    with pytest.raises(DataError, match="data.tsv:1: all names are in quotes; .* --quoting csv"):
+    with pytest.raises(DataError, match="data.tsv:1: the names are in quotes; .* --quoting csv"):
         fit("data.tsv")
     fit("data.tsv", quoting="csv")
     assert evaluate("out", "data.tsv").num_rows == 12
+    Path("data.tsv").write_text("".join(f'"{line}"\n' for line in PLAIN.splitlines()))
+    with pytest.raises(DataError, match="data.tsv:1: the whole line is in quotes; write the lines without"):
+        fit("data.tsv", overwrite_output_dir=True)
 
 
 def test_texts_in_quotes_short_rows_and_missing_labels_are_pointed_out(
@@ -155,10 +158,20 @@ def test_texts_in_quotes_short_rows_and_missing_labels_are_pointed_out(
     Path("short.tsv").write_text(HEADER + "the cat\tsat\ta\n" * 3)
     parsed = parse_command_line(["--model_dir", "out", "--data_file", "short.tsv", "--predict"], "evaluate")
     evaluate_models(parsed.config, explicit=parsed.explicit)
-    assert "short.tsv: the header has 4 columns, no row has more than 3" in caplog.text
+    assert (
+        "short.tsv: rows with fewer columns than the first, counted from the left: 3, as in line 2"
+        in caplog.text
+    )
     Path("data.tsv").write_text(PLAIN + "12\tthe cat\tsat\tNaN\n")
     fit("data.tsv", overwrite_output_dir=True)
     assert "the label 'NaN' is how pandas writes a missing one" in caplog.text
+    Path("data.tsv").write_text(HEADER + "".join(f"{i}\tthe cat\tsat\t{i},5\n" for i in range(12)))
+    fit("data.tsv", overwrite_output_dir=True)
+    assert (
+        "all 12 labels are numbers ('0,5', '1,5'" in caplog.text and "problem_type: regression" in caplog.text
+    )
+    with pytest.raises(DataError, match="data.tsv:2: label '0,5'; did you mean '0.5'. problem_type"):
+        fit("data.tsv", problem_type="regression", overwrite_output_dir=True)
 
 
 def test_columns_with_the_usual_names_in_other_places_are_refused() -> None:
