@@ -243,12 +243,9 @@ class _Reader:
             following = next((each.cells for each in records if each.cells), [])
             if len(following) > 1:
                 raise DataError(f"{where}expected tabs as in the next row, found none in {listed(cells)}")
-            found = (
-                f"looks {other}"
-                if other
-                else f"expected tabs between the columns, found none in {listed(cells)}"
-            )
-            raise DataError(where + found)
+            if other:
+                raise DataError(f"{where}looks {other}")
+            raise DataError(f"{where}expected tabs between the columns, found none in {listed(cells)}")
         here.num_filled = max((place + 1 for place, cell in enumerate(cells) if cell.strip()), default=0)
         if self.columns.has_header:
             check_header(where, cells, self.columns.quoting)
@@ -258,10 +255,12 @@ class _Reader:
         here.header = self._used(cells, places)
         if self.header is None:
             self.header = tuple(cell.strip() for cell in cells)
+        number = None
         if self.columns.header is None:  # further files must agree with this one
             self.columns = replace(self.columns, header=self.header)
+            number = next(filter(_WHOLE.fullmatch, cells), None)
         label = None if places.label is None else cells[places.label].strip()
-        self.headers.append((where, label, next(filter(_WHOLE.fullmatch, cells), None)))
+        self.headers.append((where, label, number))
         return places
 
     def _close(self) -> None:
