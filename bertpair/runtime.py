@@ -201,7 +201,7 @@ def explain_memory(device: torch.device) -> Iterator[None]:
         release_locals(error)
         said = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
-            f"out of memory while the model was loaded on {device} ({said:.160}); free some memory there, or "
+            f"out of memory: {device} has no room for the model ({said:.160}); free some memory there, or "
             "choose another device with --device"
         ) from error
 
@@ -341,7 +341,7 @@ def allowed_precisions(device: torch.device) -> list[PrecisionName]:
     """What `amp` may be set to, the best last."""
     if device.type != "cuda":
         return ["off", "bf16"] if device.type == "cpu" else ["off"]  # bf16 runs on any CPU, if slowly
-    with torch.cuda.device(device):
+    with explain_memory(device), torch.cuda.device(device):  # where the process first asks for some of it
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return ["off", "fp16", "bf16"] if has_bf16 else ["off", "fp16"]
 

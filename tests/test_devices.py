@@ -181,7 +181,7 @@ def test_a_device_too_small_for_the_model_ends_each_command_with_2(
             [sys.executable, "-c", program, *flags], capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 2 and done.stdout == "", done.stderr
-        said = "error: out of memory while the model was loaded on cpu (CUDA out of memory. Tried to allocate"
+        said = "error: out of memory: cpu has no room for the model (CUDA out of memory. Tried to allocate"
         assert done.stderr.splitlines()[-1].startswith(said) and "Traceback" not in done.stderr
     assert not Path("out", "config.json").exists()
 

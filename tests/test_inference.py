@@ -15,7 +15,7 @@ from conftest import write_tiny_bert
 from bertpair import CheckpointError, Config, ConfigError, DataError, PairClassifier, StoppedError, train
 from bertpair.inference import make_predictions, softmax
 from bertpair.model import BertClassifier
-from bertpair.runtime import stop_flag
+from bertpair.runtime import allowed_precisions, stop_flag
 from bertpair.tokenizer import Tokens
 
 WORDS = "the cat sat mat good bad food café 中文 数据库 [SEP] hello, (x)".split()
@@ -222,11 +222,17 @@ def test_a_device_too_small_for_the_model_is_one_line(
     with monkeypatch.context() as patched, pytest.raises(ConfigError) as caught:
         patched.setattr(BertClassifier, "to", full)
         PairClassifier.from_pretrained(hf_folder)
-    said = "out of memory while the model was loaded on cpu (CUDA out of memory. Tried to allocate 2.00 GiB.)"
+    said = "out of memory: cpu has no room for the model (CUDA out of memory. Tried to allocate 2.00 GiB.);"
     assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
-    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="loaded on cpu .MemoryError.;"):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(ConfigError, match="cpu has no room for the model .MemoryError.;"),
+    ):
         patched.setattr("bertpair.inference.load_model", raise_memory_error)
         PairClassifier.from_pretrained(hf_folder)
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="cuda:0 has no room"):
+        patched.setattr(torch.cuda, "device", full)
+        allowed_precisions(torch.device("cuda:0"))
     assert PairClassifier.from_pretrained(hf_folder).predict([("a", "b")])
 
 
