@@ -6,13 +6,22 @@ header has in the columns used, where they are used.
 """
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bertpair.errors import ConfigError, DataError, list_faults
 
 _ROLES = ("text_a", "text_b", "label")
+_MARKS = (  # between the columns of other formats, what it is called, and how to get rid of it
+    (",", "a comma", ": export it as tab-separated text and read that with --quoting csv"),
+    (";", "a semicolon", ": export it as tab-separated text and read that with --quoting csv"),
+    ("[|]", "a vertical bar", ": export it as tab-separated text"),
+    (r"\\t", r"a backslash and a t", ""),
+    (" {2,}", "spaces", ""),
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,8 @@ class Columns:
 
     `text_b` None: single texts. `label` None: no labels are read. `quoting`: `none` takes quotes literally;
     with `csv`, quoted fields may hold tabs, newlines and doubled quotes. `header`: the training file's; with
-    `checks_header`, columns known by number must have its names in every file.
+    `checks_header`, columns known by number must have its names in every file. `usual`: role → the name that
+    the column has in a usual header; where it stands in another column, that is a fault too.
     """
 
     text_a: int | str
@@ -31,6 +41,7 @@ class Columns:
     quoting: str = "none"
     header: tuple[str, ...] | None = None
     checks_header: bool = True
+    usual: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if self.quoting not in ("none", "csv"):
@@ -41,6 +52,11 @@ class Columns:
 
     def by_role(self) -> list[tuple[str, int | str | None]]:
         return list(zip(_ROLES, (self.text_a, self.text_b, self.label), strict=True))
+
+    @property
+    def num_used(self) -> int:
+        """How many columns are read."""
+        return sum(column is not None for _, column in self.by_role())
 
 
 class Places(NamedTuple):
@@ -67,8 +83,8 @@ def locate_columns(columns: Columns, first: list[str], where: str) -> Places:
             hint = "; has this file no labels?" if role == "label" else ""
             faults.append(f"{where}{role}_column {column!r} is the same column as {other}_column{hint}")
         positions.append(position)
-    if not faults and columns.has_header and columns.checks_header and columns.header is not None:
-        faults = _header_faults(columns, columns.header, first, where)
+    if not faults and columns.has_header and columns.checks_header:
+        faults = _header_faults(columns, first, where)
     if faults:
         raise DataError(list_faults(faults))
     text_a, text_b, label = positions
@@ -77,21 +93,46 @@ def locate_columns(columns: Columns, first: list[str], where: str) -> Places:
     return Places(text_a, text_b, label, needed, max(needed, len(first)))
 
 
-def other_format(first: Sequence[str], columns: Columns) -> str:
-    """What a first row without a single tab shows the file to be instead, and what to do; or ""."""
-    wanted = sum(column is not None for _, column in columns.by_role())
-    if len(first) != 1 or wanted < 2:
+def other_format(row: Sequence[str], columns: Columns) -> str:
+    """What a row without a single tab seems to be instead of columns, and what to do; or ""."""
+    if len(row) != 1 or columns.num_used < 2:
         return ""
-    line = first[0].strip()
+    line = row[0].strip()
     if line.startswith(("{", "[")):
-        return "looks like JSON; write it as text with a tab between the columns"
-    for mark, name in ((",", "comma"), (";", "semicolon"), ("|", "vertical bar")):
-        if line.count(mark) >= wanted - 1:
-            return (
-                f"looks like columns with a {name} between them; write a tab there instead: export it as "
-                "tab-separated text and read that with --quoting csv"
-            )
+        return "like JSON; write it as text with a tab between the columns"
+    if line.startswith("# "):
+        return "like a comment; remove it"
+    for mark, name, advice in _MARKS:
+        if len(re.findall(mark, line)) >= columns.num_used - 1:
+            return f"like columns with {name} between them; write a tab there instead{advice}"
     return ""
+
+
+class Misfits:
+    """Rows that do not have the columns of their file's first row, by their number of cells."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+        self._first: Sequence[str] = ()
+
+    def note(self, cells: Sequence[str]) -> None:
+        self._first = self._first or cells
+        self._counts[len(cells)] += 1
+
+    def is_all_of(self, count: int) -> bool:
+        """Whether so many have one number of cells."""
+        return count in self._counts.values()
+
+    def message(self, places: Places, columns: Columns) -> str:
+        """What these rows have in common, and what to do."""
+        width, count = self._counts.most_common(1)[0]
+        found = f"expected {places.width} tab-separated columns, found {width} in each of {count:,} rows"
+        if width == 1:
+            other = other_format(self._first, columns)
+            return f"{found}; " + (f"they look {other}" if other else "write a tab between the columns")
+        if width > places.width:
+            return f"{found}; does the header lack a name, or do the rows have a tab too many?"
+        return found if columns.label is None else f"{found}; has this file no labels?"
 
 
 def used_names(columns: Columns, header: Sequence[str]) -> dict[str, tuple[int, str]]:
@@ -103,10 +144,13 @@ def used_names(columns: Columns, header: Sequence[str]) -> dict[str, tuple[int, 
     return found
 
 
-def _header_faults(columns: Columns, trained: Sequence[str], first: list[str], where: str) -> list[str]:
+def _header_faults(columns: Columns, first: list[str], where: str) -> list[str]:
     """What a header says against reading its file by the numbers that fit the training file."""
     here = [cell.strip().casefold() for cell in first]
-    used = used_names(columns, trained)
+    used, there = used_names(columns, columns.header or ()), " in the training file; here that"
+    if columns.header is None:
+        named = [(role, column, columns.usual.get(role)) for role, column in columns.by_role()]
+        used, there = {role: (at, name) for role, at, name in named if name and isinstance(at, int)}, ""
     faults, num_right = [], 0
     for role, (column, name) in used.items():
         if -len(here) <= column < len(here) and here[column] == name.casefold():
@@ -114,9 +158,9 @@ def _header_faults(columns: Columns, trained: Sequence[str], first: list[str], w
         elif name.casefold() in here:
             faults.append(
                 f"{where}{role}_column {column} is {shown(first[column].strip())} here, and "
-                f"{shown(name)} in the training file; here that is column {here.index(name.casefold())}"
+                f"{shown(name)}{there} is column {here.index(name.casefold())}"
             )
-    if used and not num_right and not faults:
+    if columns.header is not None and used and not num_right and not faults:
         names = listed([name for _, name in used.values()])
         faults.append(f"{where}expected a header with {names} as in the training file, found {listed(first)}")
     if faults:

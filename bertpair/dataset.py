@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SHOWN = 20  # labels in one line
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?")
+_DECIMAL_COMMA = re.compile(r"([-+]?\d+),(\d+)")
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ def label_warnings(labels: Sequence[str]) -> list[str]:
     if twins:
         shown = "; ".join(twins[:MAX_SHOWN]) + more
         warnings.append(f"labels that look alike and are trained apart: {shown}")
+    if missing := [label for label in labels if label.lower() == "nan"]:
+        warnings.append(f"the label {missing[0]!r} is how pandas writes a missing one; is it meant?")
     numbers = [value for value in alike if isinstance(value, float)]
     if len(numbers) == len(alike) and (len(numbers) > 10 or not all(n.is_integer() for n in numbers)):
         warnings.append(
@@ -193,6 +196,7 @@ def label_warnings(labels: Sequence[str]) -> list[str]:
 def _meant(label: str) -> str | float:
     """Equal for labels that a person would take for the same."""
     text = without_invisible(unicodedata.normalize("NFKC", label)).casefold()
+    text = _DECIMAL_COMMA.sub(r"\1.\2", text) if _DECIMAL_COMMA.fullmatch(text) else text
     return float(text) if _NUMBER.fullmatch(text) else unicodedata.normalize("NFKC", text)
 
 
@@ -347,6 +351,9 @@ def _columns(settings: DataSettings, task: Task, *, is_test: bool = False) -> Co
     if not isinstance(has_header, bool):  # a column that is named needs a header to be found in
         is_named = any(isinstance(column, str) for column in (text_a, text_b, label))
         has_header = is_named or (task.test_has_header if is_test else task.has_header)
+    names: dict[str, str] = {}
+    if (settings.text_a_column, settings.text_b_column, settings.label_column) == ("auto",) * 3 and text_b:
+        names = dict(zip(("text_a", "text_b", "label"), (*task.text_names, "label"), strict=True))
     return Columns(
         text_a,
         text_b,
@@ -354,6 +361,7 @@ def _columns(settings: DataSettings, task: Task, *, is_test: bool = False) -> Co
         has_header,
         settings.quoting,
         checks_header=settings.has_header == "auto",
+        usual={} if is_test else names,
     )
 
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 
 from bertpair.setting import Kind, plain, show, suggest
 
+_SHORT = re.compile("-.|[–—−]+[A-Za-z]")  # text processors make one long dash of two
+_NEGATIVE = re.compile(r"-([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
 
 @dataclass
 class Flags:
@@ -25,23 +28,37 @@ class Flags:
 def read_flags(argv: Sequence[str], kinds: Mapping[str, Kind]) -> Flags:
     """`--name value`, `--name=value`, `--name`, `--name several words`; faults are collected, not raised."""
     flags = Flags()
-    for flag, words in _split(argv, flags.faults, kinds):
+    hungry = ""
+    for flag, words in _split(argv, flags.faults):
         name, equals, value = flag.removeprefix("--").partition("=")
-        if name in kinds:
+        if not flag.startswith("--"):
+            _refuse_short(flags, flag, hungry, kinds)
+        elif name in kinds:
             _add(flags, name, [value, *words] if equals else words, kinds[name])
         else:
             flags.faults.append(f"unknown setting {plain('--' + name)}{suggest(name, kinds)}")
+        needs_value = name in kinds and kinds[name].arity != "maybe"
+        hungry = name if needs_value and not words and not equals else ""
     return flags
 
 
-def _split(argv: Sequence[str], faults: list[str], names: Mapping[str, Kind]) -> list[tuple[str, list[str]]]:
+def _refuse_short(flags: Flags, flag: str, hungry: str, kinds: Mapping[str, Kind]) -> None:
+    """A word with one dash is no flag; after one that needs a value it is not that either."""
+    near = suggest(flag.lstrip("-–—−"), kinds)
+    if hungry:
+        flags.faults[-1] = (
+            f"--{hungry}: expected {kinds[hungry].expected}, found the flag {plain(flag)}{near}"
+        )
+    else:
+        flags.faults.append(f"flags begin with two dashes, found {show(flag)}{near}")
+
+
+def _split(argv: Sequence[str], faults: list[str]) -> list[tuple[str, list[str]]]:
+    """Each flag with the words after it. A word that begins with a dash and is no number is one too."""
     found: list[tuple[str, list[str]]] = []
     for word in argv:
-        if word.startswith("--"):
+        if word.startswith("--") or (_SHORT.match(word) and not _NEGATIVE.fullmatch(word)):
             found.append((word, []))
-        elif re.match("-[A-Za-z]", word) and (not found or found[-1][1]):  # no further value: a flag
-            near = suggest(word.lstrip("-"), names)
-            faults.append(f"flags begin with two dashes, found {show(word)}{near}")
         elif found:
             found[-1][1].append(word)
         else:

@@ -29,6 +29,7 @@ from bertpair.pretrained import load_model
 from bertpair.quantize import check_int8, choose_linear, int8_linear
 from bertpair.runtime import (
     Precision,
+    explain_memory,
     resolve_device,
     resolve_precision,
     set_threads,
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 NAMES = (("text_a", "text_b"), ("sentence1", "sentence2"))  # of the service's routes, the new and the old
 _EXPECTED_NAMES = "text_a and text_b, or sentence1 and sentence2 (the first alone for a single text)"
 
-Pairs = Iterable[Any]  # (text_a, text_b) each, or single texts, or mappings with `NAMES`; or a data frame
+Pairs = Iterable[Any]  # (text_a, text_b) each, or single texts, or mappings with `NAMES`; or a table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,37 +123,52 @@ def as_rows(pairs: Pairs, takes_pairs: bool | None) -> list[Any]:
     tuple of two texts. Raises DataError for what holds no rows.
     """
     if hasattr(pairs, "columns"):  # a data frame
-        return _rows_of_frame(pairs)
+        return _rows_of_table(pairs, list(pairs.columns), takes_pairs)
     is_one_value = isinstance(pairs, np.ndarray) and not pairs.ndim
     if isinstance(pairs, str | bytes) or is_one_value or not isinstance(pairs, Iterable):
         raise DataError(f"pairs: found {pairs!r:.60}; expected a list of pairs, or of single texts")
     if isinstance(pairs, Mapping):
-        return [pairs]
+        is_row = any(isinstance(pairs.get(name), str) for names in NAMES for name in names)
+        has_columns = any(isinstance(value, Iterable) for value in pairs.values())
+        return [pairs] if is_row or not has_columns else _rows_of_table(pairs, list(pairs), takes_pairs)
     rows = list(pairs)
     is_bare = takes_pairs or (takes_pairs is None and isinstance(pairs, tuple))
     return [rows] if is_bare and len(rows) == 2 and all(isinstance(row, str) for row in rows) else rows
 
 
-def _rows_of_frame(frame: Any) -> list[Any]:
-    """The columns by the service's names; other names only where the frame has nothing but the texts."""
-    columns = [str(name) for name in frame.columns]
-    found = next(([n for n in names if n in columns] for names in NAMES if names[0] in columns), [])
-    if not found and len(columns) <= 2:
-        found = list(frame.columns)
-    if not found:
-        raise DataError(
-            f"pairs: found a table with the columns {', '.join(columns)}; expected {_EXPECTED_NAMES}"
-        )
-    texts = [list(frame[name]) for name in found]
+def _rows_of_table(table: Any, columns: Sequence[Any], takes_pairs: bool | None) -> list[Any]:
+    """The columns by the service's names; other names only where the table has nothing but the texts."""
+    names = next((names for names in NAMES if names[0] in columns), None)
+    found = [name for name in names or columns if name in columns and table[name] is not None]
+    if (names is None and len(columns) > 2) or not found:
+        said = ", ".join(map(str, columns))
+        raise DataError(f"pairs: found a table with the columns {said}; expected {_EXPECTED_NAMES}")
+    if names is not None and takes_pairs and len(found) < 2:
+        raise DataError(f"pairs: {_lacks(names, columns, 'columns')}")
+    for name in found:
+        if columns.count(name) > 1 or isinstance(table[name], str) or not isinstance(table[name], Iterable):
+            raise DataError(f"pairs: expected one column {name} with a text for each row")
+    texts = [list(table[name]) for name in found]
+    if len({*map(len, texts)}) > 1:
+        counts = ", ".join(f"{name} has {len(column)}" for name, column in zip(found, texts, strict=True))
+        raise DataError(f"pairs: expected columns with equally many rows; {counts}")
     return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
 
 
-def split_pairs(rows: Sequence[Any]) -> tuple[list[str], list[str] | None]:
+def _lacks(names: Sequence[str], found: Iterable[Any], kind: str) -> str:
+    return (
+        f"this model takes pairs of texts, found single texts; {names[1]} is missing "
+        f"(found the {kind} {', '.join(map(str, found))})"
+    )
+
+
+def split_pairs(rows: Sequence[Any], takes_pairs: bool | None = None) -> tuple[list[str], list[str] | None]:
     """Rows as two columns; the second is None for single texts.
 
-    Raises DataError naming the row where the two are mixed or something is not a text.
+    Raises DataError naming the row where the two are mixed, something is not a text, or, for a model that
+    takes pairs, a mapping holds one text.
     """
-    found = [_texts_of(number, row) for number, row in enumerate(rows)]
+    found = [_texts_of(number, row, takes_pairs) for number, row in enumerate(rows)]
     count = len(found[0]) if found else 2
     for number, texts in enumerate(found):
         if len(texts) != count:
@@ -163,17 +179,18 @@ def split_pairs(rows: Sequence[Any]) -> tuple[list[str], list[str] | None]:
     return [texts[0] for texts in found], None if count == 1 else [texts[1] for texts in found]
 
 
-def _texts_of(number: int, row: Any) -> list[str]:
+def _texts_of(number: int, row: Any, takes_pairs: bool | None) -> list[str]:
     """The one or two texts of a row."""
     if isinstance(row, str):
         return [row]
     if isinstance(row, Mapping):
         names = next((names for names in NAMES if names[0] in row), None)
         if names is None:
-            raise DataError(
-                f"pairs[{number}]: found the keys {', '.join(map(str, row))}; expected {_EXPECTED_NAMES}"
-            )
+            found = ", ".join(map(str, row)) or "none"
+            raise DataError(f"pairs[{number}]: found the keys {found}; expected {_EXPECTED_NAMES}")
         texts = [row[name] for name in names if row.get(name) is not None]
+        if takes_pairs and len(texts) < 2:
+            raise DataError(f"pairs[{number}]: {_lacks(names, row, 'keys')}")
     else:
         texts = list(row) if isinstance(row, list | tuple | np.ndarray) else []
     if not 1 <= len(texts) <= 2 or (len(texts) == 1 and not isinstance(row, Mapping)):
@@ -241,7 +258,6 @@ class PairClassifier:
             verify_folder(path)
         folder = read_folder(path)
         tokenizer = Tokenizer.from_folder(path, word_table=folder.config.vocab_size)
-        model, _ = load_model(folder, num_labels=folder.config.num_labels, require_head=True)
         takes_pairs = stored_takes_pairs(folder)
         if takes_pairs:
             check_pairs(folder)
@@ -252,11 +268,14 @@ class PairClassifier:
         precision = resolve_precision(amp, target, hidden_size=folder.config.hidden_size)
         names = name_labels(folder, labels)
         check_quantize(quantize, target, precision)
-        ready: BertClassifier | PackedClassifier = model.to(target).eval()
-        if target.type == "cpu" and (optimize or quantize):
-            ready = prepare(model, precision, quantize)
-        else:
-            convert_linears(model, precision)
+        ready: BertClassifier | PackedClassifier
+        with explain_memory(target):
+            model, _ = load_model(folder, num_labels=folder.config.num_labels, require_head=True)
+            ready = model.to(target).eval()
+            if target.type == "cpu" and (optimize or quantize):
+                ready = prepare(model, precision, quantize)
+            else:
+                convert_linears(model, precision)
         scorer = Scorer(ready, tokenizer.pad_id, target, precision, cut, max_batch_tokens)
         return cls(scorer, tokenizer, names, takes_pairs, folder.header)
 
@@ -264,8 +283,8 @@ class PairClassifier:
         """One `Prediction` a row, in the order given.
 
         `pairs` holds what the model was trained on: (text_a, text_b) each, or single texts. Rows may be
-        mappings with text_a and text_b; arrays, generators and data frames do too. Two texts alone, given to
-        a model of pairs, are one pair. Raises DataError for anything else.
+        mappings with text_a and text_b; arrays, generators, data frames and mappings of columns do too. Two
+        texts alone, given to a model of pairs, are one pair. Raises DataError for anything else.
         """
         return self.predict_tokens(self._encode(pairs))
 
@@ -278,7 +297,7 @@ class PairClassifier:
         return self.scorer.logits(self._encode(pairs))
 
     def _encode(self, pairs: Pairs) -> Tokens:
-        text_a, text_b = split_pairs(as_rows(pairs, self.takes_pairs))
+        text_a, text_b = split_pairs(as_rows(pairs, self.takes_pairs), self.takes_pairs)
         if text_a:
             self._settle(text_b is not None)
         return self.tokenizer.encode(text_a, text_b, self.max_seq_length)

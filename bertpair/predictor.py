@@ -190,8 +190,9 @@ def _read_rows(path: str, settings: Mapping[str, Any], classifier: PairClassifie
     known = {name: value for name, value in settings.items() if name in names}
     source = resolve_source(DataSettings(**{**known, "dev_file": [path]}), needs=("dev",))
     columns = columns_for(source, path, with_labels=False, header=classifier.header)
+    columns = dataclasses.replace(columns, checks_header=True)  # nobody can say here that a file is another
     try:
-        pairs = read_pairs([path], columns, limit=CHECK_ROWS)
+        pairs = read_pairs([path], columns, labels=classifier.labels, limit=CHECK_ROWS)
     except DataError as error:  # whose advice is for scripts that can be told another layout
         reason = str(error).splitlines()[0]
         raise DataError(f"quantize_check: {reason}; it must be laid out like the training data") from error

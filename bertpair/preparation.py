@@ -36,6 +36,7 @@ from bertpair.pretrained import load_model
 from bertpair.run_state import RunState
 from bertpair.runtime import (
     Precision,
+    explain_memory,
     keep_freed_memory,
     reset_peak_memory,
     resolve_device,
@@ -91,24 +92,27 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
     train = encoding.split(train_pairs, labels, name="train")
     dev = None if dev_pairs is None else encoding.split(dev_pairs, labels, name="dev")
     seed_everything(config.seed)
-    model, notes = load_model(
-        folder,
-        num_labels=1 if labels is None else len(labels),
-        new_head=config.new_head and resumed_from is None,
-        from_scratch=config.from_scratch,
-    )
-    _log((*source.notes, *notes))
+    digest, pad_id, table = digest_of(train), tokenizer.pad_id, None
     precision = _resolve_precision(config, folder, device)
     weights = class_weight_tensor(config.class_weights, labels, train)
-    digest, pad_id, table = digest_of(train), tokenizer.pad_id, None
-    if config.compact_vocabulary:
-        table, train, dev = compact_vocabulary(model, train, dev, pad_id)
-        pad_id = compact_id(pad_id, table.used)
+    with explain_memory(device):
+        model, notes = load_model(
+            folder,
+            num_labels=1 if labels is None else len(labels),
+            new_head=config.new_head and resumed_from is None,
+            from_scratch=config.from_scratch,
+        )
+        _log((*source.notes, *notes))
+        if config.compact_vocabulary:
+            table, train, dev = compact_vocabulary(model, train, dev, pad_id)
+            pad_id = compact_id(pad_id, table.used)
+        model = model.to(device)
+        weights = None if weights is None else weights.to(device)
     return Job(
         config=dataclasses.replace(
             config, amp=precision.name, num_threads=torch.get_num_threads(), positive_label=positive
         ),
-        model=model.to(device),
+        model=model,
         folder=folder,
         tokenizer=tokenizer,
         labels=labels,
@@ -117,9 +121,7 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
         metrics=source.metrics,
         device=device,
         precision=precision,
-        objective=Objective(
-            labels is None, None if weights is None else weights.to(device), config.label_smoothing
-        ),
+        objective=Objective(labels is None, weights, config.label_smoothing),
         data_digest=digest,
         pad_id=pad_id,
         table=table,

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bertpair.errors import ConfigError, StoppedError
+from bertpair.errors import BertpairError, ConfigError, StoppedError
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +188,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in text for word in MEMORY_WORDS)
 
 
+@contextlib.contextmanager
+def explain_memory(device: torch.device) -> Iterator[None]:
+    """Around the loading of a model: a ConfigError says it in one line where memory runs out."""
+    try:
+        yield
+    except BertpairError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        release_locals(error)
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"out of memory: {device} has no room for the model ({said:.160}); free some memory there, or "
+            "choose another device with --device"
+        ) from error
+
+
 def is_device_lost(error: BaseException) -> bool:
     """Whether it is a CUDA error after which this process can use the device no more."""
     text = str(error).lower()
@@ -223,7 +241,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Count a GPU's peak from now on; a process's own peak on a CPU stays."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else: none yet
         torch.cuda.reset_peak_memory_stats(device)
 
 
@@ -323,7 +341,7 @@ def allowed_precisions(device: torch.device) -> list[PrecisionName]:
     """What `amp` may be set to, the best last."""
     if device.type != "cuda":
         return ["off", "bf16"] if device.type == "cpu" else ["off"]  # bf16 runs on any CPU, if slowly
-    with torch.cuda.device(device):
+    with explain_memory(device), torch.cuda.device(device):  # where the process first asks for some of it
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return ["off", "fp16", "bf16"] if has_bf16 else ["off", "fp16"]
 

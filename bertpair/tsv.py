@@ -7,17 +7,28 @@ dropped unless `on_bad_row: skip` asks for it, and then it is counted and listed
 import logging
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bertpair.blank import is_blank
-from bertpair.columns import Columns, Places, listed, locate_columns, near_miss, other_format, shown
+from bertpair.columns import (
+    Columns,
+    Misfits,
+    Places,
+    listed,
+    locate_columns,
+    near_miss,
+    other_format,
+    shown,
+)
 from bertpair.errors import ConfigError, DataError, list_faults
-from bertpair.records import read_records
+from bertpair.header import FirstRow, check_header, is_quoted
+from bertpair.records import Record, read_records
 from bertpair.runtime import stop_flag
 
 __all__ = ["Columns", "Pairs", "check_two_classes", "find_labels", "first_row", "read_pairs"]
@@ -65,14 +76,14 @@ def read_pairs(
 
     `labels`: a label outside them is a bad row. `regression`: a label must be a finite number.
     `on_bad_row`: `error` raises a DataError with the first ten faults, `skip` leaves bad rows out, counts
-    and logs them; a file that cannot be read at all is an error in both. `limit`: so many good rows, no more;
-    the log then says of how many, and names the setting `limit_name`.
+    and logs them; a file that cannot be read at all, or has no good row, is an error in both. `limit`: so
+    many good rows, no more; the log then says of how many, and names the setting `limit_name`.
     """
     if on_bad_row not in ("error", "skip"):
         raise ConfigError(f"on_bad_row: found {on_bad_row!r}; allowed: error, skip")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: found {limit}; allowed: 1 or more")
-    reader = _Reader(columns, labels, regression, limit)
+    reader = _Reader(columns, labels, regression, limit, skips=on_bad_row == "skip")
     broken = []
     for path in paths:
         try:
@@ -133,6 +144,26 @@ def check_two_classes(values: Sequence[str]) -> None:
         raise DataError(f"training data: found {found}; at least two different labels are needed")
 
 
+@dataclass
+class _File:
+    """The file that is being read, and where the reader's lists stood before it."""
+
+    path: str
+    num_shown: int
+    num_faults: int
+    num_good: int
+    header: list[str] | None = None  # the cells that are read
+    num_filled: int = 0  # cells of the first row, up to the last one with something in it
+    first: FirstRow | None = None  # below the header, if there is one
+    first_line: int = 0
+    places: Places | None = None
+    num_rows: int = 0
+    num_tried: int = 0  # those within the limit
+    num_short: int = 0  # good rows with fewer cells than the first one
+    first_short: int = 0
+    misfits: Misfits = field(default_factory=Misfits)
+
+
 class _Reader:
     """Collects rows and faults over all files."""
 
@@ -142,11 +173,13 @@ class _Reader:
         labels: Sequence[str] | None,
         regression: bool,
         limit: int | None,
+        skips: bool,
     ) -> None:
         self.columns = columns
         self.allowed = None if labels is None or regression else dict.fromkeys(labels)
         self.regression = regression
         self.limit = limit
+        self.skips = skips
         self.text_a: list[str] = []
         self.text_b: list[str] = []
         self.labels: list[str] = []
@@ -154,8 +187,9 @@ class _Reader:
         self.file_of_row: list[int] = []
         self.line_of_row: list[int] = []
         self.header: tuple[str, ...] | None = None
-        self.header_here: list[str] | None = None  # the cells that are read, of this file's header
-        self.headers: list[tuple[str, str]] = []  # where, and what stands there in the label's column
+        self.here = _File("", 0, 0, 0)
+        self.headers: list[tuple[str, str | None, str | None]] = []  # where, the label's cell, a number
+        self.first_rows: list[int] = []  # of files without a header
         self.faults: list[str] = []
         self.num_faults = 0
         self.num_rows = 0  # those beyond the limit too
@@ -172,59 +206,116 @@ class _Reader:
     def read(self, path: str) -> None:
         """All rows of one file, or as many as the limit wants; DataError if there is nothing to read."""
         self.files.append(path)
-        self.header_here = None
-        places: Places | None = None
+        self.here = here = _File(path, len(self.faults), self.num_faults, len(self.text_a))
         empty_lines: list[int] = []  # faults only if a row follows: at the end of a file they are harmless
-        num_rows = 0
-        for line, cells, fault in read_records(path, self.columns.quoting):
+        records = read_records(path, self.columns.quoting)
+        for record in records:
             stop_flag.raise_if_set()
-            if not cells:
-                empty_lines.append(line)
+            if not record.cells:
+                empty_lines.append(record.line)
                 continue
-            if places is None:
-                places = self._start(f"{path}:{line}: ", cells, fault, empty_lines)
+            if here.places is None:
+                here.places = self._start(record, empty_lines, records)
                 if self.columns.has_header:
                     continue
+            if here.first is None:
+                here.first = FirstRow(record.cells, here.places, self.allowed or ())
+                here.first_line = record.line
+            else:
+                here.first.compare(record.cells)
             for each in empty_lines:
-                self.note(f"{path}:{each}: an empty line; expected at least {places.needed} columns")
+                self.note(f"{path}:{each}: an empty line; expected at least {here.places.needed} columns")
             empty_lines.clear()
-            num_rows += 1
+            here.num_rows += 1
             if not self.is_full:
-                self._add(line, cells, fault, places)
-        self.num_rows += num_rows
-        if not num_rows:
-            raise DataError(f"{path}: " + ("only a header row, no rows" if places else "the file is empty"))
+                self._add(record, here.places)
+        self._close()
 
-    def _start(self, where: str, cells: list[str], fault: str, empty_lines: list[int]) -> Places:
-        if self.columns.has_header and (fault or empty_lines):
+    def _start(self, record: Record, empty_lines: list[int], records: Iterator[Record]) -> Places:
+        """Find the columns in a file's first row, which is its header if it has one."""
+        where, cells, here = f"{self.here.path}:{record.line}: ", record.cells, self.here
+        if self.columns.has_header and (record.fault or empty_lines):
             raise DataError(
-                where + (fault or "the header row is expected in the first line, not after empty ones")
+                where + (record.fault or "the header row is expected in the first line, not after empty ones")
             )
-        if other := other_format(cells, self.columns):
-            raise DataError(f"{where}{other}")
-        places = locate_columns(self.columns, cells, where)
+        other = other_format(cells, self.columns)
+        if other or (self.columns.has_header and len(cells) == 1 and self.columns.num_used > 1):
+            following = next((each.cells for each in records if each.cells), [])
+            if len(following) > 1:
+                raise DataError(f"{where}expected tabs as in the next row, found none in {listed(cells)}")
+            if other:
+                raise DataError(f"{where}looks {other}")
+            raise DataError(f"{where}expected tabs between the columns, found none in {listed(cells)}")
+        here.num_filled = max((place + 1 for place, cell in enumerate(cells) if cell.strip()), default=0)
         if self.columns.has_header:
-            self.header_here = self._used(cells, places)
-            if self.header is None:
-                self.header = tuple(cell.strip() for cell in cells)
-            if self.columns.header is None:  # further files must agree with this one
-                self.columns = replace(self.columns, header=self.header)
-        if self.columns.has_header and places.label is not None:
-            self.headers.append((where, cells[places.label].strip()))
+            check_header(where, cells, self.columns.quoting)
+        places = locate_columns(self.columns, cells, where)
+        if not self.columns.has_header:
+            return places
+        here.header = self._used(cells, places)
+        if self.header is None:
+            self.header = tuple(cell.strip() for cell in cells)
+        number = None
+        if self.columns.header is None:  # further files must agree with this one
+            self.columns = replace(self.columns, header=self.header)
+            number = next(filter(_WHOLE.fullmatch, cells), None)
+        label = None if places.label is None else cells[places.label].strip()
+        self.headers.append((where, label, number))
         return places
 
-    def _add(self, line: int, cells: list[str], fault: str, places: Places) -> None:
-        fault = fault or self._fault(cells, places) or self._header_again(cells, places)
-        if fault:
-            self.note(f"{self.files[-1]}:{line}: {fault}")
+    def _close(self) -> None:
+        """What a whole file shows; DataError where that leaves nothing to be read from it."""
+        here = self.here
+        self.num_rows += here.num_rows
+        if not here.num_rows:
+            raise DataError(
+                f"{here.path}: " + ("only a header row, no rows" if here.places else "the file is empty")
+            )
+        num_others = here.num_tried - (self._good_first_row() and not self.columns.has_header)
+        if here.places and num_others > 1 and here.misfits.is_all_of(num_others):
+            self.num_faults = here.num_faults  # one line says it for all
+            del self.faults[here.num_shown :]
+            raise DataError(f"{here.path}: {here.misfits.message(here.places, self.columns)}")
+        if self.skips and here.num_tried and len(self.text_a) == here.num_good:
+            faults = list_faults(self.faults[here.num_shown :], self.num_faults - here.num_faults)
+            raise DataError(f"{here.path}: not one good row:\n{faults}")
+        if here.first is not None and self._good_first_row():
+            self._check_first_row(here.first)
+        if here.num_short:
+            said = "%s: rows with fewer columns than the first, counted from the left: %d, as in line %d"
+            logger.warning(said, here.path, here.num_short, here.first_short)
+
+    def _good_first_row(self) -> bool:
+        return self.line_of_row[self.here.num_good : self.here.num_good + 1] == [self.here.first_line]
+
+    def _check_first_row(self, first: FirstRow) -> None:
+        """Say what is known of a first row that was read as a row; DataError if it is a header."""
+        here = self.here
+        where = f"{here.path}:{here.first_line}: "
+        if not first.check(where, self.columns) or self.columns.has_header:
             return
+        self.first_rows.append(here.num_good)
+        if self.columns.label is None:
+            texts = [column[here.num_good] for column in (self.text_a, self.text_b) if column]
+            logger.info("%sread as a row, not as a header: %s", where, listed(texts))
+
+    def _add(self, record: Record, places: Places) -> None:
+        here, cells = self.here, record.cells
+        here.num_tried += 1
+        fault = record.fault or self._fault(cells, places) or self._header_again(cells, places)
+        if fault:
+            self.note(f"{here.path}:{record.line}: {fault}")
+            return
+        if len(cells) < here.num_filled:
+            here.first_short = here.first_short or record.line
+            here.num_short += 1
         self.text_a.append(cells[places.text_a])
         if places.text_b is not None:
             self.text_b.append(cells[places.text_b])
         if places.label is not None:
             self.labels.append(cells[places.label].strip())
         self.file_of_row.append(len(self.files) - 1)
-        self.line_of_row.append(line)
+        self.line_of_row.append(record.line)
 
     def _used(self, cells: list[str], places: Places) -> list[str]:
         """The cells that are read."""
@@ -232,15 +323,18 @@ class _Reader:
         return [cells[place].strip() for place in used if place is not None]
 
     def _header_again(self, cells: list[str], places: Places) -> str:
-        if self.header_here is None or self._used(cells, places) != self.header_here:
+        if self.here.header is None or self._used(cells, places) != self.here.header:
             return ""
         return "the header row again; was one file appended to another?"
 
     def _fault(self, cells: list[str], places: Places) -> str:
         """What is wrong with a row whose bytes are text, or ""."""
         if len(cells) < places.needed:
+            if len(cells) == 1 or not self.columns.has_header:
+                self.here.misfits.note(cells)
             return f"expected at least {places.needed} tab-separated columns, found {len(cells)}"
         if any(cell.strip() for cell in cells[places.width :]):
+            self.here.misfits.note(cells)
             return (
                 f"expected {places.width} tab-separated columns as in the first row, found {len(cells)}; "
                 "is there a tab inside a text?"
@@ -261,23 +355,28 @@ class _Reader:
         elif self.regression:
             if _number(label) is not None:
                 return ""
-            expected = "problem_type: regression takes numbers up to 1e18"
+            point = label.replace(",", ".")
+            hint = f"did you mean {shown(point)}? " if "," in label and _number(point) is not None else ""
+            expected = f"{hint}problem_type: regression takes numbers up to 1e18"
         else:
             expected = "a label is expected"
         if not label:
             return f"label_column {self.columns.label!r} is empty; {expected}"
         if self.allowed is None and not self.regression:
             return ""
-        return f"{'label' if self.regression else 'unknown label'} {shown(label)}; {expected}"
+        is_first = not self.columns.has_header and self.here.num_rows == 1
+        hint = "; if this row is a header, set --has_header true or remove it" if is_first else ""
+        return f"{'label' if self.regression else 'unknown label'} {shown(label)}; {expected}{hint}"
 
     def result(self) -> Pairs:
-        if not self.text_a:
-            faults = list_faults(self.faults, self.num_faults, _SHOWN_FAULTS)
-            raise DataError(f"{', '.join(self.files) or 'no file'}: not one good row:\n{faults}")
+        if not self.files:
+            raise DataError("no file to read")
         if self.num_faults:
             faults = list_faults(self.faults, self.num_faults, _SHOWN_FAULTS)
             logger.warning("bad rows skipped: %d (on_bad_row: skip)\n%s", self.num_faults, faults)
         self._warn_of_headers()
+        if self.columns.quoting == "none" and len(self.text_a) > 1 and all(map(is_quoted, self.text_a)):
+            logger.warning("%s: all texts are in quotes; --quoting csv takes them off", ", ".join(self.files))
         return Pairs(
             self.text_a,
             None if self.columns.text_b is None else self.text_b,
@@ -291,15 +390,20 @@ class _Reader:
         )
 
     def _warn_of_headers(self) -> None:
-        known = set(self.labels)
-        for where, cell in self.headers:
-            if cell in known or (self.regression and _number(cell) is not None):
-                logger.warning(
-                    "%sread as the header, but its label column holds %s like a row; if it is one, "
-                    "set has_header: false",
-                    where,
-                    shown(cell),
-                )
+        counts = Counter(self.labels)
+        for where, label, number in self.headers:
+            found = "" if number is None else f"it holds {number}"
+            if label and (label in counts or (self.regression and _number(label) is not None)):
+                found = f"its label column holds {shown(label)}"
+            if found:
+                advice = "if it is one, set has_header: false"
+                logger.warning("%sread as the header, but %s like a row; %s", where, found, advice)
+        lone = [label for label, count in counts.items() if count == 1]
+        for row in self.first_rows if self.allowed is None and not self.regression and len(lone) == 1 else ():
+            if self.labels[row] == lone[0]:
+                where = f"{self.files[self.file_of_row[row]]}:{self.line_of_row[row]}"
+                advice = "if it is a header, set has_header: true"
+                logger.warning("%s: no other row has its label, %s; %s", where, shown(lone[0]), advice)
 
 
 def _number(text: str) -> float | None:

@@ -154,6 +154,38 @@ def test_training_out_of_memory_ends_the_command_with_2(material: dict[str, obje
     assert done.stderr.splitlines()[-1].startswith("error: out of memory after step 0 on cpu")
 
 
+FULL_DEVICE = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from bertpair.console import run_script
+from bertpair.model import BertClassifier
+import {script}
+def full(*given):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nMore of it")
+BertClassifier.to = full
+sys.exit(run_script({script}.main))
+"""
+
+
+def test_a_device_too_small_for_the_model_ends_each_command_with_2(
+    material: dict[str, object], tmp_path: Path
+) -> None:
+    train(Config(**{**material, "output_dir": str(tmp_path / "done")}))  # type: ignore[arg-type]
+    training = [word for name, value in material.items() for word in (f"--{name}", str(value))]
+    model = ["--model_dir", str(tmp_path / "done")]
+    commands = (("train", training), ("evaluate", model), ("serve", [*model, "--port", "0"]))
+    for script, flags in commands:
+        program = FULL_DEVICE.format(root=str(ROOT), script=script)
+        done = subprocess.run(
+            [sys.executable, "-c", program, *flags], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 2 and done.stdout == "", done.stderr
+        said = "error: out of memory: cpu has no room for the model (CUDA out of memory. Tried to allocate"
+        assert done.stderr.splitlines()[-1].startswith(said) and "Traceback" not in done.stderr
+    assert not Path("out", "config.json").exists()
+
+
 @pytest.mark.parametrize("name", ["off", "bf16"])
 def test_one_context_for_all_micro_batches_changes_no_bit(name: str) -> None:
     """Beside a context for each, with the loss and the backward outside."""

@@ -37,8 +37,34 @@ def test_a_value_follows_its_flag_or_an_equals_sign(argv: Sequence[str]) -> None
 def test_a_value_may_hold_an_equals_sign_or_begin_with_dashes() -> None:
     assert read("--data_dir=a=b").values == {"data_dir": "a=b"}
     assert read("--data_dir=--x").values == {"data_dir": "--x"}
-    assert read("--data_dir", "-x").values == {"data_dir": "-x"}
+    assert read("--data_dir=-x").values == {"data_dir": "-x"}
+    assert read("--labels=-x", "y").values == {"labels": ["-x", "y"]}
     assert read("--data_dir=").values == {"data_dir": ""}
+    assert read("--labels", "-", "+", "—").values == {"labels": ["-", "+", "—"]}
+
+
+@pytest.mark.parametrize("word", ["-o", "-5x", "--o", "—output", "–o", "-_"])
+def test_a_flag_is_not_taken_as_the_value_of_the_one_before(word: str) -> None:
+    for name in ("data_dir", "labels", "max_steps"):
+        found = read(f"--{name}", word, "out", "--do_train")
+        assert found.values == {"do_train": True} and found.bad == {name}
+        expected = f"--{name}: expected {KINDS[name].expected}, found "
+        assert found.faults[0].startswith(expected)
+        assert word == "--o" or found.faults == [f"{expected}the flag {word}"]
+    for before in (["--do_train"], ["--data_dir", "d"], ["--labels", "a", "b"]):
+        found = read(*before, word, "out")
+        assert len(found.faults) == 1 and word in found.faults[0] and not found.bad
+
+
+def test_a_flag_with_one_dash_is_told_its_name() -> None:
+    (fault,) = read("--data_dir", "-max_steps", "3").faults
+    assert fault == "--data_dir: expected a path, or null, found the flag -max_steps; did you mean max_steps?"
+
+
+@pytest.mark.parametrize("number", ["-1", "-1.5", "-.5", "-2e-5", "-1."])
+def test_a_negative_number_is_a_value(number: str) -> None:
+    assert read("--labels", number, "0").values == {"labels": [number, "0"]}
+    assert not read("--learning_rate", number).faults
 
 
 def test_bare_flags_are_switches_and_resume() -> None:

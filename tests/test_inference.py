@@ -14,7 +14,8 @@ from conftest import write_tiny_bert
 
 from bertpair import CheckpointError, Config, ConfigError, DataError, PairClassifier, StoppedError, train
 from bertpair.inference import make_predictions, softmax
-from bertpair.runtime import stop_flag
+from bertpair.model import BertClassifier
+from bertpair.runtime import allowed_precisions, stop_flag
 from bertpair.tokenizer import Tokens
 
 WORDS = "the cat sat mat good bad food café 中文 数据库 [SEP] hello, (x)".split()
@@ -100,6 +101,9 @@ ROWS = [list(row) for row in zip(A, B, strict=True)]
         [{"index": 1, "sentence1": a, "sentence2": b} for a, b in ROWS],
         Frame(index=[1, 2, 3], text_a=A, text_b=B),
         Frame(question=A, answer=B),
+        {"text_a": A, "text_b": B},
+        {"index": [1, 2, 3], "sentence1": np.array(A), "sentence2": tuple(B)},
+        {"question": A, "answer": iter(B)},
     ],
 )
 def test_pairs_in_every_form(hf_folder: Path, rows: object) -> None:
@@ -112,6 +116,7 @@ def test_single_texts_in_every_form(hf_folder: Path) -> None:
     expected = model.logits(A)
     assert [p.num_tokens for p in model.predict(A)] == [4, 4, 3]
     forms = (tuple(A), iter(A), np.array(A), [{"text_a": a} for a in A], Frame(text_a=A), Frame(question=A))
+    forms = (*forms, {"text_a": A}, {"question": A}, {"text_a": A, "text_b": None})
     for rows in forms:
         assert np.array_equal(model.logits(rows), expected)
     assert len(model.predict((A[0], A[1]))) == 2
@@ -132,6 +137,44 @@ def test_a_model_takes_what_it_was_trained_on(hf_folder: Path) -> None:
             model.predict(rows)
     with pytest.raises(DataError, match="takes single texts, found pairs of texts"):
         named(hf_folder, takes_pairs=False).predict(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [{"text_a": "x"}],
+            "pairs[0]: this model takes pairs of texts, found single texts; text_b is missing",
+        ),
+        ([{"text_a": "x", "text_b": "y"}, {"text_a": "x", "textb": "y"}], "pairs[1]: this model takes pairs"),
+        ([{"id": 3, "sentence1": "x"}], "sentence2 is missing (found the keys id, sentence1)"),
+        ([{"text_a": "x", "text_b": None}], "pairs[0]: this model takes pairs of texts"),
+        ({"text_a": "x"}, "text_b is missing (found the keys text_a)"),
+        ([{"text_b": "y"}], "pairs[0]: found the keys text_b; expected text_a and text_b, or"),
+        ({"text_a": A}, "pairs: this model takes pairs of texts, found single texts; text_b is missing"),
+        (Frame(id=A, text_a=A), "text_b is missing (found the columns id, text_a)"),
+        ({"text_a": A, "text_b": None}, "text_b is missing"),
+        ({"text_a": A, "text_b": B[:2]}, "equally many rows; text_a has 3, text_b has 2"),
+        ({"text_a": A, "text_b": 5}, "pairs: expected one column text_b with a text for each row"),
+        (
+            {"text_a": A, "text_b": "y"},
+            "pairs[0]: expected texts, found ['the cat', 'good food', 'sat'] (list)",
+        ),
+        ({"text_a": "x", "text_b": B}, "pairs[0]: expected texts, found ['a mat', 'bad', '中文 the'] (list)"),
+        ({"text_a": [1, 2], "text_b": ["x", "y"]}, "pairs[0]: expected texts, found 1 (int)"),
+        (
+            {"q": A, "a": B, "id": A},
+            "pairs: found a table with the columns q, a, id; expected text_a and text_b",
+        ),
+        ({}, "pairs[0]: found the keys none; expected text_a"),
+    ],
+)
+def test_what_is_missing_in_a_mapping_is_named(hf_folder: Path, rows: object, said: str) -> None:
+    model = named(hf_folder, takes_pairs=True)
+    for ask in (model.predict, model.logits):
+        with pytest.raises(DataError) as caught:
+            ask(rows)
+        assert said in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
 def test_where_the_folder_does_not_say_the_first_use_settles_it(
@@ -168,6 +211,33 @@ def test_bad_arguments(hf_folder: Path, tiny_config_folder: Path) -> None:
         PairClassifier.from_pretrained(hf_folder, device="cuda:99")
     with pytest.raises(CheckpointError, match="weights"):
         PairClassifier.from_pretrained(tiny_config_folder)
+
+
+def test_a_device_too_small_for_the_model_is_one_line(
+    hf_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+
+    with monkeypatch.context() as patched, pytest.raises(ConfigError) as caught:
+        patched.setattr(BertClassifier, "to", full)
+        PairClassifier.from_pretrained(hf_folder)
+    said = "out of memory: cpu has no room for the model (CUDA out of memory. Tried to allocate 2.00 GiB.);"
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(ConfigError, match="cpu has no room for the model .MemoryError.;"),
+    ):
+        patched.setattr("bertpair.inference.load_model", raise_memory_error)
+        PairClassifier.from_pretrained(hf_folder)
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="cuda:0 has no room"):
+        patched.setattr(torch.cuda, "device", full)
+        allowed_precisions(torch.device("cuda:0"))
+    assert PairClassifier.from_pretrained(hf_folder).predict([("a", "b")])
+
+
+def raise_memory_error(*given: object, **named: object) -> None:
+    raise MemoryError
 
 
 def test_a_stop_leaves_the_models_mode(hf_folder: Path) -> None:

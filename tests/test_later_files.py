@@ -157,3 +157,130 @@ def test_a_tab_too_many_without_a_header_is_a_bad_row(
     torn = [*rows[:4], (*rows[4], "a stray piece"), *rows[5:]]
     with pytest.raises(DataError, match=rf"torn.tsv:5: expected {len(rows[0])} tab-separated columns"):
         trained(train_file=[str(write_tsv("torn.tsv", torn))], **settings)
+
+
+BARE = {"has_header": False}
+OTHERS = [
+    (i, f"a good cat {i}", "no food" if i % 2 else "a mat", "right" if i % 3 else "wrong") for i in range(9)
+]
+
+
+@pytest.mark.parametrize(
+    ("header", "width"),
+    [
+        (("index", "sentence1", "sentence2", "label"), 4),
+        (("id", "question", "answer", "grade"), 4),
+        (("Nr", "Frage", "Antwort", "Note"), 4),
+        (("", "Vraag", "Antwoord", "Cijfer"), 4),
+        (("x", "text_a", "text_b"), 3),
+        (("x", "#1 String", "#2 String"), 3),
+        (("number", "premise", "hypothesis"), 3),
+        (("序号", "参考答案", "学生答案"), 3),
+        (("Nr", "Frage", "Antwort"), 3),
+    ],
+)
+def test_a_header_is_no_row_of_a_model_trained_without_one(
+    trained: Callable[..., None], write_tsv: Callable[..., Path], header: tuple[str, ...], width: int
+) -> None:
+    trained(train_file=[str(write_tsv("sound.tsv", ROWS))], **BARE)
+    file = write_tsv("more.tsv", [row[:width] for row in OTHERS], header)
+    told = r"more.tsv:1: looks like a header: it has .*; set --has_header true, or --has_header false if it"
+    with pytest.raises(DataError, match=told):
+        score("--data_file", file, "--predict")
+    with pytest.raises(DataError, match=told):
+        score("--data_file", file, "--predict", "--on_bad_row", "skip")
+    if width == 4:
+        for evaluated in (lambda: score("--data_file", file), lambda: evaluate("out", file)):
+            with pytest.raises(
+                DataError, match=r"more.tsv:1: unknown label .*; if this row is a header, set"
+            ):
+                evaluated()
+        assert score("--data_file", file, "--has_header", "true").num_rows == 9
+    settled = score("--data_file", file, "--predict", "--has_header", "true")
+    assert predicted_lines(settled) == [*range(2, 11)]
+    kept = score("--data_file", file, "--predict", "--has_header", "false")
+    assert predicted_lines(kept) == [*range(1, 11)]
+    with pytest.raises(DataError, match="quantize_check: .*more.tsv:1: looks like a header"):
+        make_predictor(Path("out").absolute(), quantize_check=str(file))
+
+
+def test_a_row_that_is_kept_although_it_looks_like_a_header_is_pointed_out(
+    trained: Callable[..., None], write_tsv: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(train_file=[str(write_tsv("sound.tsv", ROWS, HEADER))], **BARE)
+    assert "sound.tsv:1: read as a row, but it has 'question', 'answer' as names of columns" in caplog.text
+    names = ("Nr", "Frage", "Antwort", "Note")
+    caplog.clear()
+    trained(
+        train_file=[str(write_tsv("sound.tsv", [row[1:] for row in ROWS], names[1:]))],
+        **{**BARE, "text_a_column": 0, "text_b_column": 1, "label_column": 2},
+    )
+    assert (
+        "sound.tsv:1: no other row has its label, 'Note'; if it is a header, set has_header: t" in caplog.text
+    )
+    caplog.clear()
+    trained(train_file=[str(write_tsv("sound.tsv", ROWS))], **BARE)
+    assert not caplog.text
+    score("--data_file", write_tsv("more.tsv", OTHERS, names), "--predict", "--text_a_column", 1)
+    assert "more.tsv:1: read as a row, but it has 'Nr' in column 0, where all other rows" in caplog.text
+
+
+def test_a_header_nobody_can_know_is_shown(
+    trained: Callable[..., None], write_tsv: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(train_file=[str(write_tsv("sound.tsv", ROWS))], **BARE)
+    file = write_tsv("more.tsv", [("x", *row[1:3]) for row in OTHERS], ("x", "Frage", "Antwort"))
+    with caplog.at_level("INFO", "bertpair"):
+        assert score("--data_file", file, "--predict").num_rows == 10
+    assert "more.tsv:1: read as a row, not as a header: 'Frage', 'Antwort'" in caplog.text
+
+
+def test_dev_and_second_training_files_of_a_headerless_one_have_none_either(
+    trained: Callable[..., None], write_tsv: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = write_tsv("sound.tsv", ROWS), write_tsv("more.tsv", OTHERS, HEADER)
+    with pytest.raises(
+        DataError, match="more.tsv:1: unknown label 'grade'; .*; if this row is a header, set"
+    ):
+        trained(train_file=[str(first)], dev_file=[str(second)], **BARE)
+    trained(train_file=[str(first), str(second)], **BARE)
+    assert "more.tsv:1: read as a row, but it has 'question', 'answer' as names of columns" in caplog.text
+    rows = [("s", "01"[i % 2], "", f"the cat sat {i}") for i in range(8)]
+    cola = {
+        "task_name": "cola",
+        "train_file": [str(write_tsv("cola.tsv", rows, ("s", "label", "*", "sentence")))],
+    }
+    with pytest.raises(DataError, match="cola.tsv:1: unknown label 'label'; .*; if this row is a header"):
+        trained(**cola)
+    trained(**cola, has_header=True)
+
+
+def test_a_second_header_below_another_line_is_refused(
+    trained: Callable[..., None], write_tsv: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    title = ("A study", "", "", "")
+    with pytest.raises(DataError, match=r"sound.tsv:2: looks like a header: it has 'question', 'answer'"):
+        trained(train_file=[str(write_tsv("sound.tsv", [HEADER, *ROWS], title))])
+    trained()
+    units = write_tsv("units.tsv", [("(n)", "(text)", "(more text)", "(name)"), *OTHERS], HEADER)
+    score("--data_file", units, "--predict")
+    assert "units.tsv:2: read as a row, but it has '(n)' in column 0" in caplog.text
+
+
+def test_where_no_header_of_the_training_is_known_a_row_in_its_place_is_pointed_out(
+    trained: Callable[..., None],
+    write_tsv: Callable[..., Path],
+    hf_folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A folder from elsewhere: the usual layout has a header."""
+    model = ["--model_dir", hf_folder, "--predict", "--data_file"]
+    parsed = [score(*model, write_tsv("plain.tsv", OTHERS, HEADER)), caplog.text]
+    assert parsed[0].num_rows == 9 and parsed[1] == ""
+    score(*model, write_tsv("bare.tsv", [row[:3] for row in OTHERS]))
+    assert (
+        "bare.tsv:1: read as the header, but it holds 0 like a row; if it is one, set has_head" in caplog.text
+    )
+    assert score(*model, "bare.tsv", "--has_header", "false").num_rows == 9
+    with pytest.raises(DataError, match="plain.tsv:1: text_a_column 1 is 'sentence2' here"):
+        score(*model, write_tsv("plain.tsv", OTHERS, ("i", "sentence2", "sentence1")))

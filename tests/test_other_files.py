@@ -11,6 +11,8 @@ from conftest import write_tiny_bert
 
 from bertpair import Config, ConfigError, DataError, evaluate, train
 from bertpair.command_line import parse_command_line
+from bertpair.scoring import evaluate_models
+from bertpair.serve_command_line import parse_serve_command_line
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -74,6 +76,117 @@ def test_a_file_of_another_kind_is_named_in_one_line(data: bytes, said: str) -> 
     assert not Path("out").exists()
 
 
+ROWS = PLAIN.removeprefix(HEADER)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (HEADER + ROWS.replace("\t", ","), "found 1 in each of 12 rows; they look like columns with a comma"),
+        (HEADER + ROWS.replace("\t", ";"), "they look like columns with a semicolon between them"),
+        (HEADER + ROWS.replace("\t", "   "), "they look like columns with spaces between them"),
+        (HEADER + ROWS.replace("\t", "\\t"), "they look like columns with a backslash and a t between them"),
+        (HEADER + ROWS.replace("\t", " | "), "they look like columns with a vertical bar between them"),
+        (HEADER + ROWS.replace("\t", " "), "found 1 in each of 12 rows; write a tab between the columns"),
+        (HEADER + '{"sentence1": "a"}\n' * 3, "found 1 in each of 3 rows; they look like JSON"),
+        (HEADER + ROWS.replace("\tsat", "\tsat\tdown"), "found 5 in each of 12 rows; does the header lack"),
+        (HEADER.replace("\t", ",") + ROWS, ":1: expected tabs as in the next row, found none in 'index,"),
+        (HEADER.replace("\t", "  ") + ROWS, ":1: expected tabs as in the next row, found none in 'index "),
+        (
+            "A study of cats\n" + PLAIN,
+            ":1: expected tabs as in the next row, found none in 'A study of cats'",
+        ),
+        (PLAIN.replace("\t", "   "), ":1: looks like columns with spaces between them"),
+        (PLAIN.replace("\t", " "), ":1: expected tabs between the columns, found none in 'index sentence1"),
+        ("# cats\n# dogs\n" + PLAIN, ":1: looks like a comment; remove it"),
+        ("sep=\t\n" + PLAIN, "looks like a file for Excel, with its line sep= first; remove that line"),
+        ("{\\rtf1\\ansi}\n", "a document with its layout; save it as plain text"),
+        ("<?xml version='1.0'?>\n<a/>\n", "looks like an XML file"),
+    ],
+)
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_rows_that_all_have_another_shape_are_named_in_one_line(
+    text: str, said: str, on_bad_row: str
+) -> None:
+    Path("data.tsv").write_text(text)
+    with pytest.raises(DataError) as caught:
+        fit("data.tsv", on_bad_row=on_bad_row)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("data.tsv:") and said in line
+    assert not Path("out").exists()
+
+
+def test_a_file_with_a_single_good_row_is_read_and_one_without_never_skipped() -> None:
+    Path("good.tsv").write_text(PLAIN)
+    Path("bad.tsv").write_text(HEADER + "0\tthe cat\n" * 3)
+    both = {"train_file": ["good.tsv", "bad.tsv"], "on_bad_row": "skip"}
+    with pytest.raises(DataError, match=r"bad.tsv: not one good row:\nbad.tsv:2: expected at least 4"):
+        fit("", **both)
+    with pytest.raises(DataError, match=r"bad.tsv: not one good row:\nbad.tsv:2: unknown label 'c'"):
+        Path("bad.tsv").write_text(HEADER + "0\tthe cat\tsat\tc\n" * 3)
+        fit("good.tsv", dev_file=["bad.tsv"], on_bad_row="skip")
+    Path("bad.tsv").write_text(HEADER + ROWS.replace("\t", ",") + "9\tcat\tsat\ta\n")
+    fit("", **both)
+
+
+def test_a_carriage_return_in_the_header_and_quotes_around_all_names_are_refused() -> None:
+    Path("data.tsv").write_bytes(PLAIN.replace("\n", "\r", 3).encode())
+    with pytest.raises(DataError, match="data.tsv:1: a carriage return in the header; convert it: tr"):
+        fit("data.tsv")
+    quoted = "".join("\t".join(f'"{cell}"' for cell in row.split("\t")) + "\n" for row in PLAIN.splitlines())
+    Path("data.tsv").write_text(quoted)
+    with pytest.raises(DataError, match="data.tsv:1: the names are in quotes; .* --quoting csv"):
+        fit("data.tsv")
+    fit("data.tsv", quoting="csv")
+    assert evaluate("out", "data.tsv").num_rows == 12
+    Path("data.tsv").write_text("".join(f'"{line}"\n' for line in PLAIN.splitlines()))
+    with pytest.raises(DataError, match="data.tsv:1: the whole line is in quotes; write the lines without"):
+        fit("data.tsv", overwrite_output_dir=True)
+
+
+def test_texts_in_quotes_short_rows_and_missing_labels_are_pointed_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    Path("data.tsv").write_text(PLAIN)
+    fit("data.tsv")
+    assert not caplog.records
+    Path("quoted.tsv").write_text(
+        HEADER + "".join(f'{i}\t"cat {i}"\t"sat"\t{"ab"[i % 2]}\n' for i in range(4))
+    )
+    evaluate("out", "quoted.tsv")
+    assert "quoted.tsv: all texts are in quotes; --quoting csv takes them off" in caplog.text
+    Path("short.tsv").write_text(HEADER + "the cat\tsat\ta\n" * 3)
+    parsed = parse_command_line(["--model_dir", "out", "--data_file", "short.tsv", "--predict"], "evaluate")
+    evaluate_models(parsed.config, explicit=parsed.explicit)
+    assert (
+        "short.tsv: rows with fewer columns than the first, counted from the left: 3, as in line 2"
+        in caplog.text
+    )
+    Path("data.tsv").write_text(PLAIN + "12\tthe cat\tsat\tNaN\n")
+    fit("data.tsv", overwrite_output_dir=True)
+    assert "the label 'NaN' is how pandas writes a missing one" in caplog.text
+    Path("data.tsv").write_text(HEADER + "".join(f"{i}\tthe cat\tsat\t{i},5\n" for i in range(12)))
+    fit("data.tsv", overwrite_output_dir=True)
+    assert (
+        "all 12 labels are numbers ('0,5', '1,5'" in caplog.text and "problem_type: regression" in caplog.text
+    )
+    with pytest.raises(DataError, match="data.tsv:2: label '0,5'; did you mean '0.5'. problem_type"):
+        fit("data.tsv", problem_type="regression", overwrite_output_dir=True)
+
+
+def test_columns_with_the_usual_names_in_other_places_are_refused() -> None:
+    """As a table written with its index has them."""
+    Path("data.tsv").write_text(
+        "\t" + HEADER + "".join(f"{i}\t{row}" for i, row in enumerate(ROWS.splitlines(True)))
+    )
+    with pytest.raises(DataError, match="data.tsv:1: text_a_column 1 is 'index' here, and 'sentence1' is"):
+        fit("data.tsv")
+    names = {"text_a_column": "sentence1", "text_b_column": "sentence2", "label_column": "label"}
+    fit("data.tsv", **names)
+    by_number = {"text_a_column": 2, "text_b_column": 3, "label_column": 4}
+    fit("data.tsv", **by_number, overwrite_output_dir=True)
+
+
 def test_the_advised_conversions_work() -> None:
     Path("OLD").write_bytes((HEADER + CHINESE).encode("gb18030"))
     for command in ("iconv -f GB18030 -t UTF-8 OLD > NEW", "tr '\\r' '\\n' < CR > NEW"):
@@ -135,6 +248,13 @@ def test_a_blank_path_is_refused() -> None:
 def test_a_short_flag_is_no_value_and_a_negative_number_is() -> None:
     with pytest.raises(ConfigError, match="flags begin with two dashes, found '-o'"):
         parse_command_line(["--train_file", "a.tsv", "-o", "out"], "train")
+    for flag in ("--output_dir", "--seed", "--train_file", "--label_column", "--config"):
+        with pytest.raises(ConfigError, match=f"{flag}: expected .*, found the flag -o"):
+            parse_command_line([flag, "-o"], "train")
+    with pytest.raises(ConfigError, match="--data_file: expected .*, found the flag -p"):
+        parse_command_line(["--model_dir", "m", "--data_file", "-p"], "evaluate")
+    with pytest.raises(ConfigError, match="--port: expected .*, found the flag -v"):
+        parse_serve_command_line(["--model_dir", "m", "--port", "-v"])
     flags = "--model_name_or_path m --train_file a.tsv --output_dir o --label_column -1 --logging_steps -1"
     assert parse_command_line(flags.split(), "train").config.label_column == -1
 
