@@ -53,3 +53,8 @@ def list_faults(faults: Sequence[str], total: int | None = None, limit: int = 10
     if rest > 0:
         shown.append(f"… and {rest} more")
     return "\n".join(shown)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, up to its first line's end; the name of its class where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from bertpair.checkpoint import final_folder
 from bertpair.command_line import model_settings
 from bertpair.dataset import DataSettings, columns_for, resolve_source
-from bertpair.errors import ConfigError, DataError
+from bertpair.errors import ConfigError, DataError, first_line
 from bertpair.hub import resolve_folder
 from bertpair.inference import PairClassifier, Prediction
 from bertpair.model_config import read_folder
@@ -194,7 +194,7 @@ def _read_rows(path: str, settings: Mapping[str, Any], classifier: PairClassifie
     try:
         pairs = read_pairs([path], columns, labels=classifier.labels, limit=CHECK_ROWS)
     except DataError as error:  # whose advice is for scripts that can be told another layout
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"quantize_check: {reason}; it must be laid out like the training data") from error
     if not len(pairs):
         raise ConfigError(f"quantize_check: {path} holds no rows")

@@ -93,7 +93,6 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
     dev = None if dev_pairs is None else encoding.split(dev_pairs, labels, name="dev")
     seed_everything(config.seed)
     digest, pad_id, table = digest_of(train), tokenizer.pad_id, None
-    precision = _resolve_precision(config, folder, device)
     weights = class_weight_tensor(config.class_weights, labels, train)
     with explain_memory(device):
         model, notes = load_model(
@@ -103,6 +102,7 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
             from_scratch=config.from_scratch,
         )
         _log((*source.notes, *notes))
+        precision = _resolve_precision(config, folder, device)
         if config.compact_vocabulary:
             table, train, dev = compact_vocabulary(model, train, dev, pad_id)
             pad_id = compact_id(pad_id, table.used)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertpair.errors import ConfigError
+from bertpair.errors import ConfigError, first_line
 from bertpair.model import ACTIVATIONS
 
 Linear = Callable[[Tensor], Tensor]
@@ -101,7 +101,7 @@ def check_int8() -> None:
     try:
         found = int8_linear(weight, torch.zeros(32), None)(x)
     except Exception as error:  # which one differs between builds of PyTorch
-        raise ConfigError(f"quantize int8 does not run here: {str(error).splitlines()[0]:.200}") from error
+        raise ConfigError(f"quantize int8 does not run here: {first_line(error):.200}") from error
     if (found - F.linear(x, weight)).abs().max() > 0.2:
         raise ConfigError("quantize int8 gives wrong sums on this machine")
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bertpair.errors import BertpairError, ConfigError, StoppedError
+from bertpair.errors import BertpairError, ConfigError, StoppedError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -199,10 +199,9 @@ def explain_memory(device: torch.device) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         release_locals(error)
-        said = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
-            f"out of memory: {device} has no room for the model ({said:.160}); free some memory there, or "
-            "choose another device with --device"
+            f"out of memory: {device} has no room for the model ({first_line(error):.160}); "
+            "free some memory there, or choose another device with --device"
         ) from error
 
 

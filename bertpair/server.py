@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TextIO
 
 import uvicorn
 
+from bertpair.errors import first_line
 from bertpair.http_protocol import GuardedProtocol, ProtocolLimits
 from bertpair.http_shell import Shell, access_logger
 from bertpair.listening import (
@@ -192,7 +193,7 @@ def start_queue(service: Service) -> MicroBatcher[Any, Any]:
 def end_if_device_lost(error: BaseException) -> None:
     """A device that answers every call with the same error comes back with a new process only."""
     if is_device_lost(error):
-        logger.critical("the device is lost, the server ends: %s", str(error).splitlines()[0])
+        logger.critical("the device is lost, the server ends: %s", first_line(error))
         logging.shutdown()
         os._exit(1)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bertpair.batching import BatchStream, padded_lengths
 from bertpair.checkpoint import checkpoint_folder, newest_whole
 from bertpair.config import Config, check_config, dump_yaml
-from bertpair.errors import CheckpointError, ConfigError, StoppedError, TrainingError
+from bertpair.errors import CheckpointError, ConfigError, StoppedError, TrainingError, first_line
 from bertpair.evaluation import Evaluation, curves_file, evaluate_split, result_files
 from bertpair.inference import Scorer
 from bertpair.lock import RunLock
@@ -33,7 +33,7 @@ from bertpair.report import finite_or_null
 from bertpair.resumption import check_same_data, find_start, name_output_dir, warn_of_other_machine
 from bertpair.run_folder import SETTINGS_FILE, Contents, RunFolder, Snapshot
 from bertpair.run_state import RunState, read_run_state
-from bertpair.runtime import is_out_of_memory, release_locals, stop_flag
+from bertpair.runtime import explain_memory, is_out_of_memory, release_locals, stop_flag
 from bertpair.staging import Staging
 from bertpair.stepper import Stepper
 from bertpair.vocabulary import USED_IDS
@@ -82,7 +82,9 @@ def train(
         start = find_start(config, given, lock)
         if start.finished is not None and start.checkpoint is None:
             return _stored_result(start.finished)
-        run = _Run(prepare(start.config, start.checkpoint), start.checkpoint, lock)
+        job = prepare(start.config, start.checkpoint)
+        with explain_memory(job.device):
+            run = _Run(job, start.checkpoint, lock)
         if start.finished is not None and run.loop.is_done:
             run.loop.log_end()
             return _stored_result(start.finished)
@@ -235,7 +237,7 @@ class _Run:
             place = shlex.quote(str(found))
             kept = f"{found.name} stands: a new run with --model_name_or_path {place} starts from its weights"
         return (
-            f"out of memory after step {step} on {self.job.device} ({str(error).splitlines()[0]:.160}); "
+            f"out of memory after step {step} on {self.job.device} ({first_line(error):.160}); "
             f"lower per_device_train_batch_size ({batch}) and raise gradient_accumulation_steps ({groups}) "
             "by the same factor: a step then has the same rows; for an evaluation lower "
             f"per_device_eval_batch_size ({config.per_device_eval_batch_size}); {kept}"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import write_tiny_bert
 
-from bertpair import Config, TrainingError, loop, train
+from bertpair import Config, ConfigError, TrainingError, loop, train
 from bertpair.batching import Batch
 from bertpair.inference import Scorer
 from bertpair.model import BertClassifier, BertConfig
@@ -99,12 +99,15 @@ def test_skipped_steps_are_logged_once_whoever_reads_them_first(
     assert found == {5: [2], 10: [7], 12: None}
 
 
-def out_of_memory(number: int) -> Callable[..., None]:
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+
+
+def out_of_memory(number: int, error: Exception = NO_MEMORY) -> Callable[..., None]:
     original = Stepper.step
 
     def step(self: Stepper, done: int, *given: Any, **settings: Any) -> None:
         if done == number:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+            raise error
         original(self, done, *given, **settings)
 
     return step
@@ -116,7 +119,7 @@ def test_training_out_of_memory_is_one_line_with_what_to_do(
 ) -> None:
     settings = {**material, "save_steps": save_steps, "eval_strategy": "no"}
     with monkeypatch.context() as patched, pytest.raises(TrainingError) as caught:
-        patched.setattr(Stepper, "step", out_of_memory(7))
+        patched.setattr(Stepper, "step", out_of_memory(7, NO_MEMORY if save_steps else MemoryError()))
         train(Config(**settings))  # type: ignore[arg-type]
     said = str(caught.value)
     assert "\n" not in said and "after step 6" in said
@@ -125,6 +128,9 @@ def test_training_out_of_memory_is_one_line_with_what_to_do(
         assert "no checkpoint has been written" in said
         return
     assert "checkpoint-4 stands" in said
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="no room for the model"):
+        patched.setattr("bertpair.training.load_state_tensors", lambda *_: (_ for _ in ()).throw(NO_MEMORY))
+        train(Config(resume="auto", output_dir=str(settings["output_dir"])))
     found = re.search(r"--model_name_or_path (\S+)", said)
     assert found is not None
     advised = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
