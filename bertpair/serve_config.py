@@ -182,13 +182,14 @@ def settle_limits(config: ServeConfig, cut: int, num_texts: int) -> RequestLimit
 
 
 def _misfit(config: ServeConfig, needed: int, room: int) -> str:
-    names = ("max_request_rows", "max_text_chars")
-    given = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) is not None]
-    parts = " and ".join(given) or "the shortest text"
-    limit = f"max_body_bytes {room}" if config.max_body_bytes else f"a body of at most {room} bytes"
+    given = [name for name in ("max_request_rows", "max_text_chars") if getattr(config, name) is not None]
+    parts = " and ".join(f"{name} {getattr(config, name)}" for name in given)
+    name = "max_body_bytes" if config.max_body_bytes else "max_inflight_bytes"
+    limit = f"{name} {room}" if room < MOST_BODY_BYTES else f"a body of at most {room} bytes"
+    advice = f"raise {name}, or lower" if needed <= MOST_BODY_BYTES else "lower"
     return (
         f"{parts} can need a body of {needed} bytes ({_BYTES_PER_CHAR} for each character), "
-        f"above {limit}: raise that, or lower the others"
+        f"above {limit}: {advice} {' or '.join(given)}"
     )
 
 

@@ -50,10 +50,19 @@ def test_the_defaults_are_sound_and_those_promised() -> None:
         (
             {"max_text_chars": 5000, "max_request_rows": 200, "max_body_bytes": 2**20},
             "max_request_rows 200 and max_text_chars 5000 can need a body of 6012864 bytes (6 for each "
-            "character), above max_body_bytes 1048576",
+            "character), above max_body_bytes 1048576: raise max_body_bytes, or lower max_request_rows or "
+            "max_text_chars",
+        ),
+        (
+            {"max_text_chars": 2**24, "max_body_bytes": 2**20},
+            "above max_body_bytes 1048576: lower max_text_chars",
+        ),
+        (
+            {"max_text_chars": 2**20, "max_inflight_bytes": 2**20},
+            "above max_inflight_bytes 1048576: raise max_inflight_bytes, or lower max_text_chars",
         ),
         ({"max_request_rows": 250, "max_body_bytes": 4096}, "max_request_rows 250 can need a body of"),
-        ({"max_text_chars": 2**30}, "above a body of at most 67108864 bytes"),
+        ({"max_text_chars": 2**30}, "above a body of at most 67108864 bytes: lower max_text_chars"),
         ({"max_body_bytes": 70_000, "max_inflight_bytes": 65_536}, "such a body could never be held"),
         ({"grace_seconds": 4}, "grace_seconds 4 is not above queue_deadline 5"),
         ({"uds": "/tmp/x", "host": "0.0.0.0"}, "one place to listen"),
