@@ -135,7 +135,7 @@ def test_help_shows_every_setting_grouped(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as ended:
         parse_serve_command_line(["--help"])
     page = capsys.readouterr().out
-    assert ended.value.code == 0 and page == serve_help_page()
+    assert ended.value.code == 0 and page == serve_help_page() + "\n"
     assert all(f"--{name} " in page for name in SERVE_SETTINGS)
     assert [line for line in page.splitlines() if line.endswith(":") and line[0] != " "] == [
         "model:",
