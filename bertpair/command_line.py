@@ -6,6 +6,7 @@ run's settings under those that are `explicit` here: they are in the checkpoint,
 """
 
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -107,7 +108,8 @@ def _train(flags: Layer, path: str | None) -> Parsed:
     sample = Path(sys.argv[0]).resolve().parent
     is_lost = not (unasked or path or named or flags.values.get("resume") or flags.values.get("do_eval"))
     if is_lost and sample != Path.cwd() and (sample / IMPLICIT).is_file():
-        flags.faults.append(f"no {IMPLICIT} here; the sample is trained from its own folder: cd {sample}")
+        way = f"cd {shlex.quote(str(sample))}"
+        flags.faults.append(f"no {IMPLICIT} here; the sample is trained from its own folder: {way}")
     return _finish(call, Layer(), "train")
 
 

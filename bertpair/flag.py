@@ -64,7 +64,8 @@ def _split(argv: Sequence[str], faults: list[str]) -> list[tuple[str, list[str]]
         else:
             is_file = word.endswith((".yaml", ".yml", ".json"))
             hint = "; a settings file is named by --config" if is_file else ""
-            faults.append(f"expected a flag such as --output_dir, found {show(word)}{hint}")
+            example = "output_dir" if "output_dir" in names else "model_dir"
+            faults.append(f"expected a flag such as --{example}, found {show(word)}{hint}")
     return found
 
 

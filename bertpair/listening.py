@@ -83,6 +83,8 @@ class TcpListener:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             family, kind, number, _, address = found[0]
             self.socket = socket.socket(family, kind, number)
+        except UnicodeError as error:
+            raise ConfigError(f"host {host}: no host has such a name") from error
         except OSError as error:
             raise ConfigError(f"host {host}: {error.strerror or error}") from error
         try:

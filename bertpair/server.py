@@ -248,7 +248,7 @@ async def warm_up(
                 batcher.note_speed(sum(lengths), seconds)
             num_rows = search.send(seconds)
     limits = batcher.limits
-    limits.max_batch_tokens = max_batch_tokens or predictor.budget
+    limits.max_batch_tokens = min(max_batch_tokens or predictor.budget, most_rows * predictor.cut)
     for lengths in predictor.warm_shapes(limits.max_batch_tokens, most_rows):
         tokens = sum(lengths)
         if tokens <= limits.max_batch_tokens and await _time_batch(predictor, batcher, lengths) == math.inf:

@@ -87,8 +87,13 @@ def test_a_headerless_file_does_not_lose_its_first_row(
     assert predicted_lines(score("--data_file", bare, "--predict", "--has_header", "false")) == [
         *range(1, 13)
     ]
-    with pytest.raises(DataError, match="expected a header"):
+    with pytest.raises(DataError, match="expected a header") as caught:
         make_predictor(Path("out").absolute(), quantize_check=str(bare))
+    commas = bare.with_name("commas.tsv")
+    commas.write_text("id,question,answer,grade\n1,a,b,c\n")
+    with pytest.raises(DataError, match="a comma between them; it must be laid out") as other:
+        make_predictor(Path("out").absolute(), quantize_check=str(commas))
+    assert "--" not in f"{caught.value}{other.value}"  # serve.py has no flag for the layout
 
 
 def test_another_name_for_the_label_or_more_columns_do_no_harm(

@@ -331,6 +331,7 @@ def test_27_what_cannot_start_says_so_in_one_line(folder: Path, tmp_path: Path) 
             (["--model_dir", str(folder), "--port", port], "is in use"),
             (["--model_dir", str(tmp_path / "nothing")], "nothing"),
             (["--model_dir", str(folder), "--prot", "1"], "did you mean port"),
+            (["--model_dir", str(folder), "--host", "a..b"], "host a..b: no host has such a name"),
         ]
         servers = [(Process(*flags), part) for flags, part in cases]
         for server, part in servers:
@@ -338,6 +339,16 @@ def test_27_what_cannot_start_says_so_in_one_line(folder: Path, tmp_path: Path) 
                 assert server.wait(60) == 2
                 assert server.said[-1].startswith("error: ") and part in server.said[-1]
                 assert not [line for line in server.said if "Traceback" in line or "listening" in line]
+
+
+def test_a_batch_is_never_larger_than_all_that_may_wait(folder: Path) -> None:
+    """So that the warm-up does not prepare what cannot come: 256 rows of 64 tokens."""
+    flags = ["--model_dir", str(folder), "--port", "0", "--drain_seconds", "0"]
+    with Process(*flags, "--max_batch_tokens", "1000000") as server:
+        assert ask(server.port, "/v1/predict", PAIR)[0] == 200
+        server.wait_for("^ready: batches of up to 16384 tokens")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
 
 
 def test_27_wrong_labels_files_and_limits(folder: Path, tmp_path: Path) -> None:
@@ -348,7 +359,7 @@ def test_27_wrong_labels_files_and_limits(folder: Path, tmp_path: Path) -> None:
     raw = json.loads((wrong / "config.json").read_text())
     raw |= {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
     (wrong / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(BertpairError, match="3 outputs"):
+    with pytest.raises(BertpairError, match="3 outputs, needed are 2; config.json does not fit"):
         make_predictor(wrong)
     with pytest.raises(ConfigError, match="below the cut of 64"):
         make_predictor(folder, max_batch_tokens=63)
