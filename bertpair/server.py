@@ -55,7 +55,7 @@ def serve(config: ServeConfig) -> int:
     Raises ConfigError or CheckpointError before anything listens.
     """
     check_descriptors(config.max_connections)
-    key = read_key(config.api_key_file) if config.api_key_file else None
+    key = read_key(config.api_key_file, config.max_header_bytes // 2) if config.api_key_file else None
     listener = bind(config)
     try:
         predictor = load_predictor(config)

@@ -368,7 +368,7 @@ def test_27_wrong_labels_files_and_limits(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BertpairError, match="absent.tsv"):
         make_predictor(folder, quantize_check=str(tmp_path / "absent.tsv"))
     key = tmp_path / "key"
-    for content in ("", "short", "with a space", "ünïcode-key"):
+    for content in ("", "short", "with a space", "ünïcode-key", "k" * 5000):
         key.write_text(content)
         with pytest.raises(ConfigError, match="8 or more printable"):
             read_key(str(key))
