@@ -1,22 +1,28 @@
 """Measure a trained model on a data file: `python evaluate.py --help`."""
 
 import json
+import os
+import signal
 import sys
-
-from bertpair.command_line import parse_command_line
-from bertpair.console import run_script
-from bertpair.scoring import evaluate_models
 
 
 def main() -> int:
+    from bertpair.command_line import parse_command_line
+    from bertpair.console import say
+    from bertpair.scoring import evaluate_models
+
     parsed = parse_command_line(sys.argv[1:], "evaluate")
     result = evaluate_models(parsed.config, explicit=parsed.explicit, notes=parsed.notes)
-    print(result.text)
+    say(result.text)
     for name, folder in result.folders.items():
-        print(f"{name}: files in {folder}")
-    print(json.dumps(result.summary(), ensure_ascii=False))
+        say(f"{name}: files in {folder}")
+    say(json.dumps(result.summary(), ensure_ascii=False))
     return 0
 
 
 if __name__ == "__main__":
+    for each in (signal.SIGINT, signal.SIGTERM):  # until run_script takes over: its import takes seconds
+        signal.signal(each, lambda signum, frame: os._exit(128 + signum))
+    from bertpair.console import run_script
+
     sys.exit(run_script(main))

@@ -1,14 +1,15 @@
 """Serve a trained model over HTTP: `python serve.py --help`."""
 
 import logging
+import os
+import signal
 import sys
-
-from bertpair.console import run_script
-from bertpair.serve_command_line import parse_serve_command_line
-from bertpair.server import configure_serve_logging, serve
 
 
 def main() -> int:
+    from bertpair.serve_command_line import parse_serve_command_line
+    from bertpair.server import configure_serve_logging, serve
+
     call = parse_serve_command_line(sys.argv[1:])
     configure_serve_logging()
     try:
@@ -20,4 +21,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    for each in (signal.SIGINT, signal.SIGTERM):  # until run_script takes over: its import takes seconds
+        signal.signal(each, lambda signum, frame: os._exit(128 + signum))
+    from bertpair.console import run_script
+
     sys.exit(run_script(main))

@@ -2,26 +2,32 @@
 
 import dataclasses
 import json
+import os
+import signal
 import sys
-
-from bertpair.command_line import parse_command_line
-from bertpair.console import run_script
-from bertpair.scoring import evaluate_models
-from bertpair.training import train
 
 
 def main() -> int:
+    from bertpair.command_line import parse_command_line
+    from bertpair.console import say
+    from bertpair.scoring import evaluate_models
+    from bertpair.training import train
+
     parsed = parse_command_line(sys.argv[1:], "train")
     if not parsed.config.runs_training:  # --do_eval alone: the model that stands in output_dir
         config = dataclasses.replace(parsed.config, model_dir=parsed.config.output_dir)
         result = evaluate_models(config, explicit=parsed.explicit, notes=parsed.notes)
-        print(result.text)
-        print(json.dumps(result.summary(), ensure_ascii=False))
+        say(result.text)
+        say(json.dumps(result.summary(), ensure_ascii=False))
         return 0
     trained = train(parsed.config, explicit=parsed.explicit, notes=parsed.notes)
-    print(json.dumps(trained.summary(), ensure_ascii=False))
+    say(json.dumps(trained.summary(), ensure_ascii=False))
     return 1 if trained.save_failed else 0
 
 
 if __name__ == "__main__":
+    for each in (signal.SIGINT, signal.SIGTERM):  # until run_script takes over: its import takes seconds
+        signal.signal(each, lambda signum, frame: os._exit(128 + signum))
+    from bertpair.console import run_script
+
     sys.exit(run_script(main))

@@ -7,6 +7,7 @@ header has in the columns used, where they are used.
 
 import difflib
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -164,7 +165,7 @@ def _header_faults(columns: Columns, first: list[str], where: str) -> list[str]:
         names = listed([name for _, name in used.values()])
         faults.append(f"{where}expected a header with {names} as in the training file, found {listed(first)}")
     if faults:
-        names = " ".join(f"--{role}_column {shown(name)}" for role, (_, name) in used.items())
+        names = " ".join(f"--{role}_column {shlex.quote(name)}" for role, (_, name) in used.items())
         faults.append(
             f"if this row is no header, set --has_header false; to read these columns all the same, set "
             f"--has_header true; or name the columns, such as {names}"

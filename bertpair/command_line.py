@@ -6,6 +6,7 @@ run's settings under those that are `explicit` here: they are in the checkpoint,
 """
 
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 from bertpair.checkpoint import final_folder, list_checkpoints
 from bertpair.config import SETTINGS, Config, joint_faults, raise_faults, settle
+from bertpair.console import say
 from bertpair.errors import CheckpointError, ConfigError
 from bertpair.flag import help_lines
 from bertpair.layer import REPLACES, Layer, Script, file_layer, flag_layer, merge
@@ -65,7 +67,7 @@ class _Call:
 def parse_command_line(argv: Sequence[str], script: Script) -> Parsed:
     """What this command line means; ConfigError with all faults at once. `--help` prints and exits with 0."""
     if "--help" in argv or "-h" in argv:
-        sys.stdout.write(help_page(script))
+        say(help_page(script))
         raise SystemExit(0)
     if len(argv) == 1 and argv[0].lower().endswith(".json") and not argv[0].startswith("-"):
         argv = ["--config", *argv]
@@ -106,7 +108,8 @@ def _train(flags: Layer, path: str | None) -> Parsed:
     sample = Path(sys.argv[0]).resolve().parent
     is_lost = not (unasked or path or named or flags.values.get("resume") or flags.values.get("do_eval"))
     if is_lost and sample != Path.cwd() and (sample / IMPLICIT).is_file():
-        flags.faults.append(f"no {IMPLICIT} here; the sample is trained from its own folder: cd {sample}")
+        way = f"cd {shlex.quote(str(sample))}"
+        flags.faults.append(f"no {IMPLICIT} here; the sample is trained from its own folder: {way}")
     return _finish(call, Layer(), "train")
 
 
@@ -229,4 +232,4 @@ def help_page(script: Script) -> str:
         flag = "output_dir" if name == "eval_output_dir" else name
         lines.append(help_lines(flag, item.kind, item.default, item.help))
     old = f"names of run_glue.py, obeyed or said to be idle: {', '.join(sorted(OLD_KINDS))}"
-    return "\n".join([*lines, "", textwrap.fill(old, 100), ""])
+    return "\n".join([*lines, "", textwrap.fill(old, 100)])

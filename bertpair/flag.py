@@ -29,7 +29,7 @@ def read_flags(argv: Sequence[str], kinds: Mapping[str, Kind]) -> Flags:
     """`--name value`, `--name=value`, `--name`, `--name several words`; faults are collected, not raised."""
     flags = Flags()
     hungry = ""
-    for flag, words in _split(argv, flags.faults):
+    for flag, words in _split(argv, flags.faults, kinds):
         name, equals, value = flag.removeprefix("--").partition("=")
         if not flag.startswith("--"):
             _refuse_short(flags, flag, hungry, kinds)
@@ -53,7 +53,7 @@ def _refuse_short(flags: Flags, flag: str, hungry: str, kinds: Mapping[str, Kind
         flags.faults.append(f"flags begin with two dashes, found {show(flag)}{near}")
 
 
-def _split(argv: Sequence[str], faults: list[str]) -> list[tuple[str, list[str]]]:
+def _split(argv: Sequence[str], faults: list[str], names: Mapping[str, Kind]) -> list[tuple[str, list[str]]]:
     """Each flag with the words after it. A word that begins with a dash and is no number is one too."""
     found: list[tuple[str, list[str]]] = []
     for word in argv:
@@ -64,7 +64,8 @@ def _split(argv: Sequence[str], faults: list[str]) -> list[tuple[str, list[str]]
         else:
             is_file = word.endswith((".yaml", ".yml", ".json"))
             hint = "; a settings file is named by --config" if is_file else ""
-            faults.append(f"expected a flag such as --output_dir, found {show(word)}{hint}")
+            example = "output_dir" if "output_dir" in names else "model_dir"
+            faults.append(f"expected a flag such as --{example}, found {show(word)}{hint}")
     return found
 
 

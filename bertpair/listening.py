@@ -43,15 +43,16 @@ def check_descriptors(max_connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def read_key(path: str) -> bytes:
-    """The key in the first line of a file."""
+def read_key(path: str, most: int = 4096) -> bytes:
+    """The key in the first line of a file; at most `most` bytes, for which a request must have room."""
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise ConfigError(f"api_key_file: {path} cannot be read: {error.strerror}") from error
     key = lines[0].strip() if lines else b""
-    if len(key) < 8 or not all(33 <= byte <= 126 for byte in key):
-        raise ConfigError(f"api_key_file: {path}: expected 8 or more printable ASCII characters, no spaces")
+    if not 8 <= len(key) <= most or not all(33 <= byte <= 126 for byte in key):
+        expected = f"8 or more printable ASCII characters, at most {most}, no spaces"
+        raise ConfigError(f"api_key_file: {path}: expected {expected}")
     return key
 
 
@@ -83,6 +84,8 @@ class TcpListener:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             family, kind, number, _, address = found[0]
             self.socket = socket.socket(family, kind, number)
+        except UnicodeError as error:
+            raise ConfigError(f"host {host}: no host has such a name") from error
         except OSError as error:
             raise ConfigError(f"host {host}: {error.strerror or error}") from error
         try:
@@ -216,8 +219,9 @@ class UnixListener:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
-            is_socket = stat.S_ISSOCK(os.lstat(self.path).st_mode)
-            if not is_socket or probe.connect_ex(self.path) != errno.ECONNREFUSED:
+            if not stat.S_ISSOCK(os.lstat(self.path).st_mode):
+                raise OSError(errno.EEXIST, "what stands there is no socket")
+            if probe.connect_ex(self.path) != errno.ECONNREFUSED:
                 raise OSError(errno.EADDRINUSE, "in use")
 
     def _explain(self, error: OSError) -> ConfigError:

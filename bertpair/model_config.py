@@ -104,12 +104,15 @@ def label_order(
     )
 
 
-def check_pairs(folder: ModelFolder) -> None:
-    """CheckpointError where the network cannot tell the second text of a pair from the first."""
+def check_pairs(folder: ModelFolder, advice: str = "") -> None:
+    """CheckpointError where the network cannot tell the second text of a pair from the first.
+
+    It ends with `advice`, which says what its reader can do.
+    """
     if folder.config.type_vocab_size < 2:
         raise CheckpointError(
             f"{folder.path}: type_vocab_size is {folder.config.type_vocab_size}, and pairs need 2: "
-            "this model takes single texts only (text_b_column: null)"
+            f"this model takes single texts only{advice}"
         )
 
 

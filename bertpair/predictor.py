@@ -124,9 +124,9 @@ class Predictor:
 
     def warm_shapes(self, max_tokens: int, max_rows: int) -> Iterator[list[int]]:
         """Lengths of batches that bring every number of tokens and of rows that a kernel is kept for."""
-        for count in sorted({fill_up(n) for n in range(1, max_tokens + 1)}):
+        for count in _filled(max_tokens):
             yield [self.cut] * (count // self.cut) + ([count % self.cut] if count % self.cut else [])
-        for count in sorted({fill_up(n) for n in range(1, min(max_rows, max_tokens // SHORTEST) + 1)}):
+        for count in _filled(min(max_rows, max_tokens // SHORTEST)):
             yield [SHORTEST] * min(count, max_rows)
 
     def budget_search(self, most_rows: int) -> Generator[int, float, None]:
@@ -157,6 +157,14 @@ class Predictor:
         exact = PairClassifier.from_pretrained(folder, max_seq_length=self.cut, device="cpu", optimize=False)
         rows = pairs if self.takes_pairs else [a for a, _ in pairs]
         return compare(self.classifier.predict(rows), exact.predict(rows))
+
+
+def _filled(most: int) -> Iterator[int]:
+    """The sizes that batches of 1 to `most` are filled up to."""
+    count = 0
+    while count < most:
+        count = fill_up(count + 1)
+        yield count
 
 
 def join_rows(rows: Sequence[TokenRow]) -> Tokens:
@@ -194,7 +202,7 @@ def _read_rows(path: str, settings: Mapping[str, Any], classifier: PairClassifie
     try:
         pairs = read_pairs([path], columns, labels=classifier.labels, limit=CHECK_ROWS)
     except DataError as error:  # whose advice is for scripts that can be told another layout
-        reason = first_line(error)
+        reason = first_line(error).partition("; ")[0]
         raise DataError(f"quantize_check: {reason}; it must be laid out like the training data") from error
     if not len(pairs):
         raise ConfigError(f"quantize_check: {path} holds no rows")

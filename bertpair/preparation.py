@@ -84,7 +84,7 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
     folder = read_folder(_model_path(config, resumed_from), config_name=_named_config(config, resumed_from))
     train_pairs, dev_pairs, labels = _read_pairs(config, source, folder)
     if train_pairs.text_b is not None:
-        check_pairs(folder)
+        check_pairs(folder, " (text_b_column: null)")
     positive = resolve_positive_label(labels, source, config.positive_label)
     _check_watched(config, labels, has_dev=dev_pairs is not None)
     tokenizer = _read_tokenizer(config, folder, resumed_from)

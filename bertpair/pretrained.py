@@ -98,7 +98,8 @@ def load_model(
         raise CheckpointError(f"{file}: holds no {' and no '.join(new)}: train this model first")
     if new:
         notes.append(f"new, to be trained: {', '.join(new)}")
-    _check_outputs(stored, num_labels, file)
+    advice = "config.json does not fit the weights" if require_head else "`new_head: true` trains a new one"
+    _check_outputs(stored, num_labels, file, advice)
     return _fill(config, stored, new, str(file)), notes
 
 
@@ -158,12 +159,11 @@ def _names_under(module: str, tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name in tensors if name.startswith(MODULES[module] + ".")]
 
 
-def _check_outputs(stored: Mapping[str, Tensor], num_labels: int, file: Path) -> None:
+def _check_outputs(stored: Mapping[str, Tensor], num_labels: int, file: Path, advice: str) -> None:
     weight = stored.get("classifier.weight")
     if weight is not None and weight.ndim == 2 and len(weight) != num_labels:
         raise CheckpointError(
-            f"{file}: its classifier has {len(weight)} outputs, needed are {num_labels};"
-            " `new_head: true` trains a new one"
+            f"{file}: its classifier has {len(weight)} outputs, needed are {num_labels}; {advice}"
         )
 
 

@@ -7,13 +7,13 @@ the model; here only its folder is found.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from bertpair.command_line import IMPLICIT
 from bertpair.config import SETTINGS
+from bertpair.console import say
 from bertpair.errors import ConfigError, list_faults
 from bertpair.flag import help_lines, read_flags
 from bertpair.serve_config import (
@@ -52,7 +52,7 @@ class _Found:
 def parse_serve_command_line(argv: Sequence[str]) -> ServeCall:
     """What this command line means; ConfigError with all faults at once. `--help` prints and exits with 0."""
     if "--help" in argv or "-h" in argv:
-        sys.stdout.write(serve_help_page())
+        say(serve_help_page())
         raise SystemExit(0)
     kinds: dict[str, Kind] = {"config": PATH, **{name: item.kind for name, item in SERVE_SETTINGS.items()}}
     flags = read_flags(argv, kinds)
@@ -120,4 +120,4 @@ def serve_help_page() -> str:
             group = item.group
             lines.append(f"\n{group}:")
         lines.append(help_lines(name, item.kind, item.default, item.help))
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -35,7 +36,17 @@ _BYTES_AROUND = 64  # a row's names and punctuation, or those around all rows
 
 
 def _accept_auto(value: object) -> object:
-    return None if value in ("auto", None) else whole(1).accept(value)
+    return None if value in ("auto", None) else _BATCH_TOKENS.accept(value)
+
+
+def _accept_proxies(value: object) -> object:
+    text = clean_text(value).strip()
+    for item in text.split(",") if text != "*" else ():
+        try:
+            ipaddress.ip_network(item.strip())
+        except ValueError:
+            raise ValueError from None  # its words say less than ours
+    return text
 
 
 def _matching(expected: str, pattern: re.Pattern[str]) -> Kind:
@@ -58,13 +69,14 @@ def _several(one: Kind, expected: str) -> Kind:
     return or_null(Kind(expected, accept, list, "many"))
 
 
-_AUTO = Kind("auto, or a whole number of at least 1", _accept_auto, whole(1).read)
+_BATCH_TOKENS = whole(1, 1_000_000)
+_AUTO = Kind(f"auto, or {_BATCH_TOKENS.expected}", _accept_auto, _BATCH_TOKENS.read)
 _HOST = _matching("a host name or an IP address", _ADDRESS)
 _HOSTS = _several(_matching("a host name", _HOST_NAME), "host names without a port, or *")
 _ORIGINS = _several(_matching("an origin", _ORIGIN), "origins such as https://example.com, or *")
 _ROOT = or_null(_matching("a path such as /pairs, without a slash at its end", _ROOT_PATH))
-_SECONDS = number(above=0, high=86_400)
-_TEXT = or_null(Kind("text without spaces", clean_text))
+_SECONDS = number(low=0.01, high=86_400)  # less would be a mistake of the unit
+_PROXIES = or_null(Kind("IP addresses or networks with commas between them, or *", _accept_proxies))
 _MODE = or_null(_matching('octal digits in quotes, such as "660"', re.compile(r"0?[0-7]{3}")))
 
 
@@ -115,7 +127,7 @@ class ServeConfig:
     uds_mode: str | None = _listen(None, _MODE, "who may connect to it, as for chmod; null: 660")
     root_path: str | None = _listen(None, _ROOT, "prefix under which a proxy shows this server")
     forwarded_allow_ips: str | None = _listen(
-        None, _TEXT, "comma-separated proxies whose X-Forwarded-* are believed, or *"
+        None, _PROXIES, "comma-separated proxies whose X-Forwarded-* are believed, or *"
     )
 
     max_body_bytes: int | None = _limit(
@@ -182,13 +194,14 @@ def settle_limits(config: ServeConfig, cut: int, num_texts: int) -> RequestLimit
 
 
 def _misfit(config: ServeConfig, needed: int, room: int) -> str:
-    names = ("max_request_rows", "max_text_chars")
-    given = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) is not None]
-    parts = " and ".join(given) or "the shortest text"
-    limit = f"max_body_bytes {room}" if config.max_body_bytes else f"a body of at most {room} bytes"
+    given = [name for name in ("max_request_rows", "max_text_chars") if getattr(config, name) is not None]
+    parts = " and ".join(f"{name} {getattr(config, name)}" for name in given)
+    name = "max_body_bytes" if config.max_body_bytes else "max_inflight_bytes"
+    limit = f"{name} {room}" if room < MOST_BODY_BYTES else f"a body of at most {room} bytes"
+    advice = f"raise {name}, or lower" if needed <= MOST_BODY_BYTES else "lower"
     return (
         f"{parts} can need a body of {needed} bytes ({_BYTES_PER_CHAR} for each character), "
-        f"above {limit}: raise that, or lower the others"
+        f"above {limit}: {advice} {' or '.join(given)}"
     )
 
 

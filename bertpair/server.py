@@ -56,11 +56,10 @@ def serve(config: ServeConfig) -> int:
     Raises ConfigError or CheckpointError before anything listens.
     """
     check_descriptors(config.max_connections)
-    key = read_key(config.api_key_file) if config.api_key_file else None
+    key = read_key(config.api_key_file, config.max_header_bytes // 2) if config.api_key_file else None
     listener = bind(config)
     try:
         predictor = load_predictor(config)
-        stop_flag.raise_if_set()
         if not is_local(config) and key is None:
             logger.warning("%s is reachable from other machines and no api_key_file is set", config.host)
         return asyncio.run(_Server(config, predictor, listener, key).run())
@@ -94,6 +93,7 @@ class _Server:
         service = self.service
         for signum in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(signum, self._stop, signum)
+        stop_flag.raise_if_set()  # a signal that came while the model was loaded
         start_queue(service)
         service.metrics.watch_log(count_dropped_lines)
         server = make_uvicorn(service)
@@ -249,7 +249,7 @@ async def warm_up(
                 batcher.note_speed(sum(lengths), seconds)
             num_rows = search.send(seconds)
     limits = batcher.limits
-    limits.max_batch_tokens = max_batch_tokens or predictor.budget
+    limits.max_batch_tokens = min(max_batch_tokens or predictor.budget, most_rows * predictor.cut)
     for lengths in predictor.warm_shapes(limits.max_batch_tokens, most_rows):
         tokens = sum(lengths)
         if tokens <= limits.max_batch_tokens and await _time_batch(predictor, batcher, lengths) == math.inf:
@@ -273,19 +273,13 @@ def configure_serve_logging() -> None:
 
     Both are written by threads of their own. uvicorn's remarks are left out.
     """
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:  # closed by whoever started us: a client's socket must not take its number
-            os.open(os.devnull, os.O_RDWR)
     access_logger.propagate = False
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     root = logging.getLogger()
     for handler in list(root.handlers):
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
             root.removeHandler(handler)
-            if sys.stderr is not None:
-                _add_writer(root, sys.stderr, "standard error", handler.formatter)
+            _add_writer(root, sys.stderr, "standard error", handler.formatter)
     if sys.stdout is None:
         logger.warning("standard output is closed: there is no access log")
     else:

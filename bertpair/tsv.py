@@ -325,7 +325,7 @@ class _Reader:
     def _header_again(self, cells: list[str], places: Places) -> str:
         if self.here.header is None or self._used(cells, places) != self.here.header:
             return ""
-        return "the header row again; was one file appended to another?"
+        return "the header row again; was one file appended to another? If it is a row, set has_header: false"
 
     def _fault(self, cells: list[str], places: Places) -> str:
         """What is wrong with a row whose bytes are text, or ""."""

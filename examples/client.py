@@ -3,7 +3,8 @@
     python examples/client.py "进程(process)。" "process"
     python examples/client.py --file pairs.tsv > answers.tsv      # two tab-separated texts a line
 
-BERTPAIR_KEY in the environment is sent as the bearer key. Whatever goes wrong is one line and exit code 1.
+BERTPAIR_KEY in the environment is sent as the bearer key. Answers are written in UTF-8.
+Whatever goes wrong is one line and exit code 1.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 ATTEMPTS = 6
 MOST_WAIT = 60.0
@@ -32,15 +33,15 @@ class Client:
     def __init__(self, url: str, key: str | None = None, timeout: float = 60) -> None:
         try:
             parts = urlsplit(url)
-            host, port = parts.hostname, parts.port
-        except ValueError:
-            host, port = None, None
-        if host is None or parts.scheme not in ("http", "https"):
-            raise ClientError(f"--url: expected a URL such as http://127.0.0.1:8000, found {url}")
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self.connection = kind(host, port, timeout=timeout)
+            kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[parts.scheme]
+            if not parts.hostname:
+                raise ValueError
+            self.connection = kind(parts.hostname, parts.port or kind.default_port, timeout=timeout)
+            self.prefix = quote(parts.path.rstrip("/"), safe="/%!$&'()*+,;=:@")
+        except (KeyError, ValueError, http.client.InvalidURL) as error:
+            found = f"expected a URL such as http://127.0.0.1:8000, found {url}"
+            raise ClientError(f"--url: {found}") from error
         self.url, self.timeout = url, timeout
-        self.prefix = parts.path.rstrip("/")
         self.headers = {"Content-Type": "application/json"}
         if key:
             if not key.isascii() or not key.isprintable():
@@ -64,6 +65,8 @@ class Client:
                 continue
             except TimeoutError as error:
                 raise ClientError(f"{self.url} did not answer within {self.timeout:g} s") from error
+            except UnicodeError as error:
+                raise ClientError(f"{self.url} cannot be reached: no host has such a name") from error
             except OSError as error:
                 raise ClientError(f"{self.url} cannot be reached: {reason_of(error)}") from error
             if response.status not in (429, 503) or is_last:
@@ -171,6 +174,10 @@ def main() -> int:
         parser.error("--rows is at least 1, --timeout above 0")
     if not arguments.file and len(arguments.texts) != 2:
         parser.error("give two texts, or --file")
+    if sys.stdout is None:
+        print("error: standard output is closed", file=sys.stderr)
+        return 1
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # as the files are, in every locale
     try:
         client = Client(arguments.url, os.environ.get("BERTPAIR_KEY"), arguments.timeout)
         if arguments.file:
@@ -188,8 +195,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # nobody reads on; nor what Python would still flush at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # nobody reads on: no fault
+            print(f"error: the answers cannot be written: {reason_of(error)}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         return 1
     return 0
 

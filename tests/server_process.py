@@ -40,7 +40,7 @@ class Process:
             time.sleep(0.02)
         raise AssertionError(f"{pattern} was not said: {self.said}")
 
-    def wait(self, within: float = 30) -> int:
+    def wait(self, within: float = 60) -> int:
         code = self.process.wait(within)
         self.reader.join(5)
         self.drainer.join(5)

@@ -172,7 +172,7 @@ def test_those_who_have_connected_are_heard_and_idle_ones_do_not_hold_up_the_exi
             assert line.recv(12) == b"HTTP/1.1 200"
             line.close()
         assert silent.is_closed()
-        assert server.wait(15) == 0
+        assert server.wait() == 0
 
 
 def test_a_client_that_never_closes_does_not_make_a_drained_server_fail(
@@ -183,4 +183,4 @@ def test_a_client_that_never_closes_does_not_make_a_drained_server_fail(
         line.send(GET)
         line.read()
         server.process.send_signal(signal.SIGTERM)
-        assert server.wait(10) == 0 and server.said[-1] == "drained"
+        assert server.wait() == 0 and server.said[-1] == "drained"

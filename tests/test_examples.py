@@ -91,6 +91,7 @@ class Stub:
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.is_asked = threading.Event()
+        self.requests: list[bytes] = []
         threading.Thread(target=self.serve, daemon=True).start()
 
     def serve(self) -> None:
@@ -100,7 +101,7 @@ class Stub:
                 lines.append(self.socket.accept()[0])
                 self.is_asked.set()
                 if self.answer is not None:
-                    lines[-1].recv(65536)
+                    self.requests.append(lines[-1].recv(65536))
                     lines[-1].sendall(self.answer)
                     lines[-1].close()
 
@@ -152,13 +153,43 @@ def test_the_client_without_a_server_says_so_in_one_line(tmp_path: Path) -> None
         1,
         f"error: {slow} did not answer within 0.3 s\n",
     )
-    for wrong in ("localhost:8000", "http://", "ftp://a", "http://a:b"):
+    for wrong in ("localhost:8000", "http://", "ftp://a", "http://a:b", "http://a b", "http://[a"):
         code, line = run_alone("--url", wrong, "a", "b")
         assert code == 1 and "expected a URL such as" in line
-    code, line = run_alone("--url", "http://no-such-name.invalid", "a", "b")
-    assert code == 1 and line.startswith("error: http://no-such-name.invalid cannot be reached")
+    for url in ("http://no-such-name.invalid", "http://a..b", f"http://{'ü' * 70}"):
+        code, line = run_alone("--url", url, "a", "b")
+        assert code == 1 and line.startswith(f"error: {url} cannot be reached: ")
     code, line = run_alone("a", "b", BERTPAIR_KEY="ключ-ключ")
     assert code == 1 and "BERTPAIR_KEY" in line
+
+
+def test_the_client_writes_utf_8_or_says_that_it_cannot(live: LiveServer, tmp_path: Path) -> None:
+    file, answers = tmp_path / "pairs.tsv", tmp_path / "answers.tsv"
+    file.write_text("学\t算\n" * 2000, encoding="utf-8")
+    url = f"http://127.0.0.1:{live.port}/"
+    words = [sys.executable, EXAMPLES / "client.py", "--url", url, "--file", file]
+    environment = {**os.environ, "BERTPAIR_KEY": "the-right-key", "PYTHONIOENCODING": "ascii"}
+
+    def run(shell: str) -> tuple[int, str]:
+        command = ["sh", "-c", shell, answers, *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stderr
+
+    assert run('"$@" > "$0"') == (0, "")
+    assert [line.split("\t")[:2] for line in answers.read_text("utf-8").splitlines()] == [["学", "算"]] * 2000
+    for limit in ("0", "1"):  # blocks: nothing can be written, or not all
+        said = "error: the answers cannot be written: File too large\n"
+        assert run(f'ulimit -f {limit}; "$@" > "$0"') == (1, said)
+    assert run('"$@" >&-') == (1, "error: standard output is closed\n")
+
+
+def test_the_client_takes_urls_as_browsers_do() -> None:
+    """A path in any letters, and an IPv6 address without a port."""
+    stub = Stub(b"HTTP/1.1 404 No\r\n\r\n{}")
+    code, line = run_alone("--url", f"http://127.0.0.1:{stub.port}/ü b", "a", "b")
+    assert code == 1 and "404 No" in line and stub.requests[0].startswith(b"POST /%C3%BC%20b/v1/predict ")
+    code, line = run_alone("--url", "http://[::ffff:127.0.0.1]", "a", "b")
+    assert code == 1 and "expected a URL" not in line
 
 
 def test_the_client_names_a_file_it_cannot_read(live: LiveServer, tmp_path: Path) -> None:

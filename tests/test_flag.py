@@ -90,7 +90,7 @@ def test_all_faults_are_found() -> None:
         "2",
     )
     assert flags.faults == [
-        "expected a flag such as --output_dir, found 'x'",
+        "expected a flag such as --model_dir, found 'x'",
         "--data_dir: expected a path, or null, found nothing",
         "--do_train: expected true or false, found 2 words, 'true false'",
         "--labels: expected a list of at least two labels, or null, found nothing",

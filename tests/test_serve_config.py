@@ -50,21 +50,36 @@ def test_the_defaults_are_sound_and_those_promised() -> None:
         (
             {"max_text_chars": 5000, "max_request_rows": 200, "max_body_bytes": 2**20},
             "max_request_rows 200 and max_text_chars 5000 can need a body of 6012864 bytes (6 for each "
-            "character), above max_body_bytes 1048576",
+            "character), above max_body_bytes 1048576: raise max_body_bytes, or lower max_request_rows or "
+            "max_text_chars",
+        ),
+        (
+            {"max_text_chars": 2**24, "max_body_bytes": 2**20},
+            "above max_body_bytes 1048576: lower max_text_chars",
+        ),
+        (
+            {"max_text_chars": 2**20, "max_inflight_bytes": 2**20},
+            "above max_inflight_bytes 1048576: raise max_inflight_bytes, or lower max_text_chars",
         ),
         ({"max_request_rows": 250, "max_body_bytes": 4096}, "max_request_rows 250 can need a body of"),
-        ({"max_text_chars": 2**30}, "above a body of at most 67108864 bytes"),
+        ({"max_text_chars": 2**30}, "above a body of at most 67108864 bytes: lower max_text_chars"),
         ({"max_body_bytes": 70_000, "max_inflight_bytes": 65_536}, "such a body could never be held"),
         ({"grace_seconds": 4}, "grace_seconds 4 is not above queue_deadline 5"),
         ({"uds": "/tmp/x", "host": "0.0.0.0"}, "one place to listen"),
         ({"quantize": "int8", "amp": "bf16"}, "int8 goes with float32"),
         ({"quantize": "int8", "device": "cuda"}, "CPU only"),
         ({"port": 70_000}, "from 0 to 65535, found 70000"),
-        ({"max_batch_tokens": "some"}, "auto, or a whole number"),
+        ({"max_batch_tokens": "some"}, "auto, or a whole number from 1 to 1000000"),
+        ({"max_batch_tokens": 2**31 - 1}, "auto, or a whole number from 1 to 1000000"),
         ({"root_path": "pairs/"}, "a path such as /pairs"),
         ({"cors_origin": "example.com"}, "origins such as https://example.com"),
         ({"allowed_hosts": []}, "host names without a port"),
-        ({"queue_deadline": "soon"}, "a number above 0"),
+        ({"forwarded_allow_ips": "10.0.0.1/8"}, "IP addresses or networks with commas between them, or *"),
+        ({"forwarded_allow_ips": "proxy.example"}, "found 'proxy.example'"),
+        ({"forwarded_allow_ips": " "}, "found ' '"),
+        ({"forwarded_allow_ips": "*, 10.0.0.1"}, "found '*, 10.0.0.1'"),
+        ({"queue_deadline": "soon"}, "a number of at least 0.01 and at most 86400"),
+        ({"receive_timeout": 1e-320}, "a number of at least 0.01"),
         ({"quantise": "int8"}, "unknown setting quantise; did you mean quantize"),
     ],
 )
@@ -126,7 +141,7 @@ def test_help_shows_every_setting_grouped(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as ended:
         parse_serve_command_line(["--help"])
     page = capsys.readouterr().out
-    assert ended.value.code == 0 and page == serve_help_page()
+    assert ended.value.code == 0 and page == serve_help_page() + "\n"
     assert all(f"--{name} " in page for name in SERVE_SETTINGS)
     assert [line for line in page.splitlines() if line.endswith(":") and line[0] != " "] == [
         "model:",

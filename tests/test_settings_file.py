@@ -125,9 +125,9 @@ def test_what_is_not_flat_yaml_is_refused_with_its_line(path: Path, text: str, s
 def test_an_alias_bomb_is_refused_at_once(path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
-    start = time.monotonic()
+    start = time.process_time()
     assert "aliases" in refusal(path, "\n".join(lines))
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_python_objects_are_not_made(path: Path) -> None:

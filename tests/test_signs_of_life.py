@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import write_tiny_bert
+from conftest import write_hf_folder, write_tiny_bert
 
 from bertpair import CheckpointError, Config, ConfigError, DataError, PairClassifier, TrainResult, train
 from bertpair.checkpoint import list_checkpoints
@@ -121,6 +121,64 @@ def test_a_model_folder_that_is_none_is_said_first(tmp_path: Path, command: str)
     Path("run/checkpoint-10").mkdir()
     with pytest.raises(CheckpointError, match="is not finished; name a checkpoint of it: run/checkpoint-10"):
         PairClassifier.from_pretrained("run")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "serve"])
+def test_advice_holds_in_the_script_that_gives_it(
+    tmp_path: Path, write_tsv: Callable[..., Path], command: str
+) -> None:
+    """No flag is named that the script lacks, and what is named is what helps."""
+    folder = write_hf_folder(tmp_path / "three")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tsv("rows.tsv", ROWS, HEADER)
+    data = {
+        "train": [
+            "--model_name_or_path",
+            "three",
+            "--train_file",
+            "rows.tsv",
+            "--output_dir",
+            "out",
+            "--max_seq_length",
+            "24",
+        ],
+        "evaluate": ["--model_dir", "three", "--data_file", "rows.tsv"],
+        "serve": ["--model_dir", "three", "--port", "0"],
+    }[command]
+    said = run(command, *data).stderr
+    assert "its classifier has 3 outputs, needed are 2; " in said
+    assert ("`new_head: true`" in said) == (command == "train")
+    if command == "train":
+        assert run(command, *data, "--new_head", "--max_steps", "1").returncode == 0
+    stray = run(command, "settings.yaml")
+    flag = stray.stderr.partition("a flag such as ")[2].partition(",")[0]
+    assert stray.returncode == 2 and f"  {flag} " in run(command, "--help").stdout
+
+
+def test_what_is_to_be_pasted_into_a_shell_is_quoted(tmp_path: Path, write_tsv: Callable[..., Path]) -> None:
+    home = tmp_path / "it's my folder"
+    home.mkdir()
+    for name in ("train.py", "config.yaml"):
+        (home / name).write_bytes((ROOT / name).read_bytes())
+    lost = subprocess.run(
+        [sys.executable, str(home / "train.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    advice = lost.stderr.partition("from its own folder: ")[2].splitlines()[0]
+    there = subprocess.run(["sh", "-c", f"{advice} && pwd"], capture_output=True, text=True)
+    assert there.stdout == f"{home}\n", lost.stderr
+    header = ("index", "the 'question'", "$answer", "label")
+    write_tiny_bert(tmp_path / "tiny")
+    fit(train_file=[str(write_tsv("odd.tsv", ROWS, header))], dev_file=None)
+    write_tsv("bare.tsv", ROWS)
+    said = run("evaluate", "--model_dir", "out", "--data_file", "bare.tsv").stderr
+    words = shlex.split(said.rpartition("such as ")[2])
+    assert words[:4] == ["--text_a_column", "the 'question'", "--text_b_column", "$answer"]
 
 
 BASE = {

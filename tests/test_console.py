@@ -1,0 +1,103 @@
+"""The scripts as processes: stopped while they start, and with standard streams of every kind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import write_hf_folder
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["train", "evaluate", "serve"]
+
+
+def command_of(script: str, *flags: object) -> list[str]:
+    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+
+
+def is_caught(pid: int, signum: int) -> bool:
+    (mask,) = [line.split()[1] for line in status_of(pid) if line.startswith("SigCgt:")]
+    return bool(int(mask, 16) >> (signum - 1) & 1)
+
+
+def status_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/status").read_text().splitlines()
+
+
+MOMENTS = {
+    "at once": lambda pid: is_caught(pid, signal.SIGTERM),
+    "while torch is loaded": lambda pid: "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text(),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells the moments by /proc")
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_signal_while_a_script_starts_ends_it_quietly(
+    script: str, signum: signal.Signals, moment: str
+) -> None:
+    process = subprocess.Popen(
+        command_of(script, "--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not MOMENTS[moment](process.pid):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signum)
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == 128 + signum
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose labels are not ASCII."""
+    folder = write_hf_folder(tmp_path_factory.mktemp("console") / "hf-tiny")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"negative": "错", "neutral": "不", "positive": "对"}
+    config["id2label"] = {key: names[name] for key, name in config["id2label"].items()}
+    config["label2id"] = {names[name]: index for name, index in config["label2id"].items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder.parent / "dev.tsv").write_text(
+        "index\ta\tb\tlabel\n" + "0\tthe cat\tsat\t对\n1\tthe cat\tgood\t错\n" * 4
+    )
+    return folder
+
+
+def test_standard_output_may_be_closed_unread_full_or_ascii(folder: Path, tmp_path: Path) -> None:
+    evaluate = command_of("evaluate", "--model_dir", folder, "--data_file", folder.parent / "dev.tsv")
+
+    def run(shell: str, *command: str) -> tuple[int, str, str]:
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii", "XDG_CACHE_HOME": str(tmp_path)}
+        done = subprocess.run(
+            ["sh", "-c", shell, *command], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+        return done.returncode, done.stdout, done.stderr
+
+    code, said, complaint = run('"$0" "$@"', *evaluate)
+    assert code == 0, complaint
+    assert "\\u5bf9" in said and said.isascii() and json.loads(said.splitlines()[-1])["n"] == 8
+    assert run('"$0" "$@" >&-', *evaluate)[0] == 0
+    code, _, complaint = run('(trap "" PIPE; "$0" "$@"; echo $? >&2) | true', *evaluate)
+    assert complaint.endswith("error: standard output cannot be written: Broken pipe\n2\n")
+    for script in SCRIPTS:
+        full = f'ulimit -f 0; "$0" "$@" > {tmp_path}/help.txt'
+        complaint = "error: standard output cannot be written: File too large\n"
+        assert run(full, *command_of(script, "--help")) == (2, "", complaint)
+        assert run('"$0" "$@" >&-', *command_of(script, "--help")) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "shell", ['"$0" "$@" 2>&-', 'ulimit -f 0; "$0" "$@" 2> err', '"$0" "$@" >&- 2>&- <&-']
+)
+def test_without_standard_error_the_exit_code_tells(
+    shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for script in SCRIPTS:
+        command = command_of(script, "--model_dir", "nowhere", "--output_dir", "nowhere")
+        done = subprocess.run(["sh", "-c", shell, *command], capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
