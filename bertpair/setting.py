@@ -239,7 +239,7 @@ def _accept_labels(value: object) -> object:
         raise ValueError
     labels = [clean_label(item) for item in value]
     if len(labels) < 2:
-        raise ValueError
+        raise ValueError(f"expected at least two labels, found {', '.join(map(show, labels)) or 'none'}")
     _refuse_twice(labels)
     return labels
 

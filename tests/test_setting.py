@@ -123,6 +123,7 @@ def test_labels_that_yaml_read_as_something_else_are_refused_with_quote_it() -> 
     for value in (True, False, None, 1.0):
         assert "quote it" in refusal(LABELS, ["a", value])
     assert "more than once" in refusal(LABELS, [1, "1"])
+    assert "at least two labels, found 'a'" in refusal(LABELS, ["a"])
     for value in ([], ["a"], "a", {}, ["a", " "], ["a", ["b"]]):
         refusal(LABELS, value)
 
