@@ -7,9 +7,9 @@ import sys
 
 
 def main() -> int:
-    from bertpair.command_line import parse_command_line
     from bertpair.console import say
-    from bertpair.scoring import evaluate_models
+    from bertpair.evaluation.evaluate import evaluate_models
+    from bertpair.settings.command_line import parse_command_line
 
     parsed = parse_command_line(sys.argv[1:], "evaluate")
     result = evaluate_models(parsed.config, explicit=parsed.explicit, notes=parsed.notes)

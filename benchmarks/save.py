@@ -27,9 +27,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bertpair.checkpoint import load_tensors, newest_whole
-from bertpair.disk import fsync_file
-from bertpair.staging import SaveSeconds, staged_folder
+from bertpair.checkpoints.checkpoint import load_tensors, newest_whole
+from bertpair.checkpoints.disk import fsync_file
+from bertpair.checkpoints.staging import SaveSeconds, staged_folder
 
 VOCABULARY, HIDDEN, INTERMEDIATE, POSITIONS = 119_547, 768, 3_072, 512
 

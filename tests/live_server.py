@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bertpair.inference import Prediction
-from bertpair.listening import bind
-from bertpair.page import Page
-from bertpair.predictor import Predictor, TokenRow, load_predictor
-from bertpair.serve_config import ServeConfig, make_serve_config
-from bertpair.serve_metrics import ServeMetrics
-from bertpair.server import make_uvicorn, start_queue, warm_up
-from bertpair.service import Service
+from bertpair.evaluation.classifier import Prediction
+from bertpair.serving.app import Service
+from bertpair.serving.listening import bind
+from bertpair.serving.metrics import ServeMetrics
+from bertpair.serving.page import Page
+from bertpair.serving.predictor import Predictor, TokenRow, load_predictor
+from bertpair.serving.server import make_uvicorn, start_queue, warm_up
+from bertpair.settings.serve import ServeConfig, make_serve_config
 
 PAIR = {"text_a": "the cat", "text_b": "sat"}
 

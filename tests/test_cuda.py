@@ -25,14 +25,14 @@ from server_process import ROOT, ask
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bertpair import Config, PairClassifier, StoppedError, TrainingError, train
-from bertpair.batching import Batch
-from bertpair.checkpoint import load_tensors
-from bertpair.inference import Scorer
-from bertpair.manifest import verify_folder
-from bertpair.microbatch import MicroBatcher, QueueLimits
-from bertpair.model import BertClassifier, BertConfig
-from bertpair.optim import AdamW, clip_scale, gradient_norm, parameter_groups, state_tensors
-from bertpair.predictor import Predictor
+from bertpair.checkpoints.checkpoint import load_tensors
+from bertpair.checkpoints.manifest import verify_folder
+from bertpair.checkpoints.staging import staged_folder
+from bertpair.data.batching import Batch
+from bertpair.data.tokenizer import Tokens
+from bertpair.data.truncation import offsets_of
+from bertpair.evaluation.classifier import Scorer
+from bertpair.model.bert import BertClassifier, BertConfig
 from bertpair.runtime import (
     LossScaler,
     Precision,
@@ -42,12 +42,12 @@ from bertpair.runtime import (
     set_deterministic,
     stop_flag,
 )
-from bertpair.server import warm_up
-from bertpair.staging import staged_folder
-from bertpair.stepper import Objective, Stepper
-from bertpair.tokenizer import Tokens
-from bertpair.truncation import offsets_of
-from bertpair.worker import Worker
+from bertpair.serving.batcher import MicroBatcher, QueueLimits
+from bertpair.serving.predictor import Predictor
+from bertpair.serving.server import warm_up
+from bertpair.serving.worker import Worker
+from bertpair.training.optim import AdamW, clip_scale, gradient_norm, parameter_groups, state_tensors
+from bertpair.training.step import Objective, Stepper
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch looks once, at the first product
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -241,9 +241,11 @@ def test_fp16_gradients_that_are_never_finite_end_the_run(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss stays finite all the while; the scale stops at its floor."""
-    monkeypatch.setattr("bertpair.preparation.resolve_precision", lambda *_, **__: Precision("fp16", "test"))
     monkeypatch.setattr(
-        "bertpair.stepper.gradient_norm", lambda _: torch.full((), float("nan"), device=device)
+        "bertpair.training.setup.resolve_precision", lambda *_, **__: Precision("fp16", "test")
+    )
+    monkeypatch.setattr(
+        "bertpair.training.step.gradient_norm", lambda _: torch.full((), float("nan"), device=device)
     )
     scales = []
     original = Stepper.step
@@ -553,9 +555,9 @@ def test_a_warm_up_survives_running_out_of_memory(device: torch.device, tmp_path
 ASSERTING = """
 import sys
 import torch
-from bertpair.predictor import Predictor
-from bertpair.server import serve
-from bertpair.serve_config import make_serve_config
+from bertpair.serving.predictor import Predictor
+from bertpair.serving.server import serve
+from bertpair.settings.serve import make_serve_config
 from bertpair.console import configure_logging
 
 def run(self, rows):

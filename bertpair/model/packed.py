@@ -1,0 +1,159 @@
+"""The network of `model.py` prepared for answering on a CPU: the same function, computed with less work.
+
+Linear layers see tokens only, never padding; query, key and value are one product; the last layer computes
+[CLS] alone; the weights are held in the type they are used in, packed once. In float32 the logits equal
+`BertClassifier`'s up to rounding.
+
+oneDNN keeps a kernel, some 300 KB, for every number of rows it has ever multiplied. So tokens, and rows in
+the last layer, are filled up to one of a few counts (`fill_up`) with copies of the first token; nobody looks
+at what becomes of those.
+
+Shapes: B batch, L length, T tokens without padding, T' and B' filled up, D hidden size, N heads, H head size,
+C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bertpair.model.bert import BertClassifier, Layer
+from bertpair.model.quantize import Linear, MakeLinear
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedLayer:
+    """One encoder layer. `queries` is None where `context` gives queries, keys and values in one."""
+
+    queries: Linear | None  # D → D, of the last layer
+    context: Linear  # D → 3 D, of the last layer 2 D
+    out: Linear
+    up: Linear  # its activation included
+    down: Linear
+    attention_norm: nn.LayerNorm
+    output_norm: nn.LayerNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Where the tokens of a batch stand."""
+
+    num_rows: int
+    length: int
+    num_tokens: int
+    places: Tensor  # (T',) among B × L; from T on zeros
+    firsts: Tensor  # (B',) of each row's [CLS] among the T tokens; from B on zeros
+    mask: Tensor | None  # (B, 1, 1, L)
+
+
+class PackedClassifier(nn.Module):
+    """Made from a `BertClassifier`, whose embeddings and head it shares; the layers' weights it does not."""
+
+    def __init__(self, model: BertClassifier, make: MakeLinear, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = model.config
+        self.dtype = dtype
+        self.embeddings, self.pooler, self.classifier = model.embeddings, model.pooler, model.classifier
+        *body, last = [layer for layer in model.layers if isinstance(layer, Layer)]
+        act = model.config.hidden_act
+        self.packed = [pack_layer(layer, make, dtype, act, is_last=False) for layer in body]
+        self.packed.append(pack_layer(last, make, dtype, act, is_last=True))
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, C) in float32; the arguments are `BertClassifier`'s."""
+        with torch.autocast("cpu", enabled=False):
+            batch = locate(input_ids, attention_mask)
+            x = self.embed(input_ids, token_type_ids, batch)  # (T', D)
+            for layer in self.packed:
+                x = self.run_layer(layer, x, batch)  # (T', D), after the last (B', D)
+            x = x[: batch.num_rows].float()
+            logits: Tensor = self.classifier(torch.tanh(self.pooler(x)))  # (B, C)
+            return logits
+
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None, batch: _Batch) -> Tensor:
+        table = self.embeddings
+        positions = torch.arange(batch.length).expand(batch.num_rows, -1)
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        ids, kinds, at = (each.reshape(-1)[batch.places] for each in (input_ids, types, positions))
+        x = table.words(ids) + table.types(kinds) + table.positions(at)  # (T', D)
+        normed: Tensor = table.norm(x)
+        return normed.to(self.dtype)
+
+    def run_layer(self, layer: PackedLayer, x: Tensor, batch: _Batch) -> Tensor:
+        N, B = self.config.num_attention_heads, batch.num_rows
+        context = spread(layer.context(x), batch)  # (B, L, 2 D or 3 D)
+        split = context.view(B, batch.length, -1, N, x.shape[1] // N)  # (B, L, 2 or 3, N, H)
+        *own, k, v = (part.transpose(1, 2) for part in split.unbind(2))  # (B, N, L, H)
+        places = batch.places
+        if layer.queries is not None:
+            x = x[batch.firsts]  # (B', D)
+            own = [layer.queries(x)[:B].view(B, N, 1, -1)]  # (B, N, 1, H)
+            places = torch.arange(len(x)).clamp(max=B - 1)
+        mixed = F.scaled_dot_product_attention(own[0], k, v, attn_mask=batch.mask).transpose(1, 2)
+        mixed = mixed.reshape(-1, x.shape[1]).index_select(0, places)  # (T', D), in the last layer (B', D)
+        x = normalise(layer.attention_norm, layer.out(mixed) + x)
+        return normalise(layer.output_norm, layer.down(layer.up(x)) + x)
+
+
+def pack_layer(
+    layer: Layer, make: MakeLinear, dtype: torch.dtype, activation: str, *, is_last: bool
+) -> PackedLayer:
+    """The layer with `make` applied to its weights in `dtype`."""
+
+    def linear(parts: list[nn.Linear], activation: str | None = None) -> Linear:
+        weight = torch.cat([part.weight.detach() for part in parts]).to(dtype)
+        bias = torch.cat([part.bias.detach() for part in parts]).to(dtype)
+        return make(weight, bias, activation)
+
+    attention = layer.attention
+    rest = [attention.key, attention.value]
+    return PackedLayer(
+        queries=linear([attention.query]) if is_last else None,
+        context=linear(rest if is_last else [attention.query, *rest]),
+        out=linear([attention.out]),
+        up=linear([layer.up], activation),
+        down=linear([layer.down]),
+        attention_norm=layer.attention_norm,
+        output_norm=layer.output_norm,
+    )
+
+
+def locate(input_ids: Tensor, attention_mask: Tensor | None) -> _Batch:
+    B, L = input_ids.shape
+    if attention_mask is None:
+        places, firsts, mask = torch.arange(B * L), torch.arange(0, B * L, L), None
+    else:
+        is_token = attention_mask.bool()
+        lengths = is_token.sum(dim=1)
+        places, firsts = is_token.reshape(-1).nonzero().squeeze(1), lengths.cumsum(0) - lengths
+        mask = is_token[:, None, None, :]
+    return _Batch(B, L, len(places), extend(places), extend(firsts), mask)
+
+
+def fill_up(count: int) -> int:
+    """The next of a few counts: steps of 4 up to 64, then of at most an eighth."""
+    step = max(4, 2 ** ((count - 1).bit_length() - 4)) if count > 1 else 4
+    return -(-count // step) * step
+
+
+def extend(indices: Tensor) -> Tensor:
+    """With zeros up to a count of `fill_up`."""
+    return F.pad(indices, (0, fill_up(len(indices)) - len(indices)))
+
+
+def spread(x: Tensor, batch: _Batch) -> Tensor:
+    """(T', …) → (B, L, …), zeros at padding."""
+    B, L, T = batch.num_rows, batch.length, batch.num_tokens
+    if T < B * L:
+        x = x.new_zeros(B * L, x.shape[1]).index_copy_(0, batch.places[:T], x[:T])
+    return x[: B * L].view(B, L, -1)
+
+
+def normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Statistics in float32 whatever the type of `x`."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)

@@ -1,0 +1,335 @@
+"""Many callers, one model: requests queue on the event loop, one daemon thread runs them in batches.
+
+Nobody waits for company: a batch forms while the one before it runs. Whatever decides (admission, order,
+expiry) happens on the loop, so there are no locks; the thread only calls `run`. Each request has a future of
+its own, and an answer is put into its request by the row that went in, so answers cannot change places.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from bertpair.runtime import is_out_of_memory, release_locals
+from bertpair.serving.pace import Pace
+from bertpair.serving.refusal import ClosedError, ExpiredError, NoMemoryError, QueueFullError
+from bertpair.serving.window import choose_batch, count_tokens, window_size
+from bertpair.serving.worker import Worker
+
+Row = TypeVar("Row")
+Answer = TypeVar("Answer")
+
+MAX_RETRY_SECONDS = 60
+SAFETY = 0.8  # of the deadline: an estimate errs, and to be admitted and then dropped is worse than refused
+
+
+@dataclass(frozen=True)
+class Answers(Generic[Answer]):
+    """A request's answers in the order of its rows, and how long it waited and ran (seconds)."""
+
+    values: list[Answer]
+    queue_seconds: float
+    run_seconds: float
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """One batch that ran: `padded_tokens` is rows × the longest; it may have `failed`."""
+
+    num_rows: int
+    padded_tokens: int
+    seconds: float
+    failed: bool
+
+
+@dataclass
+class QueueLimits:
+    """`max_batch_tokens` bounds rows × longest of a batch (one row always goes); `queue_deadline` is in
+    seconds and bounds both the estimated wait that is admitted and the wait itself."""
+
+    max_batch_tokens: int = 4096
+    max_queue_rows: int = 256
+    queue_deadline: float = 5.0
+
+
+@dataclass(eq=False)
+class _Request(Generic[Row, Answer]):
+    rows: Sequence[Row]
+    lengths: list[int]
+    future: asyncio.Future[Answers[Answer]]
+    submitted: float
+    answers: dict[int, Answer] = field(default_factory=dict)
+    started: float | None = None
+    timer: asyncio.TimerHandle | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting(Generic[Row, Answer]):
+    """One row that waits: its request, and which of the request's rows it is."""
+
+    request: _Request[Row, Answer]
+    index: int
+
+    @property
+    def length(self) -> int:
+        return self.request.lengths[self.index]
+
+
+class MicroBatcher(Generic[Row, Answer]):
+    """Runs `run(rows) -> answers` for whoever awaits `submit`, many requests to a batch.
+
+    `run` is called on one daemon thread, never twice at a time. It returns an answer per row, in order; an
+    exception in an answer's place fails that row's request alone. `on_batch` is told of each batch, `on_drop`
+    of rows that were dropped unrun ("expired", "gone"), `on_error`, on the model's thread, of each exception.
+    All methods belong to the event loop's thread.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Row]], Sequence[Answer | Exception]],
+        limits: QueueLimits | None = None,
+        *,
+        on_batch: Callable[[BatchReport], None] = lambda report: None,
+        on_drop: Callable[[str, int], None] = lambda reason, num_rows: None,
+        on_error: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        self.limits = limits or QueueLimits()
+        self._run = run
+        self._on_batch, self._on_drop, self._on_error = on_batch, on_drop, on_error
+        self._waiting: deque[_Waiting[Row, Answer]] = deque()
+        self._waiting_tokens = 0
+        self._running_tokens = 0
+        self._busy = False
+        self._pace = Pace()
+        self._last_end: float | None = None  # of a batch behind which others waited: pauses count as work
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed = False
+        self._loop = asyncio.get_running_loop()
+        self._worker = Worker("inference", self._on_raised)
+        self._feeder = self._loop.create_task(self._feed())
+
+    # What callers see
+
+    async def submit(self, rows: Sequence[Row], lengths: Sequence[int]) -> Answers[Answer]:
+        """The answers for `rows`, whose `lengths` are in tokens.
+
+        The rows are admitted, fail and expire together, whichever batches they ride in. Raises QueueFullError
+        or ExpiredError, NoMemoryError, or what `run` raised for them. Cancelling drops what still waits.
+        """
+        if self._closed:
+            raise ClosedError
+        if len(rows) != len(lengths) or not rows:
+            raise ValueError(f"found {len(rows)} rows and {len(lengths)} lengths; as many, and one at least")
+        self._admit(len(rows))
+        request = self._enqueue(rows, lengths)
+        try:
+            return await request.future
+        except asyncio.CancelledError:
+            self._drop(request, "gone")
+            raise
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns, called on the thread that runs the model, between batches."""
+        return await self._worker.call(function)
+
+    def note_speed(self, tokens: int, seconds: float) -> None:
+        """Count a measurement made elsewhere (the warm-up) among those that estimates rest on."""
+        self._pace.note(tokens, seconds)
+
+    @property
+    def num_waiting(self) -> int:
+        """Rows that wait; those being run are not among them."""
+        return len(self._waiting)
+
+    @property
+    def estimated_wait(self) -> float:
+        """Seconds until a row that came now would be run, by the pace of late; 0 while that is unknown."""
+        running = self._running_tokens, self._worker.running_seconds
+        return self._pace.seconds(self._waiting_tokens, *running, self.limits.max_batch_tokens)
+
+    @property
+    def running_seconds(self) -> float:
+        """For how long the model has been at one batch: 0 between batches, endless if its thread is dead."""
+        return self._worker.running_seconds
+
+    async def drain(self) -> None:
+        """Wait until nothing waits and nothing runs."""
+        await self._idle.wait()
+
+    async def close(self, timeout: float = 0.0) -> bool:
+        """Take nothing any more, fail what waits, end the thread; whether it did within `timeout` seconds."""
+        self._closed = True
+        self._feeder.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._feeder
+        for waiting in list(self._waiting):
+            self._fail(waiting.request, ClosedError())
+        return await self._worker.end(timeout)
+
+    # Admission and expiry
+
+    def _admit(self, num_rows: int) -> None:
+        wait = self.estimated_wait
+        if (
+            len(self._waiting) + num_rows > self.limits.max_queue_rows
+            or wait > SAFETY * self.limits.queue_deadline
+        ):
+            raise QueueFullError(self._retry_after(wait))
+
+    def _retry_after(self, wait: float) -> int:
+        return max(1, math.ceil(min(wait, MAX_RETRY_SECONDS)))
+
+    def _enqueue(self, rows: Sequence[Row], lengths: Sequence[int]) -> _Request[Row, Answer]:
+        padded = [count_tokens(length) for length in lengths]
+        now = time.monotonic()
+        request: _Request[Row, Answer] = _Request(rows, padded, self._loop.create_future(), now)
+        request.timer = self._loop.call_later(self.limits.queue_deadline, self._expire, request)
+        self._waiting.extend(_Waiting(request, index) for index in range(len(rows)))
+        self._waiting_tokens += sum(padded)
+        self._idle.clear()
+        self._wake.set()
+        return request
+
+    def _expire(self, request: _Request[Row, Answer]) -> None:
+        """The deadline has come: if any row of the request still waits, all of it is over."""
+        if self._drop(request, "expired"):
+            self._fail(request, ExpiredError(self._retry_after(self.estimated_wait)))
+
+    def _drop(self, request: _Request[Row, Answer], reason: str) -> int:
+        """Take the request's waiting rows out of the queue and count them."""
+        found = self._remove(request)
+        if found:
+            self._on_drop(reason, found)
+        return found
+
+    def _remove(self, request: _Request[Row, Answer]) -> int:
+        before = len(self._waiting)
+        kept = deque(waiting for waiting in self._waiting if waiting.request is not request)
+        self._waiting = kept
+        self._waiting_tokens = sum(waiting.length for waiting in kept)
+        self._settle()
+        return before - len(kept)
+
+    def _fail(self, request: _Request[Row, Answer], error: Exception) -> None:
+        if not request.future.done():
+            request.future.set_exception(error)
+        if request.timer is not None:
+            request.timer.cancel()
+        self._remove(request)
+
+    def _settle(self) -> None:
+        if not self._waiting and not self._busy:
+            self._idle.set()
+
+    # Batches
+
+    async def _feed(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            self._busy = True
+            while batch := self._take_batch():
+                await self._run_batch(batch)
+            self._busy = False
+            self._settle()
+
+    def _take_batch(self) -> list[_Waiting[Row, Answer]]:
+        """The next batch: the oldest row, and those of the window that go best with it."""
+        overdue = time.monotonic() - self.limits.queue_deadline
+        while self._waiting and self._waiting[0].request.submitted < overdue:
+            self._expire(self._waiting[0].request)
+        if not self._waiting:
+            return []
+        size = window_size((waiting.length for waiting in self._waiting), self.limits.max_batch_tokens)
+        window = [self._waiting.popleft() for _ in range(size)]
+        chosen = choose_batch([waiting.length for waiting in window], self.limits.max_batch_tokens)
+        taken = set(chosen)
+        self._waiting.extendleft(window[i] for i in reversed(range(size)) if i not in taken)
+        batch = [window[i] for i in chosen]
+        self._waiting_tokens -= sum(waiting.length for waiting in batch)
+        return batch
+
+    async def _run_batch(self, batch: list[_Waiting[Row, Answer]]) -> None:
+        """Run it; where it fails, run its halves, so that a poisoned request fails alone.
+
+        A batch is halved between requests. One request that runs out of memory is halved once itself.
+        """
+        now = time.monotonic()
+        for waiting in batch:
+            waiting.request.started = waiting.request.started or now
+        error = await self._run_rows(batch)
+        if error is None:
+            return
+        requests = list(dict.fromkeys(waiting.request for waiting in batch))
+        if len(requests) > 1:
+            half = set(requests[: len(requests) // 2])
+            for inside in (True, False):
+                part = [waiting for waiting in batch if (waiting.request in half) is inside]
+                await self._run_batch([waiting for waiting in part if not waiting.request.future.done()])
+            return
+        if is_out_of_memory(error) and len(batch) > 1:
+            middle = len(batch) // 2
+            error = await self._run_rows(batch[:middle]) or await self._run_rows(batch[middle:])
+        if error is not None:
+            if is_out_of_memory(error):
+                error = NoMemoryError()
+            self._fail(batch[0].request, error)
+
+    async def _run_rows(self, batch: list[_Waiting[Row, Answer]]) -> Exception | None:
+        """Run these rows and hand out their answers; the exception if there was one."""
+        if not batch:
+            return None
+        rows = [waiting.request.rows[waiting.index] for waiting in batch]
+        padded = max(waiting.length for waiting in batch) * len(batch)
+        self._running_tokens = sum(waiting.length for waiting in batch)
+        began = time.monotonic()
+        error: Exception | None = None
+        try:
+            answers = await self._worker.call(lambda: self._checked_run(rows))
+        except Exception as raised:
+            error = raised
+        finally:
+            tokens, self._running_tokens = self._running_tokens, 0
+        ended = time.monotonic()
+        self._on_batch(BatchReport(len(rows), padded, ended - began, error is not None))
+        if error is None:
+            self.note_speed(tokens, ended - (self._last_end or began))
+            self._hand_out(batch, answers)
+        self._last_end = ended if self._waiting else None
+        return error
+
+    def _on_raised(self, error: BaseException) -> None:
+        self._on_error(error)
+        release_locals(error)  # its halves are run while the error is kept
+
+    def _checked_run(self, rows: list[Row]) -> Sequence[Answer | Exception]:
+        answers = self._run(rows)
+        if len(answers) != len(rows):
+            raise RuntimeError(f"the model gave {len(answers)} answers to {len(rows)} rows")
+        return answers
+
+    def _hand_out(self, batch: list[_Waiting[Row, Answer]], answers: Sequence[Answer | Exception]) -> None:
+        for waiting, answer in zip(batch, answers, strict=True):
+            request = waiting.request
+            if isinstance(answer, Exception):
+                self._fail(request, answer)
+                continue
+            request.answers[waiting.index] = answer
+            if len(request.answers) == len(request.rows) and not request.future.done():
+                self._finish(request)
+
+    def _finish(self, request: _Request[Row, Answer]) -> None:
+        if request.timer is not None:
+            request.timer.cancel()
+        started = request.started or request.submitted
+        values = [request.answers[index] for index in range(len(request.rows))]
+        seconds = time.monotonic() - started
+        request.future.set_result(Answers(values, started - request.submitted, seconds))
