@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import bertpair.checkpoints.run_folder
-import bertpair.checkpoints.run_state
 import bertpair.evaluation.classifier
 import bertpair.training.train
 from bertpair import Config
@@ -104,7 +103,7 @@ def watch_places(watch: Watch) -> None:
     _as_place(watch, RunFolder, "save_checkpoint", lambda self, step, *rest: f"save {step}")
     _as_place(watch, RunFolder, "write_final", lambda *rest: "final")
     _as_place(watch, bertpair.checkpoints.run_folder, "publish_final", lambda *rest: "move")
-    _as_place(watch, bertpair.checkpoints.run_state, "publish_final", lambda *rest: "move")
+    _as_place(watch, bertpair.checkpoints.run_folder, "publish_final", lambda *rest: "move")
 
 
 def _as_event(watch: Watch, label: str, real: Callable[..., Any]) -> Callable[..., Any]:

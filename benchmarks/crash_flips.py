@@ -17,7 +17,7 @@ from crash_child import Board, Settings, kill_here, let_it, outcome, start, wait
 
 from bertpair.checkpoints.checkpoint import list_checkpoints
 from bertpair.checkpoints.manifest import MANIFEST_NAME, read_manifest, verify_folder
-from bertpair.checkpoints.run_state import find_resume, finished_run
+from bertpair.checkpoints.run_folder import find_resume, finished_run
 from bertpair.errors import CheckpointError
 
 BITS_PER_FILE = 64

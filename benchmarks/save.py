@@ -27,9 +27,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from bertpair.checkpoints.atomic import SaveSeconds, fsync_file, staged_folder
 from bertpair.checkpoints.checkpoint import load_tensors, newest_whole
-from bertpair.checkpoints.disk import fsync_file
-from bertpair.checkpoints.staging import SaveSeconds, staged_folder
 
 VOCABULARY, HIDDEN, INTERMEDIATE, POSITIONS = 119_547, 768, 3_072, 512
 

@@ -4,18 +4,28 @@
 128 + signal number after SIGINT (130) and SIGTERM (143).
 """
 
+from __future__ import annotations
+
 import io
+import itertools
 import logging
 import os
+import select
 import sys
+import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TextIO
+from types import TracebackType
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from bertpair.errors import BertpairError, StoppedError
 from bertpair.runtime import install_signal_handlers
+
+logger = logging.getLogger(__name__)
 
 
 class _PlainFormatter(logging.Formatter):
@@ -85,3 +95,152 @@ def fill_descriptors() -> None:
 def _complain(line: str) -> None:
     with suppress(OSError):  # there is nowhere else to say it
         sys.stderr.write(f"{line}\n")
+
+
+class Progress:
+    """Counts units of work. On a terminal a bar with rate and time left; elsewhere only what `line` is told.
+
+    Lines go through logging either way; the scripts' handler prints all lines above the bar.
+    """
+
+    def __init__(
+        self, total: int, unit: str, *, initial: int = 0, label: str = "", transient: bool = False
+    ) -> None:
+        self._total = total
+        self._done = initial
+        self._started = time.monotonic()
+        self._initial = initial
+        self._bar: tqdm[Any] | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total,
+                initial=initial,
+                unit=unit,
+                desc=label or None,
+                leave=not transient,
+                dynamic_ncols=True,
+                smoothing=0.1,
+            )
+
+    def advance(self, n: int = 1) -> None:
+        """`n` more units are done."""
+        self._done += n
+        if self._bar is not None:
+            self._bar.update(n)
+
+    def show(self, **figures: str) -> None:
+        """Put short figures at the end of the bar."""
+        if self._bar is not None:
+            self._bar.set_postfix(figures, refresh=False)
+
+    def line(self, text: str) -> None:
+        """Log one line; without a bar it carries the time left."""
+        logger.info("%s%s", text, self._time_left() if self._bar is None else "")
+
+    def _time_left(self) -> str:
+        done = self._done - self._initial
+        if not done or self._done >= self._total:
+            return ""
+        seconds = (time.monotonic() - self._started) / done * (self._total - self._done)
+        return f", {format_seconds(seconds)} left"
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as people say it: 42 s, 3 min 05 s, 2 h 07 min."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+MAX_LINES = 10_000
+FLUSH_SECONDS = 1.0
+_LINES_AT_ONCE = 100
+
+
+class LogWriter(logging.Handler):
+    """Writes to an open descriptor, in order. `place` names it in what is said about dropped lines."""
+
+    def __init__(self, descriptor: int, place: str) -> None:
+        super().__init__()
+        self.descriptor, self.place = descriptor, place
+        self.num_dropped = self._num_told = 0
+        self._is_failing = False
+        self._lines: deque[bytes] = deque()  # each until it is written
+        self._changed = threading.Condition()
+        threading.Thread(target=self._work, name=f"log to {place}", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
+        except Exception:
+            self.handleError(record)
+            return
+        with self._changed:
+            if len(self._lines) >= MAX_LINES:
+                self.num_dropped += 1
+            else:
+                self._lines.append(line)
+                self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait until all is written, but not for long: nobody may be reading."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._lines, FLUSH_SECONDS)
+
+    def close(self) -> None:
+        self.flush()
+        self._tell_dropped(len(self._lines))
+        super().close()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines)
+                lines = list(itertools.islice(self._lines, _LINES_AT_ONCE))
+            left, error = _write(self.descriptor, b"".join(lines))
+            with self._changed:
+                for _ in lines:
+                    self._lines.popleft()
+                self.num_dropped += left.count(b"\n")
+                self._changed.notify_all()
+            if error is None:
+                self._is_failing = False
+                if not self._lines:
+                    self._tell_dropped()
+            elif not self._is_failing:
+                self._is_failing = True
+                logger.warning("%s cannot be written: %s; its lines are dropped", self.place, error.strerror)
+
+    def _tell_dropped(self, num_left: int = 0) -> None:
+        num_new = self.num_dropped + num_left - self._num_told
+        if num_new > 0:
+            self._num_told += num_new
+            logger.warning("%s: %d log lines were dropped", self.place, num_new)
+
+
+def _write(descriptor: int, data: bytes) -> tuple[bytes, OSError | None]:
+    """What could not be written, and why."""
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:  # whoever gave us the pipe made it so
+            select.select([], [descriptor], [], FLUSH_SECONDS)
+        except OSError as error:
+            return data, error
+    return b"", None

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bertpair.evaluation.classifier import Prediction
-from bertpair.serving.app import Service
+from bertpair.serving.app import Page, Service
 from bertpair.serving.listening import bind
 from bertpair.serving.metrics import ServeMetrics
-from bertpair.serving.page import Page
 from bertpair.serving.predictor import Predictor, TokenRow, load_predictor
 from bertpair.serving.server import make_uvicorn, start_queue, warm_up
 from bertpair.settings.serve import ServeConfig, make_serve_config

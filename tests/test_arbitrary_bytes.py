@@ -19,13 +19,14 @@ from conftest import TINY_CONFIG
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from bertpair.checkpoints.atomic import staged_folder
 from bertpair.checkpoints.manifest import FileEntry, Manifest, encode_manifest, verify_folder
-from bertpair.checkpoints.staging import staged_folder
 from bertpair.checkpoints.tensor_file import encode_header, parse_tensors
-from bertpair.data.tsv import Columns, first_row, read_pairs
+from bertpair.data.columns import Columns
+from bertpair.data.tsv import first_row, read_pairs
 from bertpair.errors import BertpairError
 from bertpair.model.config import read_folder
-from bertpair.model.weights import read_weights
+from bertpair.model.pretrained import read_weights
 from bertpair.settings.command_line import parse_command_line
 from bertpair.settings.config import Config
 

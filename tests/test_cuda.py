@@ -25,12 +25,11 @@ from server_process import ROOT, ask
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bertpair import Config, PairClassifier, StoppedError, TrainingError, train
+from bertpair.checkpoints.atomic import staged_folder
 from bertpair.checkpoints.checkpoint import load_tensors
 from bertpair.checkpoints.manifest import verify_folder
-from bertpair.checkpoints.staging import staged_folder
 from bertpair.data.batching import Batch
-from bertpair.data.tokenizer import Tokens
-from bertpair.data.truncation import offsets_of
+from bertpair.data.tokenizer import Tokens, offsets_of
 from bertpair.evaluation.classifier import Scorer
 from bertpair.model.bert import BertClassifier, BertConfig
 from bertpair.runtime import (
@@ -42,10 +41,9 @@ from bertpair.runtime import (
     set_deterministic,
     stop_flag,
 )
-from bertpair.serving.batcher import MicroBatcher, QueueLimits
+from bertpair.serving.batcher import MicroBatcher, QueueLimits, Worker
 from bertpair.serving.predictor import Predictor
 from bertpair.serving.server import warm_up
-from bertpair.serving.worker import Worker
 from bertpair.training.optim import AdamW, clip_scale, gradient_norm, parameter_groups, state_tensors
 from bertpair.training.step import Objective, Stepper
 

@@ -7,49 +7,17 @@ said "pairs, three classes" about its own files.
 
 import logging
 import os
-import re
-import unicodedata
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from bertpair.data.blank import without_invisible
-from bertpair.data.columns import listed, shown
-from bertpair.data.tsv import Columns, Pairs, check_two_classes, find_labels, first_row
+from bertpair.data.columns import Columns
+from bertpair.data.tsv import first_row
 from bertpair.errors import ConfigError, DataError, list_faults
+from bertpair.settings.config import DataSettings
 from bertpair.settings.tasks import CLASSIFICATION_METRICS, FOUR_COLUMN, REGRESSION_METRICS, Task, find_task
-from bertpair.settings.values import plain
 
 logger = logging.getLogger(__name__)
-
-MAX_SHOWN = 20  # labels in one line
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?")
-_DECIMAL_COMMA = re.compile(r"([-+]?\d+),(\d+)")
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """The settings that say what is read, under their names in the configuration.
-
-    `auto`, None and empty lists leave the choice to the preset; `text_b_column` None means single texts.
-    """
-
-    data_dir: str | None = None
-    train_file: Sequence[str] | None = None
-    dev_file: Sequence[str] | None = None
-    test_file: Sequence[str] | None = None
-    task_name: str | None = None
-    text_a_column: str | int | None = "auto"
-    text_b_column: str | int | None = "auto"
-    label_column: str | int | None = "auto"
-    has_header: bool | str = "auto"
-    quoting: str = "none"
-    labels: Sequence[str] | None = None
-    problem_type: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,139 +91,6 @@ def _texts_named(columns: Columns, first: Sequence[str], names: Sequence[str]) -
     if not columns.has_header or len(places) != len(names) or not all(0 <= p < len(first) for p in places):
         return False
     return [first[place].strip() for place in places] == list(names)
-
-
-def training_labels(pairs: Pairs, source: Source) -> tuple[str, ...] | None:
-    """The classes in id order, None for a regression; DataError where only one class occurs in training."""
-    if source.regression:
-        return None
-    found = pairs.labels or []
-    if source.labels is None:
-        return find_labels(found)
-    check_two_classes(found)
-    absent = sorted(set(source.labels) - set(found))
-    if absent:
-        logger.warning("labels without a single training row: %s", ", ".join(absent))
-    return source.labels
-
-
-def resolve_positive_label(labels: Sequence[str] | None, source: Source, setting: str | None) -> str | None:
-    """The label that f1 is of: as set, else the task's, else the one with id 1; None where there are not two.
-
-    ConfigError where `setting` is none of two labels.
-    """
-    if labels is None or len(labels) != 2:
-        if setting is None:
-            return None
-        found = "a regression has none" if labels is None else f"here are {len(labels)}"
-        raise ConfigError(f"positive_label: found {setting!r}; f1 is measured with two labels, {found}")
-    if setting is None:
-        usual = source.task.positive_label
-        return usual if usual in labels else labels[1]
-    if setting not in labels:
-        raise ConfigError(f"positive_label: found {setting!r}; allowed: {listed(labels)}")
-    return setting
-
-
-def report_labels(name: str, pairs: Pairs, labels: Sequence[str] | None) -> None:
-    """Log how many rows each label has, in id order, and warn where only one occurs."""
-    if labels is None or pairs.labels is None:
-        return
-    counts = Counter(pairs.labels)
-    shown = [f"{plain(label)} {counts[label]:,}" for label in labels[:MAX_SHOWN]]
-    more = [f"and {len(labels) - MAX_SHOWN} more"] if len(labels) > MAX_SHOWN else []
-    logger.info("%s labels: %s", name, ", ".join([*shown, *more]))
-    if len(counts) == 1:
-        logger.warning(
-            "%s: all %s rows have the label %s", name, f"{len(pairs):,}", plain(next(iter(counts)))
-        )
-
-
-def label_warnings(labels: Sequence[str]) -> list[str]:
-    """Lines about labels that are probably meant to be one, and about scores taken for labels."""
-    alike: dict[str | float, list[str]] = {}
-    for label in labels:
-        alike.setdefault(_meant(label), []).append(label)
-    twins = [" and ".join(map(_spelt, group)) for group in alike.values() if len(group) > 1]
-    more = f"; and {len(twins) - MAX_SHOWN} more" if len(twins) > MAX_SHOWN else ""
-    warnings = []
-    if twins:
-        shown = "; ".join(twins[:MAX_SHOWN]) + more
-        warnings.append(f"labels that look alike and are trained apart: {shown}")
-    if missing := [label for label in labels if label.lower() == "nan"]:
-        warnings.append(f"the label {missing[0]!r} is how pandas writes a missing one; is it meant?")
-    numbers = [value for value in alike if isinstance(value, float)]
-    if len(numbers) == len(alike) and (len(numbers) > 10 or not all(n.is_integer() for n in numbers)):
-        warnings.append(
-            f"all {len(labels)} labels are numbers ({listed(labels, 5)}); "
-            "if they are scores, set problem_type: regression"
-        )
-    return warnings
-
-
-def _meant(label: str) -> str | float:
-    """Equal for labels that a person would take for the same."""
-    text = without_invisible(unicodedata.normalize("NFKC", label)).casefold()
-    text = _DECIMAL_COMMA.sub(r"\1.\2", text) if _DECIMAL_COMMA.fullmatch(text) else text
-    return float(text) if _NUMBER.fullmatch(text) else unicodedata.normalize("NFKC", text)
-
-
-def _spelt(label: str) -> str:
-    """A label so that it can be told from one that looks the same."""
-    is_seen = without_invisible(label) == label.replace(" ", "") and unicodedata.is_normalized("NFC", label)
-    return shown(label) if is_seen else ascii(label)
-
-
-def targets(pairs: Pairs, labels: Sequence[str] | None) -> NDArray[np.int64] | NDArray[np.float32]:
-    """Class ids (int64) by the position in `labels`; with None, the labels as numbers (float32)."""
-    found = pairs.labels or []
-    if labels is None:
-        return np.array([float(label) for label in found], dtype=np.float32)
-    ids = {label: number for number, label in enumerate(labels)}
-    try:
-        return np.array([ids[label] for label in found], dtype=np.int64)
-    except KeyError:
-        unknown = [row for row, label in enumerate(found) if label not in ids]
-    faults = [
-        f"{pairs.where(row)}: unknown label {found[row]!r}; allowed: {', '.join(labels)}" for row in unknown
-    ]
-    raise DataError(list_faults(faults))
-
-
-def overlap_warnings(train: Pairs, dev: Pairs | None, *, regression: bool = False) -> list[str]:
-    """Lines that count dev rows that also stand in train, and texts that stand with two labels."""
-    known, warnings = _two_labels(train, "training", regression)
-    if dev is None:
-        return warnings
-    shared = [row for row, key in enumerate(_keys(dev)) if key in known]
-    if shared:
-        warnings.append(
-            f"dev rows that also stand in the training data: {len(shared):,} of {len(dev):,}, "
-            f"as at {dev.where(shared[0])}; the dev figures flatter the model"
-        )
-    return warnings + _two_labels(dev, "dev", regression)[1]
-
-
-def _keys(pairs: Pairs) -> list[tuple[str, str]]:
-    return list(zip(pairs.text_a, pairs.text_b or [""] * len(pairs), strict=True))
-
-
-def _two_labels(
-    pairs: Pairs, kind: str, regression: bool
-) -> tuple[dict[tuple[str, str], str | float], list[str]]:
-    """The first label of each row's texts, and a warning if some have another one later."""
-    labels: Sequence[str | float] = pairs.labels or [""] * len(pairs)
-    if regression and pairs.labels:
-        labels = [float(label) for label in pairs.labels]  # 5.0 and 5.000 are one score
-    first: dict[tuple[str, str], str | float] = {}
-    again: dict[tuple[str, str], int] = {}
-    for row, (key, label) in enumerate(zip(_keys(pairs), labels, strict=True)):
-        if first.setdefault(key, label) != label:
-            again.setdefault(key, row)
-    if not again:
-        return first, []
-    where = pairs.where(next(iter(again.values())))
-    return first, [f"texts with more than one label in the {kind} data: {len(again):,}, as at {where}"]
 
 
 def _named(settings: DataSettings, kind: str) -> list[Path]:

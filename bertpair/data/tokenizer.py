@@ -5,6 +5,8 @@ reference answer that stands in a thousand rows is tokenized once. Special token
 in numpy, by the rule that transformers' `longest_first` has.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json
@@ -22,8 +24,6 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import normalizers
 
-from bertpair.checkpoints.manifest import MANIFEST_NAME
-from bertpair.data.truncation import Ints, copy_runs, longest_first, offsets_of, undecided_heads
 from bertpair.data.wordpiece import (
     MASK_TOKEN,
     NORMALIZER_SETTINGS,
@@ -85,7 +85,7 @@ class Tokenizer:
     @classmethod
     def from_folder(
         cls, folder: Path, *, do_lower_case: bool | None = None, word_table: int | None = None
-    ) -> "Tokenizer":
+    ) -> Tokenizer:
         """Read tokenizer.json or vocab.txt; `word_table` is the number of rows that the model has for them.
 
         Raises CheckpointError on a tokenizer that is missing, damaged, contradictory or of another size.
@@ -224,7 +224,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def added_tokens(folder: Path, settings: Mapping[str, Any]) -> set[str]:
     """Tokens beside BERT's own five that the folder's small files say texts may hold whole."""
-    is_ours = (folder / MANIFEST_NAME).is_file()  # such a file is none of it then, so it is never read
+    is_ours = (folder / "manifest.json").is_file()  # which never names such a file, so it is not read
     found = set() if is_ours else set(read_if_there(folder / "added_tokens.json"))
     try:
         found |= {token["content"] for token in settings.get("added_tokens_decoder", {}).values()}
@@ -302,3 +302,54 @@ def chunks(columns: Sequence[Sequence[str]]) -> Iterator[slice]:
 
 def to_json(value: object) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+Ints = NDArray[np.int64]
+
+
+def longest_first(first: Ints, second: Ints, room: int) -> list[Ints]:
+    """How many tokens of each text stay: the longer one loses tokens until both fit or are equally long.
+
+    An odd token more goes to the longer text, among equals to the second.
+    """
+    half = room // 2
+    shorter = np.minimum(first, second)
+    long = np.where(shorter <= half, room - shorter, room - half)
+    short = np.minimum(shorter, half)
+    is_cut, is_longer = first + second > room, first > second
+    return [
+        np.where(is_cut, np.where(is_longer, long, short), first),
+        np.where(is_cut, np.where(is_longer, short, long), second),
+    ]
+
+
+def undecided_heads(
+    is_cut: NDArray[np.bool_], counts: Ints, rows: Sequence[Ints], room: int
+) -> NDArray[np.bool_]:
+    """Which texts have to be tokenized whole: too few tokens, or open which text of some pair is the longer.
+
+    `counts` are those of the heads where `is_cut`; `rows` has each column's text numbers, row by row.
+    """
+    undecided = counts <= room
+    if len(rows) == 2:
+        a, b = rows
+        a_open = is_cut[a] & (is_cut[b] | (counts[b] >= counts[a]))
+        b_open = is_cut[b] & (is_cut[a] | (counts[a] >= counts[b]))
+        undecided[a[a_open]] = True
+        undecided[b[b_open]] = True
+    return undecided & is_cut
+
+
+def offsets_of(lengths: Ints) -> Ints:
+    """Where runs of these lengths begin when they stand end to end, and where the last one ends."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def copy_runs(
+    target: NDArray[np.int32], to: Ints, source: NDArray[np.int32], start: Ints, length: Ints
+) -> None:
+    """`target[to[i] : to[i] + length[i]] = source[start[i] : start[i] + length[i]]` for all i at once."""
+    within = np.arange(length.sum()) - np.repeat(offsets_of(length)[:-1], length)
+    target[np.repeat(to, length) + within] = source[np.repeat(start, length) + within]

@@ -15,19 +15,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bertpair.data.blank import is_blank
 from bertpair.data.columns import (
     Columns,
+    FirstRow,
     Misfits,
     Places,
+    check_header,
+    is_quoted,
     listed,
     locate_columns,
     near_miss,
     other_format,
     shown,
 )
-from bertpair.data.header import FirstRow, check_header, is_quoted
-from bertpair.data.records import Record, read_records
+from bertpair.data.records import Record, is_blank, read_records
 from bertpair.errors import ConfigError, DataError, list_faults
 from bertpair.runtime import stop_flag
 

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from bertpair.errors import CheckpointError, list_faults
-from bertpair.settings.strict_json import read_json
+from bertpair.settings.files import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -17,17 +17,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from bertpair.checkpoints.checkpoint import final_folder
-from bertpair.checkpoints.manifest import MANIFEST_NAME, verify_folder
+from bertpair.checkpoints.checkpoint import open_model
 from bertpair.data.batching import pad_batch, token_budget_batches
 from bertpair.data.tokenizer import Tokenizer, Tokens
 from bertpair.errors import CheckpointError, ConfigError, DataError
 from bertpair.model.bert import BertClassifier
-from bertpair.model.config import ModelFolder, check_pairs, name_labels, read_folder
-from bertpair.model.hub import resolve_folder
-from bertpair.model.packed import PackedClassifier
+from bertpair.model.config import ModelFolder, check_pairs, name_labels
+from bertpair.model.packed import PackedClassifier, check_int8, choose_linear, int8_linear
 from bertpair.model.pretrained import load_model
-from bertpair.model.quantize import check_int8, choose_linear, int8_linear
 from bertpair.runtime import (
     Precision,
     explain_memory,
@@ -253,11 +250,8 @@ class PairClassifier:
         survive_fork()
         if num_threads is not None:
             set_threads(num_threads)
-        path = final_folder(resolve_folder(name_or_path, revision=revision, cache_dir=cache_dir))
-        if (path / MANIFEST_NAME).is_file():
-            verify_folder(path)
-        folder = read_folder(path)
-        tokenizer = Tokenizer.from_folder(path, word_table=folder.config.vocab_size)
+        folder = open_model(name_or_path, revision=revision, cache_dir=cache_dir)
+        tokenizer = Tokenizer.from_folder(folder.path, word_table=folder.config.vocab_size)
         takes_pairs = stored_takes_pairs(folder)
         if takes_pairs:
             check_pairs(folder)

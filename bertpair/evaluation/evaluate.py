@@ -8,31 +8,52 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from bertpair.checkpoints.checkpoint import final_folder, list_checkpoints, output_dir_of
-from bertpair.checkpoints.disk import replace_file
+from bertpair.checkpoints.atomic import replace_file
+from bertpair.checkpoints.checkpoint import (
+    COMPARED,
+    INPUT_FILE,
+    RESULT_FILES,
+    discard_parts,
+    final_folder,
+    list_checkpoints,
+    open_model,
+    output_dir_of,
+    run_id_of,
+    settings_folder,
+)
 from bertpair.checkpoints.manifest import MANIFEST_NAME
-from bertpair.checkpoints.retention import COMPARED, INPUT_FILE, RESULT_FILES, discard_parts, run_id_of
+from bertpair.console import Progress
 from bertpair.data.columns import Columns, listed
-from bertpair.data.dataset import Encoding
-from bertpair.data.source import Source, columns_for, report_labels, resolve_positive_label, resolve_source
+from bertpair.data.dataset import Encoder, Split, Targets, report_labels, resolve_positive_label
+from bertpair.data.source import Source, columns_for, resolve_source
 from bertpair.data.tsv import Pairs, read_pairs
 from bertpair.errors import CheckpointError, ConfigError
-from bertpair.evaluation.classifier import PairClassifier
-from bertpair.evaluation.evaluation import Evaluation, confusion_of, evaluate_split, result_files
-from bertpair.evaluation.metrics import per_class
-from bertpair.evaluation.report import class_table, comparison_table, confusion_table, finite_or_null
-from bertpair.model.config import read_folder
-from bertpair.model.hub import resolve_folder
+from bertpair.evaluation.classifier import PairClassifier, Scorer, make_predictions
+from bertpair.evaluation.metrics import (
+    classification_metrics,
+    confusion_matrix,
+    per_class,
+    regression_metrics,
+)
+from bertpair.evaluation.plots import draw_confusion, draw_curves
+from bertpair.evaluation.report import (
+    class_table,
+    comparison_table,
+    confusion_table,
+    finite_or_null,
+    format_eval_results,
+    format_predictions,
+)
+from bertpair.model.pretrained import resolve_folder
 from bertpair.runtime import allowed_precisions, resolve_device, set_deterministic, set_threads
-from bertpair.settings.command_line import model_settings
-from bertpair.settings.config import Config, check_config
-from bertpair.training.setup import data_settings
+from bertpair.settings.config import Config, check_config, model_settings
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +98,7 @@ def evaluate(
     ConfigError, DataError or CheckpointError.
     """
     values: dict[str, Any] = {
-        **model_settings(final_folder(Path(model_dir).expanduser())),
+        **model_settings(settings_folder(Path(model_dir).expanduser())),
         "model_dir": str(model_dir),
     }
     values["data_file"] = None if data_file is None else [str(data_file)]
@@ -136,10 +157,8 @@ def evaluate_models(
 def _resolve_files(config: Config) -> tuple[Source, tuple[Path, ...]]:
     """The data to score: data_file, else the dev file, or with `predict` the test file."""
     kind = "test" if config.predict and not config.data_file else "dev"
-    settings = data_settings(config)
-    if config.data_file:
-        settings = dataclasses.replace(settings, dev_file=config.data_file)
-    source = resolve_source(settings, needs=(kind,))
+    named = dataclasses.replace(config, dev_file=config.data_file) if config.data_file else config
+    source = resolve_source(named, needs=(kind,))
     for note in source.notes:
         logger.info("%s", note)
     return source, source.test_files if kind == "test" else source.dev_files
@@ -163,7 +182,7 @@ def _candidates(config: Config, model_dir: Path) -> list[_Candidate]:
         where = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]  # x/m and y/m are two models
         found.append(_Candidate(other, final_folder(path), f"{COMPARED}{path.name}-{where}", is_own=False))
     for candidate in found:
-        read_folder(candidate.path)
+        open_model(candidate.path, verify=False)
     return _named_apart(found)
 
 
@@ -292,8 +311,8 @@ def _evaluate_one(
 ) -> tuple[Evaluation, dict[str, bytes], str]:
     """Score `pairs`: the results, their files by name, and the tables for one model."""
     cache = Path(config.token_cache_dir) if config.token_cache_dir else None
-    encoding = Encoding(model.tokenizer, model.max_seq_length, cache, config.overwrite_cache)
-    split = encoding.split(pairs, model.labels, name=candidate.name)
+    encoder = Encoder(model.tokenizer, model.max_seq_length, cache, config.overwrite_cache)
+    split = encoder.split(pairs, model.labels, name=candidate.name)
     evaluation = evaluate_split(
         model.scorer, split, model.labels, positive_label=positive, label=candidate.name
     )
@@ -329,3 +348,103 @@ def _write_files(folder: Path, files: dict[str, bytes]) -> None:
 
 def _watched(config: Config, source: Source) -> str:
     return config.metric_for_best_model or source.metrics[0]
+
+
+POSITIVE = "positive_label"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One data set scored by one model."""
+
+    metrics: dict[str, float]  # empty for a file without labels
+    logits: npt.NDArray[np.float32]  # (rows, C), in the file's order
+    positive_label: str | None = None  # that f1 is of
+
+    @property
+    def figures(self) -> dict[str, float | str]:
+        """The metrics, and the label that f1 is of beside it."""
+        named = {} if self.positive_label is None or not self.metrics else {POSITIVE: self.positive_label}
+        return {**self.metrics, **named}
+
+
+def evaluate_split(
+    scorer: Scorer,
+    split: Split,
+    labels: Sequence[str] | None,
+    *,
+    positive_label: str | None = None,
+    label: str = "",
+) -> Evaluation:
+    """Score every row of `split`, and measure where it has labels.
+
+    `labels` in id order, None for regression; f1 is of `positive_label` (None: of id 1); `label` leads the
+    progress bar. Raises StoppedError when the stop flag is set.
+    """
+    with Progress(len(split), "row", label=label, transient=True) as progress:
+        logits = scorer.logits(split.tokens, progress.advance)
+    if split.targets is None:
+        return Evaluation({}, logits)
+    return Evaluation(measure(logits, split.targets, labels, positive_label), logits, positive_label)
+
+
+def measure(
+    logits: npt.NDArray[np.float32],
+    gold: Targets,
+    labels: Sequence[str] | None,
+    positive_label: str | None = None,
+) -> dict[str, float]:
+    """The metrics of logits (rows, C) against label ids, or against values where `labels` is None.
+
+    `loss` is the plain mean cross-entropy (no class weights, no smoothing) or mean squared error.
+    """
+    wide = logits.astype(np.float64)
+    if labels is None:
+        values = wide[:, 0]
+        return {"loss": float(np.mean((values - gold) ** 2)), **regression_metrics(gold, values)}
+    shifted = wide - wide.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(gold)), gold]
+    positive = 1 if positive_label is None else labels.index(positive_label)
+    return {
+        "loss": float(losses.mean()),
+        **classification_metrics(gold, wide.argmax(axis=1), len(labels), positive),
+    }
+
+
+def result_files(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> dict[str, bytes]:
+    """The files of an evaluation, by name: predictions.tsv; with gold labels eval_results.txt and .json;
+    for classes confusion_matrix.png."""
+    files = {"predictions.tsv": _predictions(evaluation, split, labels)}
+    if split.targets is None:
+        return files
+    files |= format_eval_results(evaluation.figures)
+    if labels is not None:
+        matrix = confusion_of(evaluation, split, labels)
+        files["confusion_matrix.png"] = draw_confusion(matrix, labels)
+    return files
+
+
+def confusion_of(evaluation: Evaluation, split: Split, labels: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Counts (C, C): gold classes down, predicted ones across."""
+    assert split.targets is not None
+    return confusion_matrix(split.targets, evaluation.logits.argmax(axis=1), len(labels))
+
+
+def _predictions(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> bytes:
+    predictions = make_predictions(evaluation.logits, split.tokens, labels)
+    pairs = split.pairs
+    return format_predictions(
+        lines=pairs.line_of_row,
+        files=[pairs.files[i] for i in pairs.file_of_row] if len(pairs.files) > 1 else None,
+        predicted=[p.score if p.label is None else p.label for p in predictions],
+        scores=[p.score for p in predictions],
+        truncated=split.tokens.truncated,
+        gold=pairs.labels,
+        labels=labels or (),
+        probabilities=[list(p.probabilities.values()) for p in predictions],
+    )
+
+
+def curves_file(records: Sequence[Mapping[str, Any]], metric: str) -> dict[str, bytes]:
+    """curves.png of the records of metrics.jsonl; no file where there is nothing to draw."""
+    return {"curves.png": draw_curves(records, metric)} if records else {}

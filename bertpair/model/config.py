@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from bertpair.checkpoints.checkpoint import list_checkpoints
 from bertpair.errors import CheckpointError, ConfigError, list_faults
 from bertpair.model.bert import ACTIVATIONS, BertConfig
-from bertpair.settings.strict_json import read_json
+from bertpair.settings.files import read_json
 from bertpair.settings.values import LABELS, convert
 
 logger = logging.getLogger(__name__)
@@ -63,10 +62,7 @@ def read_folder(path: Path, *, config_name: str | Path | None = None) -> ModelFo
     source = Path(config_name or path)
     file = source / "config.json" if source.is_dir() else source
     if not file.is_file():
-        hint = "a model folder holds one, and a vocabulary and weights"
-        if checkpoints := list_checkpoints(path):
-            hint = f"the run of this folder is not finished; name a checkpoint of it: {checkpoints[-1][1]}"
-        raise CheckpointError(f"{file}: no such file; {hint}")
+        raise CheckpointError(f"{file}: no such file; a model folder holds one, and a vocabulary and weights")
     raw = read_json(file)
     faults = [*_family_faults(raw), *_field_faults(raw)]
     names, count, regression = _read_labels(raw, faults)

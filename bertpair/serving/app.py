@@ -7,13 +7,19 @@ Order of checks: 404, 405 (routing); 401; 431, 414, 417; 415; 413; not ready 503
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import dataclasses
+import hashlib
 import hmac
+import html
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -22,15 +28,13 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bertpair.evaluation.classifier import Prediction
-from bertpair.serving.batcher import Answers, MicroBatcher
-from bertpair.serving.facts import describe_server
+from bertpair.serving.batcher import Answers, MicroBatcher, QueueLimits
 from bertpair.serving.metrics import CONTENT_TYPE, ServeMetrics
 from bertpair.serving.middleware import Exchange
-from bertpair.serving.page import Page
 from bertpair.serving.predictor import Predictor, TokenRow
 from bertpair.serving.protocol import MAX_URL_BYTES
-from bertpair.serving.refusal import RequestError
 from bertpair.serving.requests import (
+    RequestError,
     bad_value,
     check_content_type,
     check_length,
@@ -331,3 +335,70 @@ async def let_go(*futures: asyncio.Future[Any]) -> None:
     for future in futures:
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await future
+
+
+def describe_server(
+    config: ServeConfig, predictor: Predictor, limits: QueueLimits | None
+) -> dict[str, object]:
+    """Plain values for JSON; `limits` None while the warm-up has not settled them."""
+    agreement = predictor.agreement
+    return {
+        "model": predictor.name,
+        "model_version": predictor.version,
+        "problem_type": "regression" if predictor.labels is None else "classification",
+        "labels": None if predictor.labels is None else list(predictor.labels),
+        "takes_pairs": predictor.takes_pairs,
+        "max_seq_length": predictor.cut,
+        "precision": predictor.precision,
+        "device": str(predictor.classifier.scorer.device),
+        "num_threads": predictor.num_threads,
+        "limits": {
+            **dataclasses.asdict(predictor.limits),
+            "max_inflight_bytes": config.max_inflight_bytes,
+            "max_header_bytes": config.max_header_bytes,
+            "max_queue_rows": config.max_queue_rows,
+            "max_batch_tokens": None if limits is None else limits.max_batch_tokens,
+            "queue_deadline": config.queue_deadline,
+            "max_connections": config.max_connections,
+        },
+        "agreement_with_float32": None if agreement is None else dataclasses.asdict(agreement),
+    }
+
+
+FILE = Path(__file__).with_name("page.html")
+_INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
+
+
+class Page:
+    """page.html, read once."""
+
+    def __init__(self, text: str | None = None) -> None:
+        self.text = FILE.read_text(encoding="utf-8") if text is None else text
+        hashes: dict[str, list[str]] = {"script": [], "style": []}
+        for kind, content in _INLINE.findall(self.text):
+            digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+            hashes[kind].append(f"'sha256-{digest}'")
+        self.policy = "; ".join(
+            [
+                "default-src 'none'",
+                f"script-src {' '.join(hashes['script'])}",
+                f"style-src {' '.join(hashes['style'])}",
+                "connect-src 'self'",
+                "img-src data:",
+                "base-uri 'none'",
+                "form-action 'none'",
+                "frame-ancestors 'none'",
+            ]
+        )
+
+    def render(self, root_path: str, *, keyed: bool) -> tuple[bytes, dict[str, str]]:
+        """Body and headers; `root_path` is the prefix its requests go to, `keyed` shows the key's field."""
+        body = self.text.replace("__ROOT__", html.escape(root_path, quote=True))
+        body = body.replace("__KEYED__", "true" if keyed else "false")
+        return body.encode(), {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": self.policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",
+        }

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
+import queue
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from bertpair.runtime import is_out_of_memory, release_locals
-from bertpair.serving.pace import Pace
-from bertpair.serving.refusal import ClosedError, ExpiredError, NoMemoryError, QueueFullError
-from bertpair.serving.window import choose_batch, count_tokens, window_size
-from bertpair.serving.worker import Worker
+from bertpair.serving.requests import ClosedError, ExpiredError, NoMemoryError, QueueFullError
 
 Row = TypeVar("Row")
 Answer = TypeVar("Answer")
@@ -333,3 +333,158 @@ class MicroBatcher(Generic[Row, Answer]):
         values = [request.answers[index] for index in range(len(request.rows))]
         seconds = time.monotonic() - started
         request.future.set_result(Answers(values, started - request.submitted, seconds))
+
+
+WINDOW_BATCHES = 2  # rows are sorted by length within the oldest rows that fill so many batches; more are
+# hardly worth it, and every row that is passed over waits longer than it was admitted for
+ROUND_UP = 8  # a row counts as a multiple of so many tokens: what it is padded to, or costs anyhow
+
+
+def count_tokens(length: int) -> int:
+    """A row of `length` tokens as budgets count it."""
+    return -(-length // ROUND_UP) * ROUND_UP
+
+
+def window_size(lengths: Iterable[int], max_batch_tokens: int) -> int:
+    """How many of the oldest rows (their `lengths` in the order they came) are looked at; one at least."""
+    totals = itertools.accumulate(lengths)
+    limit = WINDOW_BATCHES * max_batch_tokens
+    return max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= limit, totals)))
+
+
+def choose_batch(lengths: Sequence[int], max_batch_tokens: int) -> list[int]:
+    """Positions in the window (oldest first) of the rows to run, by length; 0, the oldest, is among them."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    first, last = best_slice([lengths[i] for i in order], order.index(0), max_batch_tokens)
+    return order[first : last + 1]
+
+
+def best_slice(lengths: Sequence[int], must: int, max_tokens: int) -> tuple[int, int]:
+    """First and last of the neighbours to run, `lengths` being sorted; `must` is always among them.
+
+    Of the slices that hold `must` and whose longest × count is within `max_tokens`, the one with the most
+    tokens that are no padding; `must` alone where none is.
+    """
+    totals = [0, *itertools.accumulate(lengths)]
+    best, most = (must, must), 0
+    for last in range(must, len(lengths)):
+        first = max(0, last + 1 - max_tokens // max(1, lengths[last]))
+        if first > must:
+            break
+        if totals[last + 1] - totals[first] > most:
+            best, most = (first, last), totals[last + 1] - totals[first]
+    return best
+
+
+RECENT = 5  # batches of one size that are remembered; the slowest of them counts
+
+
+class Pace:
+    """Seconds a token takes, kept apart by the size of the batch: in a small batch tokens cost more.
+
+    The slowest of the recent batches counts and not their mean: who is let in on a mean is too late half the
+    time. The more the batches differ, the larger the margin grows by itself.
+    """
+
+    def __init__(self) -> None:
+        self._recent: dict[int, deque[float]] = {}  # by bit length: of one size within a factor of 2
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """A batch of so many tokens, without padding, took so long."""
+        size = tokens.bit_length()
+        self._recent.setdefault(size, deque(maxlen=RECENT)).append(seconds / max(1, tokens))
+
+    def seconds_per_token(self, tokens: int) -> float:
+        """In batches of `tokens`, or of the size nearest to it that was ever seen; 0 before any."""
+        if not self._recent:
+            return 0.0
+        nearest = min(self._recent, key=lambda size: abs(size - tokens.bit_length()))
+        return max(self._recent[nearest])
+
+    def seconds(self, waiting: int, running: int, running_seconds: float, largest: int) -> float:
+        """Until `waiting` tokens, and those `running` for `running_seconds`, are done; 0 if there are none.
+
+        They go in batches of at most `largest` tokens. Where more waits than one holds, the window lets rows
+        of another length pass: a batch more. A running batch much smaller than those is all overhead and
+        says nothing of them.
+        """
+        ahead = waiting + running
+        batch = min(ahead, largest)
+        pace = self.seconds_per_token(batch)
+        if running and 2 * running >= batch:  # of like size, and late: that tells more than those before it
+            pace = max(pace, running_seconds / running)
+        passed_over = largest if waiting > largest else 0
+        return (ahead + passed_over) * pace
+
+
+class Worker:
+    """Made and used on the event loop's thread. A daemon: a function that hangs cannot hold up the exit.
+
+    `on_error` is called on the thread with each exception that a function raised, before anybody else.
+    """
+
+    def __init__(self, name: str, on_error: Callable[[BaseException], None] = lambda error: None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_error = on_error
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._began: float | None = None
+        self._ended = False
+        self._free = asyncio.Lock()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns or raises (a SystemExit as a RuntimeError), once the thread is free for it.
+
+        Cancelled while it runs, the caller is let go; the thread still finishes, and others wait for that.
+        """
+        await self._free.acquire()
+        done: asyncio.Future[Any] = self._loop.create_future()
+
+        def settle(value: Any, error: Exception | None) -> None:
+            self._began = None
+            self._free.release()
+            if done.cancelled():
+                return
+            if error is None:
+                done.set_result(value)
+            else:
+                done.set_exception(error)
+
+        def job() -> None:
+            value, error = None, None
+            try:
+                value = function()
+            except BaseException as raised:
+                self._on_error(raised)
+                error = raised if isinstance(raised, Exception) else RuntimeError(repr(raised))
+            with contextlib.suppress(RuntimeError):  # the loop may be closed by now
+                self._loop.call_soon_threadsafe(settle, value, error)
+
+        self._began = time.monotonic()
+        self._jobs.put(job)
+        return await done
+
+    @property
+    def running_seconds(self) -> float:
+        """For how long it has been at what it is at: 0 between calls, endless if the thread is dead."""
+        if not self._thread.is_alive() and not self._ended:
+            return math.inf
+        return 0.0 if self._began is None else time.monotonic() - self._began
+
+    async def end(self, timeout: float) -> bool:
+        """Let the thread end after what it is at; whether it did within `timeout` seconds.
+
+        A daemon that is inside a library when the interpreter goes is killed there, which may abort it all.
+        """
+        self._ended = True
+        self._jobs.put(None)
+        deadline = time.monotonic() + timeout
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job  # not kept until the next one comes: it holds a batch and its answers

@@ -20,8 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertpair.serving.metrics import ServeMetrics
-from bertpair.serving.refusal import RequestError
-from bertpair.serving.requests import error_json
+from bertpair.serving.requests import RequestError, error_json
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("bertpair.access")

@@ -18,20 +18,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bertpair.checkpoints.checkpoint import final_folder
-from bertpair.data.source import DataSettings, columns_for, resolve_source
-from bertpair.data.tokenizer import Tokens, check_max_length
-from bertpair.data.truncation import offsets_of
+from bertpair.checkpoints.checkpoint import open_model
+from bertpair.data.source import columns_for, resolve_source
+from bertpair.data.tokenizer import Tokens, check_max_length, offsets_of
 from bertpair.data.tsv import read_pairs
 from bertpair.errors import ConfigError, DataError, first_line
 from bertpair.evaluation.classifier import PairClassifier, Prediction
-from bertpair.model.config import read_folder
-from bertpair.model.hub import resolve_folder
 from bertpair.model.packed import fill_up
-from bertpair.model.weights import find_weights, weight_files
+from bertpair.model.pretrained import find_weights, weight_files
 from bertpair.runtime import set_threads
-from bertpair.serving.refusal import BadNumberError
-from bertpair.settings.command_line import model_settings
+from bertpair.serving.requests import BadNumberError
+from bertpair.settings.config import DataSettings, model_settings
 from bertpair.settings.serve import RequestLimits, ServeConfig, settle_limits
 
 logger = logging.getLogger(__name__)
@@ -213,11 +210,11 @@ def load_predictor(config: ServeConfig) -> Predictor:
     """The model of `config`, verified and loaded. Raises CheckpointError or ConfigError."""
     assert config.model_dir is not None
     threads = set_threads(config.num_threads)
-    path = final_folder(resolve_folder(config.model_dir))
-    settings = model_settings(path)
+    folder = open_model(config.model_dir, verify=False)  # it is verified when its weights are read
+    path, settings = folder.path, model_settings(folder.path)
     trained = settings.get("max_seq_length")
     if isinstance(trained, int):
-        trained = min(trained, read_folder(path).config.max_position_embeddings)
+        trained = min(trained, folder.config.max_position_embeddings)
     classifier = PairClassifier.from_pretrained(
         path,
         labels=config.labels,

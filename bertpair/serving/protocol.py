@@ -19,8 +19,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bertpair.serving.refusal import RequestError
-from bertpair.serving.requests import error_json
+from bertpair.serving.requests import RequestError, error_json
 
 MAX_URL_BYTES = 8192
 LINGER_SECONDS = 2.0

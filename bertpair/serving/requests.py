@@ -14,9 +14,8 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from bertpair.data.blank import INVISIBLE, is_blank
-from bertpair.serving.refusal import RequestError
-from bertpair.settings.strict_json import unique_keys
+from bertpair.data.records import INVISIBLE, is_blank
+from bertpair.settings.files import unique_keys
 
 MAX_DEPTH = 32
 MAX_DIGITS = (
@@ -219,3 +218,60 @@ def json_type(value: Any) -> str:
     """What JSON calls it."""
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
     return "null" if value is None else names.get(type(value), "an object")
+
+
+class RequestError(Exception):
+    """A refusal. `message` never holds anything of what the client sent; `field` names the part at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        message: str,
+        *,
+        field: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        close: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.message, self.field = status, kind, message, field
+        self.headers = dict(headers or {})
+        self.close = close  # the connection too: the rest of the request is not worth reading
+
+
+class QueueFullError(RequestError):
+    """Refused: too much waits already; room is expected after `retry_after` seconds."""
+
+    def __init__(self, retry_after: int) -> None:
+        message = f"too many requests are waiting; retry after {retry_after} s"
+        super().__init__(429, "overloaded", message, headers={"Retry-After": str(retry_after)})
+        self.retry_after = retry_after
+
+
+class ExpiredError(RequestError):
+    """Admitted, and dropped without running because it waited longer than the deadline."""
+
+    def __init__(self, retry_after: int) -> None:
+        message = "waited longer than the queue's deadline and was not run"
+        super().__init__(503, "deadline_passed", message, headers={"Retry-After": str(retry_after)})
+
+
+class NoMemoryError(RequestError):
+    """It does not fit into memory, even alone and halved."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "no_memory", "not enough memory for this request", headers={"Retry-After": "1"})
+
+
+class BadNumberError(RequestError):
+    """The model answered with NaN or an infinity."""
+
+    def __init__(self) -> None:
+        super().__init__(500, "not_a_number", "the model's answer is not a finite number")
+
+
+class ClosedError(RequestError):
+    """Nothing is taken any more."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "closed", "the server is going away", headers={"Retry-After": "1"})

@@ -22,9 +22,10 @@ from typing import Any, NoReturn, TextIO
 
 import uvicorn
 
+from bertpair.console import LogWriter
 from bertpair.errors import first_line
 from bertpair.runtime import is_device_lost, is_out_of_memory, stop_flag
-from bertpair.serving.app import Service
+from bertpair.serving.app import Page, Service
 from bertpair.serving.batcher import MicroBatcher, QueueLimits
 from bertpair.serving.listening import (
     BACKLOG,
@@ -37,10 +38,8 @@ from bertpair.serving.listening import (
     read_key,
     trusted_proxies,
 )
-from bertpair.serving.log_writer import LogWriter
 from bertpair.serving.metrics import ServeMetrics
 from bertpair.serving.middleware import Shell, access_logger
-from bertpair.serving.page import Page
 from bertpair.serving.predictor import Predictor, load_predictor
 from bertpair.serving.protocol import GuardedProtocol, ProtocolLimits
 from bertpair.settings.serve import ServeConfig

@@ -5,27 +5,35 @@ sample's config.yaml is read unasked, but never for work on somebody's own model
 run's settings under those that are `explicit` here: they are in the checkpoint, which training opens.
 """
 
+from __future__ import annotations
+
 import os
+import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from bertpair.checkpoints.checkpoint import final_folder, list_checkpoints
 from bertpair.console import say
-from bertpair.errors import CheckpointError, ConfigError
-from bertpair.settings.config import SETTINGS, Config, joint_faults, raise_faults, settle
-from bertpair.settings.files import read_settings
-from bertpair.settings.flag import help_lines
-from bertpair.settings.layer import REPLACES, Layer, Script, file_layer, flag_layer, merge
-from bertpair.settings.run_glue import OLD_KINDS
-from bertpair.settings.values import show
+from bertpair.errors import ConfigError
+from bertpair.settings.config import (
+    SETTINGS,
+    TRAINING_ARGS,
+    Config,
+    convert_settings,
+    joint_faults,
+    model_settings,
+    raise_faults,
+    settle,
+)
+from bertpair.settings.files import SettingsFile, read_settings
+from bertpair.settings.run_glue import OLD_KINDS, translate
+from bertpair.settings.values import PATH, Kind, convert, plain, show, suggest
 
 IMPLICIT = "config.yaml"
-TRAINING_ARGS = "training_args.yaml"
 _OWN = ("model_name_or_path", "task_name", "data_dir", "train_file")
 _PER_CALL = ("resume", "resume_anyway", "overwrite_output_dir", "output_dir")
 _GROUPS = {
@@ -64,34 +72,20 @@ class _Call:
     weak: set[str] = field(default_factory=set)  # names whose values a resumed run's own go over
 
 
-def parse_command_line(argv: Sequence[str], script: Script) -> Parsed:
-    """What this command line means; ConfigError with all faults at once. `--help` prints and exits with 0."""
+def parse_command_line(
+    argv: Sequence[str], script: Script, settings_folder: Callable[[Path], Path] = lambda folder: folder
+) -> Parsed:
+    """What this command line means; ConfigError with all faults at once. `--help` prints and exits with 0.
+
+    `settings_folder` says which folder's training_args.yaml speaks for a model folder; by default its own.
+    """
     if "--help" in argv or "-h" in argv:
         say(help_page(script))
         raise SystemExit(0)
     if len(argv) == 1 and argv[0].lower().endswith(".json") and not argv[0].startswith("-"):
         argv = ["--config", *argv]
     flags, path = flag_layer(argv, script)
-    return _train(flags, path) if script == "train" else _evaluate(flags, path)
-
-
-def config_from_folder(folder: str | Path) -> dict[str, Any]:
-    """The settings of a folder's run; none if the folder does not say, CheckpointError if it is damaged."""
-    path = os.path.join(folder, TRAINING_ARGS)
-    if not os.path.lexists(path):
-        return {}
-    try:
-        layer = file_layer(read_settings(path), "train", old_names=False)
-        raise_faults(layer.faults)
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
-    return layer.values
-
-
-def model_settings(folder: str | Path) -> dict[str, Any]:
-    """Those of them that go where the model goes: the model's own, and the names of its data files."""
-    stored = config_from_folder(folder)
-    return {name: value for name, value in stored.items() if SETTINGS[name].owner != "run"}
+    return _train(flags, path) if script == "train" else _evaluate(flags, path, settings_folder)
 
 
 def _train(flags: Layer, path: str | None) -> Parsed:
@@ -134,7 +128,7 @@ def _leave_to_resume(call: _Call) -> None:
         call.yaml.values.pop("output_dir", None)
 
 
-def _evaluate(flags: Layer, path: str | None) -> Parsed:
+def _evaluate(flags: Layer, path: str | None, settings_folder: Callable[[Path], Path]) -> Parsed:
     _read_as_evaluate(flags)
     call = _open(flags, path, "evaluate")
     model_dir = _model_dir(call)
@@ -142,7 +136,7 @@ def _evaluate(flags: Layer, path: str | None) -> Parsed:
     if not model_dir and not {"model_dir", "output_dir"} & (flags.bad | call.yaml.bad):
         flags.faults.append("model_dir must be set: name the trained folder with --model_dir")
     if model_dir and not (flags.faults or call.yaml.faults):
-        stored = _trained(call, model_dir)
+        stored = _trained(call, model_dir, settings_folder(Path(model_dir)))
     return _finish(call, stored, "evaluate")
 
 
@@ -173,16 +167,11 @@ def _model_dir(call: _Call) -> str | None:
     return named
 
 
-def _trained(call: _Call, model_dir: str) -> Layer:
+def _trained(call: _Call, model_dir: str, folder: Path) -> Layer:
     """What belongs to the model among the settings that it was trained with."""
-    folder = Path(model_dir)
-    newest_first = [path for _, path in reversed(list_checkpoints(folder))]
-    for place in (final_folder(folder), *newest_first):
-        if stored := model_settings(place):
-            call.notes.insert(0, f"settings read from {place / TRAINING_ARGS}")
-            break
-    else:
-        call.notes.insert(0, f"{model_dir} holds no {TRAINING_ARGS}: default settings")
+    stored = model_settings(folder)
+    said = f"settings read from {folder / TRAINING_ARGS}"
+    call.notes.insert(0, said if stored else f"{model_dir} holds no {TRAINING_ARGS}: default settings")
     return Layer({**stored, "model_dir": model_dir})
 
 
@@ -233,3 +222,197 @@ def help_page(script: Script) -> str:
         lines.append(help_lines(flag, item.kind, item.default, item.help))
     old = f"names of run_glue.py, obeyed or said to be idle: {', '.join(sorted(OLD_KINDS))}"
     return "\n".join([*lines, "", textwrap.fill(old, 100)])
+
+
+_SHORT = re.compile("-.|[–—−]+[A-Za-z]")  # text processors make one long dash of two
+_NEGATIVE = re.compile(r"-([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+
+@dataclass
+class Flags:
+    """Values by name as YAML would give them, still to be converted; `bad` names have their fault already."""
+
+    values: dict[str, object] = field(default_factory=dict)
+    bad: set[str] = field(default_factory=set)
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_flags(argv: Sequence[str], kinds: Mapping[str, Kind]) -> Flags:
+    """`--name value`, `--name=value`, `--name`, `--name several words`; faults are collected, not raised."""
+    flags = Flags()
+    hungry = ""
+    for flag, words in _split(argv, flags.faults, kinds):
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--"):
+            _refuse_short(flags, flag, hungry, kinds)
+        elif name in kinds:
+            _add(flags, name, [value, *words] if equals else words, kinds[name])
+        else:
+            flags.faults.append(f"unknown setting {plain('--' + name)}{suggest(name, kinds)}")
+        needs_value = name in kinds and kinds[name].arity != "maybe"
+        hungry = name if needs_value and not words and not equals else ""
+    return flags
+
+
+def _refuse_short(flags: Flags, flag: str, hungry: str, kinds: Mapping[str, Kind]) -> None:
+    """A word with one dash is no flag; after one that needs a value it is not that either."""
+    near = suggest(flag.lstrip("-–—−"), kinds)
+    if hungry:
+        flags.faults[-1] = (
+            f"--{hungry}: expected {kinds[hungry].expected}, found the flag {plain(flag)}{near}"
+        )
+    else:
+        flags.faults.append(f"flags begin with two dashes, found {show(flag)}{near}")
+
+
+def _split(argv: Sequence[str], faults: list[str], names: Mapping[str, Kind]) -> list[tuple[str, list[str]]]:
+    """Each flag with the words after it. A word that begins with a dash and is no number is one too."""
+    found: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--") or (_SHORT.match(word) and not _NEGATIVE.fullmatch(word)):
+            found.append((word, []))
+        elif found:
+            found[-1][1].append(word)
+        else:
+            is_file = word.endswith((".yaml", ".yml", ".json"))
+            hint = "; a settings file is named by --config" if is_file else ""
+            example = "output_dir" if "output_dir" in names else "model_dir"
+            faults.append(f"expected a flag such as --{example}, found {show(word)}{hint}")
+    return found
+
+
+def _add(flags: Flags, name: str, words: list[str], kind: Kind) -> None:
+    if not words and kind.arity != "maybe":
+        problem = f"expected {kind.expected}, found nothing"
+    elif len(words) > 1 and kind.arity != "many":
+        problem = f"expected {kind.expected}, found {len(words)} words, {show(' '.join(words))}"
+    else:
+        problem = ""
+    if problem:
+        flags.faults.append(f"--{name}: {problem}")
+        flags.bad.add(name)
+        return
+    value = kind.read(words)
+    if flags.values.get(name, value) != value:
+        flags.notes.append(f"--{name} is given more than once: the last, {show(value)}, counts")
+    flags.values[name] = value
+
+
+def help_lines(name: str, kind: Kind, default: object, meaning: str) -> str:
+    """The entry of one setting."""
+    text = f"{meaning} ({kind.expected}; default {_word(default)})"
+    wrapper = textwrap.TextWrapper(100, break_long_words=False, break_on_hyphens=False)
+    wrapper.initial_indent, wrapper.subsequent_indent = f"  --{name:<28} ", " " * 33
+    return wrapper.fill(text)
+
+
+def _word(value: object) -> str:
+    """A default as it would be typed."""
+    if isinstance(value, list):
+        return " ".join(map(_word, value))
+    if isinstance(value, float):
+        return f"{value:g}".replace("e-0", "e-")
+    return value if isinstance(value, str) else show(value)
+
+
+Script = Literal["train", "evaluate"]
+
+# A setting on the left, unless it is null, 0 or false, makes the one on the right void.
+REPLACES = (
+    ("warmup_steps", "warmup_ratio"),
+    ("warmup_ratio", "warmup_steps"),
+    ("num_train_epochs", "max_steps"),
+    ("resume", "overwrite_output_dir"),
+    ("overwrite_output_dir", "resume"),
+    ("evaluate_during_training", "eval_strategy"),
+    ("eval_steps", "eval_strategy"),
+    ("eval_strategy", "evaluate_during_training"),
+)
+
+
+@dataclass
+class Layer:
+    """Settings of one origin, typed; `where` begins a line about one, `bad` names have their fault."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    where: dict[str, str] = field(default_factory=dict)
+    bad: set[str] = field(default_factory=set)
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def keep(self, names: Collection[str]) -> None:
+        """Forget all other values."""
+        self.values = {name: value for name, value in self.values.items() if name in names}
+
+
+def flag_layer(argv: Sequence[str], script: Script) -> tuple[Layer, str | None]:
+    """What the flags say, and the settings file they name."""
+    kinds: dict[str, Kind] = {"config": PATH, **OLD_KINDS}
+    kinds |= {name: item.kind for name, item in SETTINGS.items()}
+    flags = read_flags(argv, kinds)
+    path = flags.values.pop("config", None)
+    layer = _make_layer(flags.values, lambda name: f"--{name}", script)
+    layer.faults[:0] = flags.faults
+    layer.notes[:0] = flags.notes
+    layer.bad |= flags.bad
+    try:
+        found = convert(PATH, path)
+    except ValueError as error:
+        layer.faults.append(f"--config: {error}")
+        found = None
+    return layer, None if found is None else str(found)
+
+
+def file_layer(file: SettingsFile, script: Script) -> Layer:
+    """What a settings file says, faults and all."""
+    known = {*SETTINGS, *OLD_KINDS}
+    values = {name: value for name, value in file.values.items() if name in known}
+    layer = _make_layer(values, lambda name: f"{file.where(name)}: {name}", script)
+    layer.faults[:0] = file.faults + [
+        f"{file.where(name)}: unknown setting {plain(name)}{suggest(name, SETTINGS)}"
+        for name in file.values
+        if name not in known
+    ]
+    layer.bad |= file.lines.keys() - file.values.keys()
+    return layer
+
+
+def _make_layer(raw: Mapping[str, object], where: Callable[[str], str], script: Script) -> Layer:
+    layer = Layer(where={name: where(name) for name in raw})
+    today = {name: value for name, value in raw.items() if name in SETTINGS}
+    layer.values, layer.faults = convert_settings(today, layer.where)
+    layer.bad = today.keys() - layer.values.keys()
+    for name in raw:
+        if name not in today:
+            _add_old(layer, name, raw[name], script)
+    return layer
+
+
+def _add_old(layer: Layer, name: str, value: object, script: Script) -> None:
+    """Put in what an old name means today."""
+    where = layer.where[name]
+    try:
+        meaning, note = translate(name, convert(OLD_KINDS[name], value), script)
+    except ValueError as error:
+        layer.faults.append(f"{where}: {error}")
+        return
+    if note:
+        layer.notes.append(f"{where} {note}")
+    for today, wanted in meaning.items():
+        found = layer.values.setdefault(today, wanted)
+        layer.where.setdefault(today, where)
+        if found != wanted:
+            layer.faults.append(f"{where} means {today} {show(wanted)}, found {today} {show(found)} as well")
+
+
+def merge(layers: Sequence[Layer]) -> tuple[dict[str, Any], list[tuple[str, str, object]]]:
+    """The values, later layers first, and what was set aside: (by what, which setting, its value)."""
+    values: dict[str, Any] = {}
+    set_aside: list[tuple[str, str, object]] = []
+    for layer in layers:
+        for winner, loser in REPLACES:
+            if layer.values.get(winner) and loser not in layer.values and loser in values:
+                set_aside.append((layer.where.get(winner, winner), loser, values.pop(loser)))
+        values.update(layer.values)
+    return values, set_aside

@@ -10,15 +10,17 @@ resume_anyway for it (anyway) or refuses it (never). Those marked `end` are free
 or which weights and figures it ends with: a finished run is then opened again.
 """
 
-from collections.abc import Container, Mapping, Sequence
+import os
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from bertpair.errors import ConfigError, list_faults
-from bertpair.settings.contradiction import contradictions, missing_for_training
+from bertpair.errors import CheckpointError, ConfigError, list_faults
+from bertpair.settings.files import read_settings
 from bertpair.settings.tasks import find_task
 from bertpair.settings.values import (
     COLUMN,
@@ -41,6 +43,7 @@ from bertpair.settings.values import (
     whole,
 )
 
+TRAINING_ARGS = "training_args.yaml"
 ResumeRule = Literal["free", "end", "warn", "anyway", "never"]
 Owner = Literal["model", "files", "run"]
 METRICS = ("acc", "f1", "macro_f1", "mcc", "pearson", "spearmanr", "corr", "loss")
@@ -96,8 +99,8 @@ _evaluate = partial(setting, group="evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """The settings of a run or an evaluation. `check_config` says whether they are sound."""
+class DataSettings:
+    """What is read, and how."""
 
     data_dir: str | None = _files(None, PATH, "folder with the TSV files", "end")
     train_file: list[str] | None = _files(None, PATHS, "training TSV; null: the task's, in data_dir", "free")
@@ -127,6 +130,11 @@ class Config:
     token_cache_dir: str | None = _data(None, PATH, "of token ids; null: the user's cache folder", "free")
     overwrite_cache: bool = _data(False, SWITCH, "tokenize anew even if token ids are kept", "free")
 
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which network training begins with."""
+
     model_name_or_path: str | None = _model(None, TEXT, "model folder, or name on the Hugging Face hub")
     revision: str | None = _model(None, TEXT, "branch, tag or commit on the hub")
     cache_dir: str | None = _model(None, PATH, "where hub models are kept; null: the hub's own cache", "free")
@@ -138,6 +146,11 @@ class Config:
     from_scratch: bool = _model(False, SWITCH, "a folder without weights starts from random ones")
     new_head: bool = _model(False, SWITCH, "replace a classifier that was trained for other labels")
     compact_vocabulary: bool = _model(False, SWITCH, "train only the word rows in use, with the same result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """How it is trained."""
 
     learning_rate: float = _optim(2e-5, number(above=0, high=1), "the highest learning rate", "anyway")
     weight_decay: float = _optim(0.01, number(low=0, high=100), "decoupled decay of weights", "anyway")
@@ -168,12 +181,22 @@ class Config:
     max_skipped_steps: int = _optim(10, whole(0), "more non-finite steps in a row end the run", "anyway")
     seed: int = _optim(42, whole(0, 2**32 - 1), "of all that is random")
 
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSettings:
+    """What computes, and in which precision."""
+
     device: str = _device("auto", DEVICE, "where to compute", "warn")
     amp: str = _device(
         "auto", choice("auto", "off", "bf16", "fp16"), "mixed precision", "anyway", owner="model"
     )
     deterministic: bool = _device(False, SWITCH, "bitwise repeatable on CUDA too, and slower", "anyway")
     num_threads: int | None = _device(None, or_null(whole(1, 1024)), "null: as many as cores", "warn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a run does, and what it writes when."""
 
     do_train: bool | None = _run(None, _MAYBE, "train; null: unless only do_eval is given", "free")
     do_eval: bool | None = _run(None, _MAYBE, "evaluate; null: unless only do_train is given", "end")
@@ -194,12 +217,23 @@ class Config:
     early_stopping_patience: int | None = _run(None, _LIMIT, "evaluations without a better one", "end")
     report_to: list[str] = _run(["none"], REPORTS, "other places to send metrics to", "free")
 
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """What evaluate.py scores."""
+
     model_dir: str | None = _evaluate(None, PATH, "trained folder; null: the configured output_dir", "free")
     data_file: list[str] | None = _evaluate(None, PATHS, "TSV to score; null: the dev file", "free")
     predict: bool = _evaluate(False, SWITCH, "score a file without labels", "free")
     all_checkpoints: bool = _evaluate(False, SWITCH, "evaluate each checkpoint of the folder", "free")
     compare: list[str] | None = _evaluate(None, PATHS, "other trained folders to set beside it", "free")
     eval_output_dir: str | None = _evaluate(None, PATH, "where to write; null: in the model folder", "free")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(EvaluateSettings, RunSettings, DeviceSettings, OptimSettings, ModelSettings, DataSettings):
+    """The settings of a run or an evaluation, those of the last base first. `check_config` says whether they
+    are sound."""
 
     @property
     def runs_training(self) -> bool:
@@ -282,6 +316,26 @@ def _copy(value: Any) -> Any:
     return value.copy() if isinstance(value, list | dict) else value
 
 
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a folder's run; none if the folder does not say, CheckpointError if it is damaged."""
+    path = folder / TRAINING_ARGS
+    if not os.path.lexists(path):
+        return {}
+    try:
+        file = read_settings(path)
+        where = {name: f"{file.where(name)}: {name}" for name in file.values}
+        values, faults = convert_settings(file.values, where)
+        raise_faults([*file.faults, *faults])
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    return values
+
+
+def model_settings(folder: Path) -> dict[str, Any]:
+    """Those of them that go where the model goes: the model's own, and the names of its data files."""
+    return {name: value for name, value in stored_settings(folder).items() if SETTINGS[name].owner != "run"}
+
+
 class _PlainDumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
         return True
@@ -316,3 +370,109 @@ def changed_settings(
         if before != after:
             changed.append((name, before, after))
     return changed
+
+
+Values = Mapping[str, Any]
+_CLASS_METRICS = ("acc", "f1", "macro_f1", "mcc")
+_SCORE_METRICS = ("pearson", "spearmanr", "corr")
+
+
+def contradictions(values: Values) -> list[str]:
+    """A fault for each contradiction among typed settings (all of them, defaults included)."""
+    return [fault for find in _CHECKS for fault in find(values)]
+
+
+def missing_for_training(values: Values, known: Container[str] = ()) -> list[str]:
+    """A fault for each thing that training needs and nobody set; names in `known` are faulty already."""
+    needs = {
+        "a model": ("model_name_or_path",),
+        "data": ("data_dir", "train_file"),
+        "a folder to write to": ("output_dir",),
+    }
+    return [
+        f"{' or '.join(names)} must be set: training needs {what}"
+        for what, names in needs.items()
+        if not any(values[name] or name in known for name in names)
+    ]
+
+
+def _check_schedule(values: Values) -> list[str]:
+    faults = []
+    steps, ratio = values["warmup_steps"], values["warmup_ratio"]
+    if steps and ratio:
+        faults.append(f"warmup_steps {steps} and warmup_ratio {ratio:g} are two warm-ups: set one")
+    if (steps or ratio) and values["lr_scheduler_type"] == "constant":
+        faults.append("lr_scheduler_type constant has no warm-up: use constant_with_warmup")
+    return faults
+
+
+def _check_evaluation(values: Values) -> list[str]:
+    faults = []
+    strategy = values["eval_strategy"]
+    if values["evaluate_during_training"] and strategy != "steps":
+        faults.append(f"evaluate_during_training means eval_strategy steps, found eval_strategy {strategy}")
+    if strategy == "steps" and not values["eval_steps"] and values["logging_steps"] < 1:
+        faults.append(f"eval_strategy steps needs eval_steps, as logging_steps is {values['logging_steps']}")
+    if strategy == "no":
+        needy = ("load_best_model_at_end", "early_stopping_patience")
+        faults += [f"{name} needs an eval_strategy, found no" for name in needy if values[name]]
+    return faults
+
+
+def _check_run(values: Values) -> list[str]:
+    faults = []
+    if values["do_train"] is False and values["do_eval"] is False:
+        faults.append("do_train and do_eval are both false: there is nothing to do")
+    if values["resume"] and values["overwrite_output_dir"]:
+        faults.append("resume goes on with the run in output_dir, overwrite_output_dir replaces it: set one")
+    if values["resume_anyway"] and not values["resume"]:
+        faults.append("resume_anyway says how to resume: it needs resume")
+    if values["amp"] == "fp16" and values["device"] == "cpu":
+        faults.append("amp fp16 needs a GPU, found device cpu; on a CPU use auto, off or bf16")
+    return faults
+
+
+def _check_problem(values: Values) -> list[str]:
+    problem, metric = values["problem_type"], values["metric_for_best_model"]
+    foreign = {"regression": _CLASS_METRICS, "classification": _SCORE_METRICS}.get(problem, ())
+    faults = []
+    if metric in foreign:
+        faults.append(f"metric_for_best_model {metric} is not measured with problem_type {problem}")
+    if problem == "regression":
+        classes = ("labels", "class_weights", "label_smoothing")
+        faults += [f"{name} is only for classification" for name in classes if values[name]]
+    return faults
+
+
+def _check_labels(values: Values) -> list[str]:
+    labels, weights = values["labels"], values["class_weights"]
+    if not labels or not isinstance(weights, dict) or set(weights) <= set(labels):
+        return []
+    unknown = ", ".join(repr(label) for label in weights if label not in labels)
+    return [f"class_weights: found {unknown}, not among labels"]
+
+
+def _check_columns(values: Values) -> list[str]:
+    names = ("text_a_column", "text_b_column", "label_column")
+    given = {name: values[name] for name in names if values[name] not in ("auto", None)}
+    faults = []
+    if values["has_header"] is False:
+        named = [(name, column) for name, column in given.items() if isinstance(column, str)]
+        faults += [f"{name} {column!r} is a header name, but has_header is false" for name, column in named]
+    seen: dict[object, str] = {}
+    for name, column in given.items():
+        first = seen.setdefault(column, name)
+        if first != name:
+            faults.append(f"{first} and {name} are the same column, {column!r}")
+    return faults
+
+
+_Check = Callable[[Values], list[str]]
+_CHECKS: tuple[_Check, ...] = (
+    _check_columns,
+    _check_problem,
+    _check_labels,
+    _check_schedule,
+    _check_evaluation,
+    _check_run,
+)

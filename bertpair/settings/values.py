@@ -85,7 +85,8 @@ def convert_all(
     faults: list[str] = []
     for name, value in raw.items():
         if name not in kinds:
-            faults.append(f"unknown setting {plain(name)}{suggest(name, kinds)}")
+            place = where.get(name, "").removesuffix(name)
+            faults.append(f"{place}unknown setting {plain(name)}{suggest(name, kinds)}")
             continue
         try:
             values[name] = convert(kinds[name], value)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bertpair.checkpoints.lock import RunLock
-from bertpair.checkpoints.run_state import (
+from bertpair.checkpoints.run_folder import (
     RunState,
     check_new_run,
     enter_folder,
@@ -20,8 +20,15 @@ from bertpair.checkpoints.run_state import (
     versions,
 )
 from bertpair.errors import CheckpointError, ConfigError, list_faults
-from bertpair.settings.command_line import config_from_folder
-from bertpair.settings.config import SETTINGS, Config, changed_settings, check_config, resume_rule, to_dict
+from bertpair.settings.config import (
+    SETTINGS,
+    Config,
+    changed_settings,
+    check_config,
+    resume_rule,
+    stored_settings,
+    to_dict,
+)
 from bertpair.training.setup import Job
 
 logger = logging.getLogger(__name__)
@@ -67,7 +74,7 @@ def find_start(config: Config, explicit: Collection[str], lock: RunLock) -> Star
     ends_otherwise = False
     if finished is not None:
         merged, changes = merge_settings(config, explicit, finished)
-        ends_otherwise = _ending(merged) != _ending(Config(**config_from_folder(finished.folder)))
+        ends_otherwise = _ending(merged) != _ending(Config(**stored_settings(finished.folder)))
         if not ends_otherwise and not any(resume_rule(name) == "anyway" for name, _, _ in changes):
             return Start(merged, finished=finished)
     start = find_resume(output_dir, str(config.resume))
@@ -114,7 +121,7 @@ def merge_settings(config: Config, explicit: Collection[str], run: RunState) -> 
     Raises ConfigError naming every refused change with both values, and what to do about it.
     """
     now = to_dict(config)
-    own: dict[str, Any] = dict(config_from_folder(run.folder))
+    own: dict[str, Any] = dict(stored_settings(run.folder))
     old = to_dict(Config(**own))
     given = {name: now[name] for name in explicit if not (name in RESOLVED and now[name] == RESOLVED[name])}
     merged = {**old, **given, "resume": config.resume, "resume_anyway": config.resume_anyway}

@@ -12,19 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bertpair.checkpoints.checkpoint import final_folder
-from bertpair.checkpoints.run_state import RunState
-from bertpair.data.dataset import Encoding, Split
-from bertpair.data.source import (
-    DataSettings,
-    Source,
+from bertpair.checkpoints.checkpoint import open_model
+from bertpair.checkpoints.run_folder import RunState
+from bertpair.data.dataset import (
+    Encoder,
+    Split,
     label_warnings,
     overlap_warnings,
     report_labels,
     resolve_positive_label,
-    resolve_source,
     training_labels,
 )
+from bertpair.data.source import Source, resolve_source
 from bertpair.data.tokenizer import Tokenizer
 from bertpair.data.tsv import Pairs, read_pairs
 from bertpair.errors import ConfigError
@@ -32,8 +31,7 @@ from bertpair.evaluation.metrics import measured_metrics
 from bertpair.model.bert import BertClassifier
 from bertpair.model.compact_vocabulary import CompactTable, compact, compact_id, remap, used_ids
 from bertpair.model.config import ModelFolder, check_pairs, label_order, read_folder
-from bertpair.model.hub import resolve_folder
-from bertpair.model.pretrained import load_model
+from bertpair.model.pretrained import load_model, resolve_folder
 from bertpair.runtime import (
     Precision,
     explain_memory,
@@ -46,8 +44,8 @@ from bertpair.runtime import (
     set_threads,
 )
 from bertpair.settings.config import Config
+from bertpair.training.loop import Plan
 from bertpair.training.optim import learning_rate_at, num_warmup_steps
-from bertpair.training.plan import Plan
 from bertpair.training.step import Objective
 
 logger = logging.getLogger(__name__)
@@ -80,17 +78,17 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
     token cache.
     """
     device = _set_up_machine(config)
-    source = resolve_source(data_settings(config))
-    folder = read_folder(_model_path(config, resumed_from), config_name=_named_config(config, resumed_from))
+    source = resolve_source(config)
+    folder = _open_model(config) if resumed_from is None else read_folder(resumed_from.folder)
     train_pairs, dev_pairs, labels = _read_pairs(config, source, folder)
     if train_pairs.text_b is not None:
         check_pairs(folder, " (text_b_column: null)")
     positive = resolve_positive_label(labels, source, config.positive_label)
     _check_watched(config, labels, has_dev=dev_pairs is not None)
     tokenizer = _read_tokenizer(config, folder, resumed_from)
-    encoding = _encoding(config, folder, tokenizer)
-    train = encoding.split(train_pairs, labels, name="train")
-    dev = None if dev_pairs is None else encoding.split(dev_pairs, labels, name="dev")
+    encoder = _make_encoder(config, folder, tokenizer)
+    train = encoder.split(train_pairs, labels, name="train")
+    dev = None if dev_pairs is None else encoder.split(dev_pairs, labels, name="dev")
     seed_everything(config.seed)
     digest, pad_id, table = digest_of(train), tokenizer.pad_id, None
     weights = class_weight_tensor(config.class_weights, labels, train)
@@ -157,12 +155,6 @@ def compact_vocabulary(
     return table, renumbered(train), None if dev is None else renumbered(dev)
 
 
-def data_settings(config: Config) -> DataSettings:
-    """The data group of the settings, for `resolve_source`."""
-    names = [field.name for field in dataclasses.fields(DataSettings)]
-    return DataSettings(**{name: getattr(config, name) for name in names})
-
-
 def _log(lines: Sequence[str]) -> None:
     for line in lines:
         logger.info("%s", line)
@@ -177,18 +169,12 @@ def _set_up_machine(config: Config) -> torch.device:
     return device
 
 
-def _model_path(config: Config, resumed_from: RunState | None) -> Path:
-    if resumed_from is not None:
-        return resumed_from.folder
+def _open_model(config: Config) -> ModelFolder:
     assert config.model_name_or_path is not None
-    path = resolve_folder(config.model_name_or_path, revision=config.revision, cache_dir=config.cache_dir)
-    return final_folder(path)
-
-
-def _named_config(config: Config, resumed_from: RunState | None) -> Path | None:
-    if resumed_from is not None or config.config_name is None:
-        return None
-    return resolve_folder(config.config_name, revision=config.revision, cache_dir=config.cache_dir)
+    revision, cache_dir = config.revision, config.cache_dir
+    named = config.config_name and resolve_folder(config.config_name, revision=revision, cache_dir=cache_dir)
+    name = config.model_name_or_path
+    return open_model(name, revision=revision, cache_dir=cache_dir, config_name=named)
 
 
 def _read_pairs(
@@ -249,14 +235,14 @@ def _read_tokenizer(config: Config, folder: ModelFolder, resumed_from: RunState 
     )
 
 
-def _encoding(config: Config, folder: ModelFolder, tokenizer: Tokenizer) -> Encoding:
+def _make_encoder(config: Config, folder: ModelFolder, tokenizer: Tokenizer) -> Encoder:
     positions = folder.config.max_position_embeddings
     if config.max_seq_length > positions:
         raise ConfigError(
             f"max_seq_length: found {config.max_seq_length}; {folder.path} has {positions} positions"
         )
     cache = Path(config.token_cache_dir) if config.token_cache_dir else None
-    return Encoding(tokenizer, config.max_seq_length, cache, config.overwrite_cache)
+    return Encoder(tokenizer, config.max_seq_length, cache, config.overwrite_cache)
 
 
 def _resolve_precision(config: Config, folder: ModelFolder, device: torch.device) -> Precision:

@@ -16,21 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bertpair.checkpoints.atomic import Staging
 from bertpair.checkpoints.checkpoint import checkpoint_folder, newest_whole
 from bertpair.checkpoints.lock import RunLock
-from bertpair.checkpoints.run_folder import SETTINGS_FILE, Contents, RunFolder, Snapshot
-from bertpair.checkpoints.run_state import RunState, read_run_state
-from bertpair.checkpoints.staging import Staging
+from bertpair.checkpoints.run_folder import Contents, RunFolder, RunState, Snapshot, read_run_state
 from bertpair.data.batching import BatchStream, padded_lengths
 from bertpair.errors import CheckpointError, ConfigError, StoppedError, TrainingError, first_line
 from bertpair.evaluation.classifier import Scorer
-from bertpair.evaluation.evaluation import Evaluation, curves_file, evaluate_split, result_files
+from bertpair.evaluation.evaluate import Evaluation, curves_file, evaluate_split, result_files
 from bertpair.evaluation.report import finite_or_null
 from bertpair.model.compact_vocabulary import USED_IDS
 from bertpair.model.config import config_json
 from bertpair.model.pretrained import WORD_TABLE, load_state, state_tensors
 from bertpair.runtime import explain_memory, is_out_of_memory, release_locals, stop_flag
-from bertpair.settings.config import Config, check_config, dump_yaml
+from bertpair.settings.config import TRAINING_ARGS, Config, check_config, dump_yaml
 from bertpair.training.loop import RANDOM, Loop, TrainingRows
 from bertpair.training.optim import AdamW, load_state_tensors, parameter_groups
 from bertpair.training.optim import state_tensors as optimizer_tensors
@@ -337,7 +336,7 @@ class _Run:
         staging.write_bytes("config.json", config)
         for name, data in job.tokenizer.files(job.config.max_seq_length).items():
             staging.write_bytes(name, data)
-        staging.write_bytes(SETTINGS_FILE, dump_yaml(job.config).encode("utf-8"))
+        staging.write_bytes(TRAINING_ARGS, dump_yaml(job.config).encode("utf-8"))
 
     def _whole_table(self) -> Tensor:
         """The word table of a full training, up to the last step whose verdict is read."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from disk_faults import durability_events, failing_at, files_below, killed_at, run_with_fault
 
+from bertpair.checkpoints.atomic import staged_folder
 from bertpair.checkpoints.checkpoint import (
     checkpoint_folder,
     final_folder,
@@ -19,10 +20,9 @@ from bertpair.checkpoints.checkpoint import (
     newest_whole,
     publish_final,
     read_json,
+    remove_leftovers,
 )
 from bertpair.checkpoints.manifest import verify_folder
-from bertpair.checkpoints.retention import remove_leftovers
-from bertpair.checkpoints.staging import staged_folder
 from bertpair.errors import CheckpointError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from disk_faults import Call, durability_events, failing_at, files_below, killed_at, run_with_fault
 
-from bertpair.checkpoints.disk import (
+from bertpair.checkpoints.atomic import (
     append,
     check_free_space,
     create_file,

@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 from disk_faults import failing_at, files_below, killed_at, run_with_fault
 
-from bertpair.checkpoints.checkpoint import checkpoint_folder, list_checkpoints, newest_whole
-from bertpair.checkpoints.retention import discard_evaluations, discard_others, prune, remove_leftovers
-from bertpair.checkpoints.staging import staged_folder
+from bertpair.checkpoints.atomic import staged_folder
+from bertpair.checkpoints.checkpoint import (
+    checkpoint_folder,
+    discard_evaluations,
+    discard_others,
+    list_checkpoints,
+    newest_whole,
+    prune,
+    remove_leftovers,
+)
 
 
 @pytest.fixture(autouse=True)

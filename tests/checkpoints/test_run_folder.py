@@ -15,17 +15,22 @@ import torch
 from conftest import write_tiny_bert
 
 from bertpair import CheckpointError, Config, ConfigError, StoppedError, TrainResult, console, train
+from bertpair.checkpoints.atomic import Staging
 from bertpair.checkpoints.checkpoint import FINAL_READY, newest_whole
 from bertpair.checkpoints.lock import RunLock
 from bertpair.checkpoints.manifest import verify_folder
-from bertpair.checkpoints.staging import Staging
 from bertpair.evaluation.classifier import Scorer
 from bertpair.runtime import stop_flag
-from bertpair.training.loop import Loop
-from bertpair.training.plan import Plan
+from bertpair.training.loop import Loop, Plan
 from bertpair.training.step import Stepper
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
+
+
+def cannot_move(output_dir: Path) -> bool:
+    if (output_dir / "final.ready").exists():
+        raise OSError(5, "EIO")
+    return False
 
 
 @pytest.fixture
@@ -290,7 +295,7 @@ def test_the_next_start_completes_a_move_that_was_cut_short(
     with monkeypatch.context() as patch:
         patch.setattr(
             "bertpair.checkpoints.run_folder.publish_final",
-            lambda output_dir: (_ for _ in ()).throw(OSError(5, "EIO")),
+            cannot_move,
         )
         run(settings)
     assert not Path("out/model.safetensors").exists()
@@ -307,7 +312,7 @@ def test_a_damaged_staged_model_is_named_and_the_run_goes_on_from_its_checkpoint
     with monkeypatch.context() as patch:
         patch.setattr(
             "bertpair.checkpoints.run_folder.publish_final",
-            lambda output_dir: (_ for _ in ()).throw(OSError(5, "EIO")),
+            cannot_move,
         )
         run(settings)
     os.truncate(Path("out", FINAL_READY, "config.json"), 10)

@@ -12,11 +12,10 @@ import torch
 from disk_faults import ERRORS, durability_events, failing_at, files_below, killed_at, run_with_fault
 from safetensors.torch import load_file
 
-from bertpair.checkpoints import staging
-from bertpair.checkpoints.checkpoint import load_tensors, newest_whole, read_json
+from bertpair.checkpoints import atomic as staging
+from bertpair.checkpoints.atomic import staged_folder
+from bertpair.checkpoints.checkpoint import load_tensors, newest_whole, read_json, remove_leftovers
 from bertpair.checkpoints.manifest import verify_folder
-from bertpair.checkpoints.retention import remove_leftovers
-from bertpair.checkpoints.staging import staged_folder
 
 TENSORS = {
     "weight": torch.linspace(-1, 1, 12).reshape(3, 4),

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bertpair.data.tsv import Columns, read_pairs
+from bertpair.data.columns import Columns
+from bertpair.data.tsv import read_pairs
 from bertpair.errors import DataError
 
 LABELS = ("right", "wrong")

@@ -12,7 +12,7 @@ from conftest import write_tiny_bert
 from bertpair import Config, ConfigError, DataError, evaluate, train
 from bertpair.evaluation.evaluate import evaluate_models
 from bertpair.settings.command_line import parse_command_line
-from bertpair.settings.serve_command_line import parse_serve_command_line
+from bertpair.settings.serve import parse_serve_command_line
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("fresh_process")

@@ -8,16 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bertpair.data.source import (
-    DataSettings,
-    columns_for,
-    overlap_warnings,
-    resolve_source,
-    targets,
-    training_labels,
-)
-from bertpair.data.tsv import Columns, Pairs, read_pairs
+from bertpair.data.columns import Columns
+from bertpair.data.dataset import overlap_warnings, targets, training_labels
+from bertpair.data.source import columns_for, resolve_source
+from bertpair.data.tsv import Pairs, read_pairs
 from bertpair.errors import ConfigError, DataError
+from bertpair.settings.config import DataSettings
 
 GLUE = Path(__file__).parents[1] / "glue"
 HEADER = ("index", "sentence1", "sentence2", "label")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from bertpair.data import token_cache
-from bertpair.data.token_cache import FIELDS, default_cache_dir, encode_cached
+from bertpair.data import dataset as token_cache
+from bertpair.data.dataset import FIELDS, default_cache_dir, encode_cached
 from bertpair.data.tokenizer import Tokenizer, Tokens
 from bertpair.errors import DataError
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bertpair.data.truncation import copy_runs, longest_first, offsets_of, undecided_heads
+from bertpair.data.tokenizer import copy_runs, longest_first, offsets_of, undecided_heads
 
 COUNTS = st.integers(0, 30)
 

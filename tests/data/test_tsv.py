@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bertpair.data.tsv import Columns, Pairs, find_labels, first_row, read_pairs
+from bertpair.data.columns import Columns
+from bertpair.data.tsv import Pairs, find_labels, first_row, read_pairs
 from bertpair.errors import ConfigError, DataError, StoppedError
 from bertpair.runtime import stop_flag
 

@@ -12,8 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from bertpair import CheckpointError, Config, ConfigError, DataError, PairClassifier, evaluate, train
 from bertpair.checkpoints.manifest import verify_folder
-from bertpair.evaluation.evaluate import EvaluationResult, evaluate_models
-from bertpair.evaluation.evaluation import measure
+from bertpair.evaluation.evaluate import EvaluationResult, evaluate_models, measure
 from bertpair.settings.command_line import parse_command_line
 
 OLD = Path(__file__).parents[1] / "written_by_0_1_0"

@@ -9,8 +9,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.font_manager import fontManager
 
-from bertpair.evaluation.fonts import find_fonts, font_of_size, printable, text_inches
-from bertpair.evaluation.plots import draw_confusion
+from bertpair.evaluation.plots import draw_confusion, find_fonts, font_of_size, printable, text_inches
 
 # From a private use area, so that no font of the machine that runs this can have them.
 STRANGE = "\ue7f3\ue7f4"

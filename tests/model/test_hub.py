@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from bertpair.errors import CheckpointError
-from bertpair.model.hub import resolve_folder
+from bertpair.model.pretrained import resolve_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NEEDED = {

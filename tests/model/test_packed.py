@@ -9,8 +9,8 @@ import torch
 from bertpair import ConfigError, PairClassifier
 from bertpair.evaluation.classifier import softmax
 from bertpair.model.bert import BertClassifier, BertConfig
-from bertpair.model.packed import PackedClassifier
-from bertpair.model.quantize import (
+from bertpair.model.packed import (
+    PackedClassifier,
     PackedLinear,
     PlainLinear,
     check_int8,

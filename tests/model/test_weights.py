@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bertpair.errors import CheckpointError
-from bertpair.model.weights import find_weights, read_weights, to_float32
+from bertpair.model.pretrained import find_weights, read_weights, to_float32
 
 Write = Callable[[dict[str, Tensor], Path], None]
 

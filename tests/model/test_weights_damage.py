@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from test_weights import Write, make_tensors, save_bin, save_old_bin
 
 from bertpair.errors import CheckpointError
-from bertpair.model.weights import read_weights
+from bertpair.model.pretrained import read_weights
 
 
 @pytest.mark.parametrize("write", [save_file, save_bin, save_old_bin])

@@ -16,8 +16,8 @@ from conftest import write_hf_folder
 from live_server import PAIR, LiveServer, SteeredPredictor, make_predictor, serving
 
 from bertpair import PairClassifier
-from bertpair.data.blank import is_blank
 from bertpair.data.columns import Columns
+from bertpair.data.records import is_blank
 from bertpair.data.tsv import read_pairs
 from bertpair.errors import DataError
 from bertpair.serving.protocol import MAX_URL_BYTES

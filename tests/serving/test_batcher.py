@@ -17,7 +17,7 @@ import pytest
 
 from bertpair.runtime import is_out_of_memory
 from bertpair.serving.batcher import BatchReport, MicroBatcher, QueueLimits
-from bertpair.serving.refusal import ClosedError, ExpiredError, NoMemoryError, QueueFullError
+from bertpair.serving.requests import ClosedError, ExpiredError, NoMemoryError, QueueFullError
 
 pytestmark = pytest.mark.anyio
 

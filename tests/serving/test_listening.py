@@ -14,8 +14,7 @@ from server_process import Process
 
 from bertpair.errors import ConfigError
 from bertpair.serving.listening import bind
-from bertpair.settings.serve import ServeConfig, make_serve_config
-from bertpair.settings.serve_command_line import parse_serve_command_line
+from bertpair.settings.serve import ServeConfig, make_serve_config, parse_serve_command_line
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from conftest import write_hf_folder
 from live_server import PAIR
 from server_process import ROOT, Process, ask
 
-from bertpair.serving.log_writer import MAX_LINES, LogWriter
+from bertpair.console import MAX_LINES, LogWriter
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,8 @@ import time
 
 import pytest
 
-from bertpair.serving.batcher import MicroBatcher, QueueLimits
-from bertpair.serving.pace import RECENT, Pace
-from bertpair.serving.refusal import QueueFullError
+from bertpair.serving.batcher import RECENT, MicroBatcher, Pace, QueueLimits
+from bertpair.serving.requests import QueueFullError
 
 
 def test_the_slowest_of_the_recent_batches_counts() -> None:

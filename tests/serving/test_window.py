@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertpair.serving.window import WINDOW_BATCHES, best_slice, choose_batch, count_tokens, window_size
+from bertpair.serving.batcher import WINDOW_BATCHES, best_slice, choose_batch, count_tokens, window_size
 
 LENGTHS = st.lists(st.integers(1, 512), min_size=1, max_size=60)
 

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from bertpair.checkpoints.checkpoint import settings_folder
 from bertpair.errors import BertpairError, CheckpointError, ConfigError
-from bertpair.settings.command_line import Parsed, config_from_folder, parse_command_line
-from bertpair.settings.config import SETTINGS, Config, dump_yaml
+from bertpair.settings.command_line import Parsed, parse_command_line
+from bertpair.settings.config import SETTINGS, Config, dump_yaml, stored_settings
 
 RECIPE = (
     "--model_type BERT --model_name_or_path bert-base-multilingual-cased --task_name MNLI-MM --do_train "
@@ -40,7 +41,7 @@ def train(line: str = "") -> Parsed:
 
 
 def evaluate(line: str = "") -> Parsed:
-    return parse_command_line(line.split(), "evaluate")
+    return parse_command_line(line.split(), "evaluate", settings_folder)
 
 
 def refusal(line: str, script: str = "train") -> list[str]:
@@ -288,7 +289,7 @@ def test_a_folder_without_settings_has_the_defaults(folder: Path) -> None:
     parsed = evaluate("--model_dir someone/model --do_predict")
     assert parsed.config == Config(model_dir="someone/model", predict=True)
     assert parsed.notes == ("someone/model holds no training_args.yaml: default settings",)
-    assert config_from_folder(folder) == {}
+    assert stored_settings(folder) == {}
 
 
 @pytest.mark.parametrize("text", ["seed: x", "sead: 1", "fp16: true", "a: [", "- 1", "x: &a 1\ny: *a"])
@@ -296,14 +297,14 @@ def test_damaged_settings_of_a_model_are_named(folder: Path, text: str) -> None:
     model = write_model(folder / "out")
     (model / "training_args.yaml").write_text(text)
     with pytest.raises(CheckpointError, match="out/training_args.yaml"):
-        config_from_folder(model)
+        stored_settings(model)
     with pytest.raises(CheckpointError):
         evaluate("--model_dir out")
 
 
 def test_settings_of_a_model_are_read_back_typed(folder: Path) -> None:
     config = Config(learning_rate=1e-5, labels=["yes", "no"])
-    values = config_from_folder(write_model(folder / "out", learning_rate=1e-5, labels=["yes", "no"]))
+    values = stored_settings(write_model(folder / "out", learning_rate=1e-5, labels=["yes", "no"]))
     assert Config(**values) == config
 
 

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from bertpair.settings.config import Config, to_dict
-from bertpair.settings.contradiction import contradictions, missing_for_training
+from bertpair.settings.config import Config, contradictions, missing_for_training, to_dict
 
 
 def found(**values: Any) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from bertpair.settings.flag import Flags, help_lines, read_flags
+from bertpair.settings.command_line import Flags, help_lines, read_flags
 from bertpair.settings.values import LABELS, PATH, RESUME, SWITCH, number, whole
 
 KINDS = {

@@ -1,20 +1,18 @@
 """Layers: flags and files become typed settings, and later layers go over earlier ones."""
 
-from typing import Any
-
 import pytest
 
+from bertpair.settings.command_line import REPLACES, Layer, file_layer, flag_layer, merge
 from bertpair.settings.config import Config
 from bertpair.settings.files import parse_settings
-from bertpair.settings.layer import REPLACES, Layer, file_layer, flag_layer, merge
 
 
 def flags(*argv: str) -> Layer:
     return flag_layer(argv, "train")[0]
 
 
-def yaml(text: str, **options: Any) -> Layer:
-    return file_layer(parse_settings(text, "c.yaml"), "train", **options)
+def yaml(text: str) -> Layer:
+    return file_layer(parse_settings(text, "c.yaml"), "train")
 
 
 def test_flags_and_files_give_the_same_settings() -> None:
@@ -41,11 +39,6 @@ def test_faults_of_a_file_name_line_and_setting() -> None:
         "c.yaml:5: per_gpu_train_batch_size: expected a whole number of at least 1, or null, found 0",
     ]
     assert {"seed", "amp", "save_steps"} <= layer.bad
-
-
-def test_old_names_are_refused_where_only_bertpair_writes() -> None:
-    assert yaml("fp16: true").faults == []
-    assert "unknown setting fp16" in yaml("fp16: true", old_names=False).faults[0]
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from bertpair.settings.serve import (
     RequestLimits,
     ServeConfig,
     make_serve_config,
+    parse_serve_command_line,
+    serve_help_page,
     settle_limits,
 )
-from bertpair.settings.serve_command_line import parse_serve_command_line, serve_help_page
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from bertpair.errors import CheckpointError
-from bertpair.settings import strict_json
-from bertpair.settings.strict_json import read_json
+from bertpair.settings import files as strict_json
+from bertpair.settings.files import read_json
 
 
 def test_an_object_is_read_with_or_without_a_byte_order_mark(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_other_content_is_refused(tmp_path: Path, content: bytes, complaint: str
 
 
 def test_a_file_beyond_all_measure_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strict_json, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(strict_json, "MAX_JSON_BYTES", 1 << 20)
     path = tmp_path / "some.json"
     path.write_bytes(b'{"a": 1}' + b" " * (1 << 20))
     with pytest.raises(CheckpointError, match="more than 1 MiB"):
