@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertpair.errors import CheckpointError
+from bertpair.errors import CheckpointError, show
 
 MAX_HEADER_BYTES = 4 << 20  # the optimizer's 600 tensors of a BERT need some 80 kB
 _DTYPES = {
@@ -113,28 +113,23 @@ def _no_constant(text: str) -> object:
 
 def _parse_entry(name: str, entry: object) -> tuple[torch.dtype, list[int], tuple[int, int]]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"tensor {_short(name)} must have a dtype, a shape and data_offsets")
+        raise CheckpointError(f"tensor {show(name)} must have a dtype, a shape and data_offsets")
     dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         known = ", ".join(_DTYPES)
-        raise CheckpointError(f"tensor {_short(name)} has dtype {_short(entry['dtype'])}; allowed: {known}")
+        raise CheckpointError(f"tensor {show(name)} has dtype {show(entry['dtype'])}; allowed: {known}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _is_shape(shape) or not _is_shape(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"tensor {_short(name)} has shape {_short(shape)}, offsets {_short(offsets)}")
+        raise CheckpointError(f"tensor {show(name)} has shape {show(shape)}, offsets {show(offsets)}")
     needed = math.prod(shape) * _width(dtype)
     if offsets[1] - offsets[0] != needed:
         found = offsets[1] - offsets[0]
-        raise CheckpointError(f"tensor {_short(name)} takes {found} bytes; its shape needs {needed}")
+        raise CheckpointError(f"tensor {show(name)} takes {found} bytes; its shape needs {needed}")
     return dtype, shape, (offsets[0], offsets[1])
 
 
 def _width(dtype: torch.dtype) -> int:
     return torch.empty(0, dtype=dtype).element_size()
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def _is_shape(value: object) -> bool:

@@ -5,7 +5,6 @@ further text beyond that width is a fault (a stray tab). A header must have the 
 header has in the columns used, where they are used.
 """
 
-import difflib
 import logging
 import re
 import shlex
@@ -14,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from bertpair.errors import ConfigError, DataError, list_faults
+from bertpair.errors import ConfigError, DataError, list_faults, listed, near_misses, show
 
 logger = logging.getLogger(__name__)
 
@@ -161,8 +160,8 @@ def _header_faults(columns: Columns, first: list[str], where: str) -> list[str]:
             num_right += 1
         elif name.casefold() in here:
             faults.append(
-                f"{where}{role}_column {column} is {shown(first[column].strip())} here, and "
-                f"{shown(name)}{there} is column {here.index(name.casefold())}"
+                f"{where}{role}_column {column} is {show(first[column].strip())} here, and "
+                f"{show(name)}{there} is column {here.index(name.casefold())}"
             )
     if columns.header is not None and used and not num_right and not faults:
         names = listed([name for _, name in used.values()])
@@ -196,20 +195,8 @@ def _position(column: int | str, first: list[str], has_header: bool) -> int | st
 
 def near_miss(word: str, words: Sequence[str]) -> str:
     """`did you mean …? ` or nothing: the head of a message's second half."""
-    by_key = {each[:100].lower(): each for each in words}
-    near = difflib.get_close_matches(word.strip()[:100].lower(), by_key, n=1)
-    return f"did you mean {shown(by_key[near[0]])}? " if near else ""
-
-
-def shown(text: str) -> str:
-    """A found value for a message: quoted, and never longer than a line."""
-    return repr(text if len(text) <= 60 else text[:60] + "…")
-
-
-def listed(values: Sequence[object], limit: int = 20) -> str:
-    """Values for a message, with a count of those beyond the limit."""
-    texts = [shown(value) if isinstance(value, str) else str(value) for value in values[:limit]]
-    return ", ".join(texts) + (f" and {len(values) - limit} more" if len(values) > limit else "")
+    near = near_misses(word, words)
+    return f"did you mean {' or '.join(map(show, near))}? " if near else ""
 
 
 _TEXT_NAME = (  # the last word of a text column's name, in the presets' files and in people's own
@@ -303,7 +290,7 @@ class FirstRow:
             return f"{listed(self._named)} as {what}"
         if self._unlike and self._num_rows > 1:  # a single row may differ by itself
             place, name = next(iter(self._unlike.items()))
-            return f"{shown(name)} in column {place}, where all other rows have a number or a label"
+            return f"{show(name)} in column {place}, where all other rows have a number or a label"
         return ""
 
 

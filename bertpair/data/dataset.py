@@ -26,13 +26,11 @@ import tokenizers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from bertpair.data.columns import listed, shown
 from bertpair.data.records import without_invisible
 from bertpair.data.source import Source
 from bertpair.data.tokenizer import Tokenizer, Tokens, check_texts
 from bertpair.data.tsv import Pairs, check_two_classes, find_labels
-from bertpair.errors import ConfigError, DataError, list_faults
-from bertpair.settings.values import plain
+from bertpair.errors import ConfigError, DataError, list_faults, listed, plain, show
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +181,7 @@ def _meant(label: str) -> str | float:
 def _spelt(label: str) -> str:
     """A label so that it can be told from one that looks the same."""
     is_seen = without_invisible(label) == label.replace(" ", "") and unicodedata.is_normalized("NFC", label)
-    return shown(label) if is_seen else ascii(label)
+    return show(label) if is_seen else ascii(label)
 
 
 def targets(pairs: Pairs, labels: Sequence[str] | None) -> Targets:

@@ -15,7 +15,7 @@ from bertpair.data.columns import Columns
 from bertpair.data.tsv import first_row
 from bertpair.errors import ConfigError, DataError, list_faults
 from bertpair.settings.config import DataSettings
-from bertpair.settings.tasks import CLASSIFICATION_METRICS, FOUR_COLUMN, REGRESSION_METRICS, Task, find_task
+from bertpair.settings.tasks import FOUR_COLUMN, SCORE_METRICS, Task, find_task
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def _labels(settings: DataSettings, task: Task) -> tuple[tuple[str, ...] | None,
     regression = (settings.problem_type or usual) == "regression"
     metrics = task.metrics
     if regression != task.regression:
-        metrics = REGRESSION_METRICS if regression else CLASSIFICATION_METRICS
+        metrics = SCORE_METRICS if regression else FOUR_COLUMN.metrics
     if settings.labels is None:
         return None if regression else task.labels, regression, metrics
     if regression:

@@ -35,7 +35,7 @@ from bertpair.data.wordpiece import (
     read_if_there,
     read_wordpiece,
 )
-from bertpair.errors import CheckpointError, ConfigError, DataError, list_faults
+from bertpair.errors import CheckpointError, ConfigError, DataError, half_character, list_faults
 from bertpair.runtime import stop_flag
 
 logger = logging.getLogger(__name__)
@@ -271,11 +271,9 @@ def check_texts(text_a: Sequence[str], text_b: Sequence[str] | None) -> None:
 def text_fault(text: object) -> str | None:
     if not isinstance(text, str):
         return f"{type(text).__name__} {text!r}; a string is expected"
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        return f"character {e.start} is {text[e.start]!r}, half of a surrogate pair; Unicode text is expected"
-    return None
+    if (at := half_character(text)) is None:
+        return None
+    return f"character {at} is {text[at]!r}, half of a surrogate pair; Unicode text is expected"
 
 
 def check_max_length(max_length: int, num_texts: int) -> None:

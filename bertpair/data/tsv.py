@@ -22,14 +22,12 @@ from bertpair.data.columns import (
     Places,
     check_header,
     is_quoted,
-    listed,
     locate_columns,
     near_miss,
     other_format,
-    shown,
 )
 from bertpair.data.records import Record, is_blank, read_records
-from bertpair.errors import ConfigError, DataError, list_faults
+from bertpair.errors import ConfigError, DataError, list_faults, listed, show
 from bertpair.runtime import stop_flag
 
 __all__ = ["Columns", "Pairs", "check_two_classes", "find_labels", "first_row", "read_pairs"]
@@ -141,7 +139,7 @@ def check_two_classes(values: Sequence[str]) -> None:
     """DataError unless at least two different labels occur."""
     different = set(values)
     if len(different) < 2:
-        found = f"only the label {shown(values[0])} in all {len(values):,} rows" if values else "no labels"
+        found = f"only the label {show(values[0])} in all {len(values):,} rows" if values else "no labels"
         raise DataError(f"training data: found {found}; at least two different labels are needed")
 
 
@@ -357,7 +355,7 @@ class _Reader:
             if _number(label) is not None:
                 return ""
             point = label.replace(",", ".")
-            hint = f"did you mean {shown(point)}? " if "," in label and _number(point) is not None else ""
+            hint = f"did you mean {show(point)}? " if "," in label and _number(point) is not None else ""
             expected = f"{hint}problem_type: regression takes numbers up to 1e18"
         else:
             expected = "a label is expected"
@@ -367,7 +365,7 @@ class _Reader:
             return ""
         is_first = not self.columns.has_header and self.here.num_rows == 1
         hint = "; if this row is a header, set --has_header true or remove it" if is_first else ""
-        return f"{'label' if self.regression else 'unknown label'} {shown(label)}; {expected}{hint}"
+        return f"{'label' if self.regression else 'unknown label'} {show(label)}; {expected}{hint}"
 
     def result(self) -> Pairs:
         if not self.files:
@@ -395,7 +393,7 @@ class _Reader:
         for where, label, number in self.headers:
             found = "" if number is None else f"it holds {number}"
             if label and (label in counts or (self.regression and _number(label) is not None)):
-                found = f"its label column holds {shown(label)}"
+                found = f"its label column holds {show(label)}"
             if found:
                 advice = "if it is one, set has_header: false"
                 logger.warning("%sread as the header, but %s like a row; %s", where, found, advice)
@@ -404,7 +402,7 @@ class _Reader:
             if self.labels[row] == lone[0]:
                 where = f"{self.files[self.file_of_row[row]]}:{self.line_of_row[row]}"
                 advice = "if it is a header, set has_header: true"
-                logger.warning("%s: no other row has its label, %s; %s", where, shown(lone[0]), advice)
+                logger.warning("%s: no other row has its label, %s; %s", where, show(lone[0]), advice)
 
 
 def _number(text: str) -> float | None:

@@ -30,11 +30,11 @@ from bertpair.checkpoints.checkpoint import (
 )
 from bertpair.checkpoints.manifest import MANIFEST_NAME
 from bertpair.console import Progress
-from bertpair.data.columns import Columns, listed
+from bertpair.data.columns import Columns
 from bertpair.data.dataset import Encoder, Split, Targets, report_labels, resolve_positive_label
 from bertpair.data.source import Source, columns_for, resolve_source
 from bertpair.data.tsv import Pairs, read_pairs
-from bertpair.errors import CheckpointError, ConfigError
+from bertpair.errors import CheckpointError, ConfigError, listed
 from bertpair.evaluation.classifier import PairClassifier, Scorer, make_predictions
 from bertpair.evaluation.metrics import (
     classification_metrics,

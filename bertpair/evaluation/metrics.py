@@ -98,13 +98,6 @@ def classification_metrics(
     return metrics
 
 
-def measured_metrics(num_labels: int | None) -> list[str]:
-    """What is measured with so many labels, None for a regression; the loss is always."""
-    if num_labels is None:
-        return ["pearson", "spearmanr", "corr", "loss"]
-    return ["acc", *(["f1"] if num_labels == 2 else []), "macro_f1", "mcc", "loss"]
-
-
 def regression_metrics(gold: ArrayLike, values: ArrayLike) -> dict[str, float]:
     """`pearson spearmanr corr n`, corr being the mean of the two correlations."""
     linear, ranked = pearson(gold, values), spearman(gold, values)

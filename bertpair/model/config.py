@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from bertpair.errors import CheckpointError, ConfigError, list_faults
+from bertpair.errors import CheckpointError, ConfigError, half_character, list_faults, listed
 from bertpair.model.bert import ACTIVATIONS, BertConfig
 from bertpair.settings.files import read_json
 from bertpair.settings.values import LABELS, convert
@@ -91,11 +91,11 @@ def label_order(
             logger.warning(
                 "labels: %s keeps the order that it was trained in, %s; new_head: true sets another",
                 folder.path,
-                _shorten(folder.labels),
+                listed(folder.labels),
             )
         return folder.labels
     raise CheckpointError(
-        f"{folder.path}: its labels are {_shorten(folder.labels)}, the data's are {_shorten(data_labels)};"
+        f"{folder.path}: its labels are {listed(folder.labels)}, the data's are {listed(data_labels)};"
         " `new_head: true` trains a new classifier for the data's"
     )
 
@@ -121,7 +121,7 @@ def name_labels(folder: ModelFolder, given: Sequence[str] | None) -> tuple[str, 
         given = _sound_labels(given)
     if folder.regression:
         if given is not None:
-            raise ConfigError(f"labels: found {_shorten(given)}; {folder.path} is a regression model")
+            raise ConfigError(f"labels: found {listed(given)}; {folder.path} is a regression model")
         return None
     count = folder.config.num_labels
     unnamed = tuple(f"LABEL_{i}" for i in range(count))
@@ -132,7 +132,7 @@ def name_labels(folder: ModelFolder, given: Sequence[str] | None) -> tuple[str, 
         return own
     if folder.labels is not None:
         raise ConfigError(
-            f"labels: found {_shorten(given)}; {folder.path} was trained for {_shorten(folder.labels)}"
+            f"labels: found {listed(given)}; {folder.path} was trained for {listed(folder.labels)}"
         )
     if len(given) != count:
         raise ConfigError(f"labels: found {len(given)} names; {folder.path} has {count} labels without names")
@@ -318,9 +318,7 @@ def _has_names(names: Sequence[str]) -> bool:
 
 
 def _is_name(value: object) -> bool:
-    if not isinstance(value, str) or not value:
-        return False
-    return not any("\ud800" <= char <= "\udfff" for char in value)  # half a character: no UTF-8 can hold it
+    return isinstance(value, str) and value != "" and half_character(value) is None
 
 
 def _is_integer(value: object, low: int, high: int) -> bool:
@@ -329,8 +327,3 @@ def _is_integer(value: object, low: int, high: int) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _shorten(labels: Sequence[str]) -> str:
-    more = f" and {len(labels) - 10} more" if len(labels) > 10 else ""
-    return ", ".join(map(repr, labels[:10])) + more

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bertpair.console import say
-from bertpair.errors import ConfigError
+from bertpair.errors import ConfigError, plain, show
 from bertpair.settings.config import (
     SETTINGS,
     TRAINING_ARGS,
@@ -31,7 +31,7 @@ from bertpair.settings.config import (
 )
 from bertpair.settings.files import SettingsFile, read_settings
 from bertpair.settings.run_glue import OLD_KINDS, translate
-from bertpair.settings.values import PATH, Kind, convert, plain, show, suggest
+from bertpair.settings.values import PATH, Kind, convert, suggest
 
 IMPLICIT = "config.yaml"
 _OWN = ("model_name_or_path", "task_name", "data_dir", "train_file")

@@ -21,7 +21,7 @@ import yaml
 
 from bertpair.errors import CheckpointError, ConfigError, list_faults
 from bertpair.settings.files import read_settings
-from bertpair.settings.tasks import find_task
+from bertpair.settings.tasks import CLASS_METRICS, METRICS, SCORE_METRICS, find_task
 from bertpair.settings.values import (
     COLUMN,
     DEVICE,
@@ -46,7 +46,6 @@ from bertpair.settings.values import (
 TRAINING_ARGS = "training_args.yaml"
 ResumeRule = Literal["free", "end", "warn", "anyway", "never"]
 Owner = Literal["model", "files", "run"]
-METRICS = ("acc", "f1", "macro_f1", "mcc", "pearson", "spearmanr", "corr", "loss")
 _COUNT = whole(1)
 _LIMIT = or_null(_COUNT)
 _MAYBE = or_null(SWITCH)
@@ -373,8 +372,6 @@ def changed_settings(
 
 
 Values = Mapping[str, Any]
-_CLASS_METRICS = ("acc", "f1", "macro_f1", "mcc")
-_SCORE_METRICS = ("pearson", "spearmanr", "corr")
 
 
 def contradictions(values: Values) -> list[str]:
@@ -434,7 +431,7 @@ def _check_run(values: Values) -> list[str]:
 
 def _check_problem(values: Values) -> list[str]:
     problem, metric = values["problem_type"], values["metric_for_best_model"]
-    foreign = {"regression": _CLASS_METRICS, "classification": _SCORE_METRICS}.get(problem, ())
+    foreign = {"regression": CLASS_METRICS, "classification": SCORE_METRICS}.get(problem, ())
     faults = []
     if metric in foreign:
         faults.append(f"metric_for_best_model {metric} is not measured with problem_type {problem}")

@@ -17,8 +17,7 @@ from typing import Any
 
 import yaml
 
-from bertpair.errors import CheckpointError, ConfigError
-from bertpair.settings.values import plain, show
+from bertpair.errors import CheckpointError, ConfigError, plain, show
 
 MAX_BYTES = 256 * 1024
 _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from bertpair.console import say
-from bertpair.errors import ConfigError, list_faults
+from bertpair.errors import ConfigError, list_faults, plain
 from bertpair.settings.command_line import IMPLICIT, help_lines, read_flags
 from bertpair.settings.config import SETTINGS
 from bertpair.settings.files import SettingsFile, read_settings
@@ -25,7 +25,6 @@ from bertpair.settings.values import (
     convert_all,
     number,
     or_null,
-    plain,
     suggest,
     whole,
 )

@@ -4,13 +4,13 @@ Ten GLUE tasks in their published layouts, and the four-column default for every
 Columns count from 0, from the end if negative. GLUE test files have no labels and often other columns.
 """
 
-import difflib
 from dataclasses import dataclass
 
-from bertpair.errors import ConfigError
+from bertpair.errors import ConfigError, near_misses
 
-CLASSIFICATION_METRICS = ("acc", "macro_f1")
-REGRESSION_METRICS = ("pearson", "spearmanr", "corr")
+CLASS_METRICS = ("acc", "f1", "macro_f1", "mcc")
+SCORE_METRICS = ("pearson", "spearmanr", "corr")
+METRICS = (*CLASS_METRICS, *SCORE_METRICS, "loss")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _mnli(name: str, suffix: str) -> Task:
 _YES_NO = ("0", "1")
 _ENTAILMENT = ("entailment", "not_entailment")
 
-FOUR_COLUMN = Task("four-column", label=3, metrics=CLASSIFICATION_METRICS)  # index sentence1 sentence2 label
+FOUR_COLUMN = Task("four-column", label=3, metrics=("acc", "macro_f1"))  # index sentence1 sentence2 label
 
 GLUE_TASKS = (
     Task(
@@ -80,7 +80,7 @@ GLUE_TASKS = (
         text_names=("#1 String", "#2 String"),
     ),
     Task("sst-2", 0, None, label=1, labels=_YES_NO, test_text_b=None, text_names=("sentence",)),
-    Task("sts-b", 7, 8, regression=True, test_text_a=7, test_text_b=8, metrics=REGRESSION_METRICS),
+    Task("sts-b", 7, 8, regression=True, test_text_a=7, test_text_b=8, metrics=SCORE_METRICS),
     Task(
         "qqp",
         text_a=3,
@@ -95,6 +95,13 @@ GLUE_TASKS = (
     Task("rte", labels=_ENTAILMENT),
     Task("wnli", labels=_YES_NO),
 )
+
+
+def measured_metrics(num_labels: int | None) -> list[str]:
+    """What is measured with so many labels, None for a regression; the loss is always."""
+    if num_labels is None:
+        return [*SCORE_METRICS, "loss"]
+    return [name for name in (*CLASS_METRICS, "loss") if name != "f1" or num_labels == 2]
 
 
 def _key(name: str) -> str:
@@ -112,8 +119,8 @@ def find_task(name: str | None) -> Task:
     task = _BY_KEY.get(_key(name))
     if task is not None:
         return task
-    near = difflib.get_close_matches(_key(name), _BY_KEY, n=1)
-    hint = f"did you mean {_BY_KEY[near[0]].name}? " if near else ""
+    near = near_misses(_key(name), _BY_KEY)
+    hint = f"did you mean {' or '.join(_BY_KEY[key].name for key in near)}? " if near else ""
     names = ", ".join(task.name for task in GLUE_TASKS)
     raise ConfigError(
         f"task_name: found {name!r}; {hint}allowed: {names}, or null for four columns of your own"

@@ -5,7 +5,6 @@ expected and what was found. Types are strict: a quoted number is text, except t
 because PyYAML reads 2e-5 as a string.
 """
 
-import difflib
 import math
 import os
 import re
@@ -13,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from bertpair.errors import half_character, near_misses, plain, show
 
 Accept = Callable[[object], object]
 
@@ -48,32 +49,9 @@ def convert(kind: Kind, value: object) -> object:
         raise ValueError(str(error) or f"expected {kind.expected}, found {show(value)}") from None
 
 
-def show(value: object) -> str:
-    """A value as a complaint shows it: short, and on one line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, list | tuple | set | frozenset):
-        return "a list"
-    try:
-        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    except ValueError:  # Python refuses to print integers of more than 4300 digits
-        text = "a very long number"
-    return text if len(text) <= 60 else f"{text[:56]}…{text[-1]}"
-
-
-def plain(name: str) -> str:
-    """A name as a complaint shows it: bare if that can be read."""
-    return name if name.isprintable() and 0 < len(name) <= 60 else show(name)
-
-
 def suggest(name: str, known: Iterable[str]) -> str:
     """`; did you mean …?`, or nothing if no known name is near."""
-    names = sorted(known)
-    plain = name.strip("-").replace("-", "_").lower()
-    near = [known for known in names if len(plain) >= 3 and known.startswith(plain)]
-    near = near[:3] or difflib.get_close_matches(plain[:60], names, n=1)
+    near = near_misses(name, known)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -190,7 +168,7 @@ def clean_text(value: object) -> str:
         value = os.fspath(value)
     if not isinstance(value, str) or not value:
         raise ValueError
-    if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
+    if "\0" in value or half_character(value) is not None:
         raise ValueError(f"expected text without NUL or bytes that are not UTF-8, found {show(value)}")
     return value
 

@@ -20,13 +20,12 @@ from bertpair.checkpoints.run_folder import RunFolder, Snapshot
 from bertpair.console import Progress
 from bertpair.data.batching import BatchStream, pad_batch, slice_batch
 from bertpair.data.tokenizer import Tokens
-from bertpair.errors import StoppedError, TrainingError
+from bertpair.errors import StoppedError, TrainingError, plain
 from bertpair.evaluation.evaluate import Evaluation
 from bertpair.evaluation.metrics import is_better
 from bertpair.evaluation.report import finite_or_null
 from bertpair.model.bert import loss_weight
 from bertpair.runtime import peak_memory_gb, random_state, restore_random_state, stop_flag
-from bertpair.settings.values import plain
 from bertpair.training.step import SkippedStep, Stepper
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,6 @@ from bertpair.data.source import Source, resolve_source
 from bertpair.data.tokenizer import Tokenizer
 from bertpair.data.tsv import Pairs, read_pairs
 from bertpair.errors import ConfigError
-from bertpair.evaluation.metrics import measured_metrics
 from bertpair.model.bert import BertClassifier
 from bertpair.model.compact_vocabulary import CompactTable, compact, compact_id, remap, used_ids
 from bertpair.model.config import ModelFolder, check_pairs, label_order, read_folder
@@ -44,6 +43,7 @@ from bertpair.runtime import (
     set_threads,
 )
 from bertpair.settings.config import Config
+from bertpair.settings.tasks import measured_metrics
 from bertpair.training.loop import Plan
 from bertpair.training.optim import learning_rate_at, num_warmup_steps
 from bertpair.training.step import Objective

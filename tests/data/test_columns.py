@@ -2,8 +2,8 @@
 
 import pytest
 
-from bertpair.data.columns import Columns, Places, listed, locate_columns, near_miss, shown
-from bertpair.errors import ConfigError, DataError
+from bertpair.data.columns import Columns, Places, locate_columns, near_miss
+from bertpair.errors import ConfigError, DataError, listed, show
 
 HEADER = ["id", "question", "answer", "grade"]
 
@@ -60,7 +60,7 @@ def test_names_without_a_header_and_unknown_quoting_contradict() -> None:
 
 
 def test_messages_stay_short_whatever_they_show() -> None:
-    assert shown("x" * 10**6) == repr("x" * 60 + "…")
+    assert show("x" * 10**6) == repr("x" * 60 + "…")
     assert listed(["a"] * 3) == "'a', 'a', 'a'" and listed(range(22)).endswith("19 and 2 more")
     assert (
         near_miss("x" * 10**6, ["label"]) == "" and near_miss("LABLE", ["label"]) == "did you mean 'label'? "

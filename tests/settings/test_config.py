@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from bertpair.errors import ConfigError
 from bertpair.settings.config import (
-    METRICS,
     SETTINGS,
     Config,
     changed_settings,
@@ -26,6 +25,7 @@ from bertpair.settings.config import (
     validate,
 )
 from bertpair.settings.files import parse_settings, read_settings
+from bertpair.settings.tasks import METRICS
 from bertpair.settings.values import convert
 
 DESIGNED = {

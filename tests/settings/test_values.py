@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bertpair.errors import plain, show
 from bertpair.settings.values import (
     COLUMN,
     DEVICE,
@@ -22,8 +23,6 @@ from bertpair.settings.values import (
     convert,
     number,
     or_null,
-    plain,
-    show,
     suggest,
     whole,
 )
