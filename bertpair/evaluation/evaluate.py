@@ -325,10 +325,9 @@ def _evaluate_one(
     )
     if model.labels is None:
         return evaluation, files, figures
-    predicted = evaluation.logits.argmax(axis=1)
-    classes = class_table(model.labels, per_class(split.targets, predicted, len(model.labels)))
-    confusion = confusion_table(model.labels, confusion_of(evaluation, split, model.labels))
-    return evaluation, files, f"{classes}\n\n{confusion}\n\n{figures}"
+    matrix = confusion_of(evaluation, split, model.labels)
+    tables = class_table(model.labels, per_class(matrix)), confusion_table(model.labels, matrix)
+    return evaluation, files, "\n\n".join((*tables, figures))
 
 
 def _write_files(folder: Path, files: dict[str, bytes]) -> None:

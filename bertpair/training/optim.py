@@ -1,14 +1,13 @@
 """Decoupled AdamW, its parameter groups, the learning-rate schedules and gradient clipping.
 
 AdamW: "Decoupled Weight Decay Regularization" (Loshchilov & Hutter, https://arxiv.org/abs/1711.05101), in
-torch's order: the weights decay first. `_reference_update` is there to be read, the two others to be fast;
-all agree to rounding. Nothing here waits for the device: clipping, the loss scale and the masking of a step
-whose gradients are not finite are numbers that stay on it.
+torch's order: the weights decay first. Nothing here waits for the device: clipping, the loss scale and the
+masking of a step whose gradients are not finite are numbers that stay on it.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 
 from bertpair.errors import CheckpointError, list_faults
 
-IMPLEMENTATIONS = ("auto", "reference", "foreach", "fused")
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -37,7 +34,7 @@ class _Numbers:
 
 @dataclass(frozen=True)
 class _Tensors:
-    """Parameters of one device, type and implementation, with their gradients and state, index by index."""
+    """Parameters of one device and type, with their gradients and state, index by index."""
 
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
@@ -49,9 +46,9 @@ class _Tensors:
 class AdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay, equal to `torch.optim.AdamW`.
 
-    `implementation`: "reference" is the formula, tensor by tensor; "foreach" works on lists of tensors;
-    "fused" is one kernel, for CPU and CUDA; "auto" is fused where that exists, else foreach. Each parameter's
-    step count is a float32 scalar on its device, because only the device knows which steps were skipped.
+    One kernel updates all parameters of a kind where PyTorch has such a one; else operations on lists of
+    tensors do. Each parameter's step count is a float32 scalar on its device, because only the device knows
+    which steps were skipped.
     """
 
     def __init__(
@@ -61,20 +58,10 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        implementation: str = "auto",
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "implementation": implementation})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        group = {**self.defaults, **param_group}
-        for name in ("lr", "eps", "weight_decay"):
-            if not 0 <= group[name] < math.inf:
-                raise ValueError(f"{name}: found {group[name]!r}; a finite number of at least 0 is allowed")
-        if not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"betas: found {group['betas']!r}; numbers from 0 to below 1 are allowed")
-        if (chosen := group["implementation"]) not in IMPLEMENTATIONS:
-            raise ValueError(f"implementation: found {chosen!r}; not one of {IMPLEMENTATIONS}")
         # The bare function: torch's wrapper imports its compiler, which takes over a second.
         inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
@@ -90,25 +77,26 @@ class AdamW(torch.optim.Optimizer):
             beta1, beta2 = group["betas"]
             rest = group["eps"], group["weight_decay"], grad_scale, found_inf
             numbers = _Numbers(group["lr"], beta1, beta2, *rest)
-            for implementation, tensors in self._batches(group):
-                _UPDATES[implementation](tensors, numbers)
+            for is_fused, tensors in self._batches(group["params"]):
+                (_fused_update if is_fused else _foreach_update)(tensors, numbers)
 
-    def _batches(self, group: dict[str, Any]) -> list[tuple[str, _Tensors]]:
-        batches: dict[tuple[str, torch.device, torch.dtype], _Tensors] = {}
-        for param in group["params"]:
+    def _batches(self, params: Iterable[Tensor]) -> list[tuple[bool, _Tensors]]:
+        """The parameters to update, by what updates them, device and type."""
+        batches: dict[tuple[bool, torch.device, torch.dtype], _Tensors] = {}
+        for param in params:
             if param.grad is None:
                 continue
             state = self.state[param]
             if not state:
                 state.update(_fresh_state(param))
-            implementation = _choose(group["implementation"], param, state["exp_avg"])
-            tensors = batches.setdefault((implementation, param.device, param.dtype), _Tensors())
+            key = _has_kernel(param, state["exp_avg"]), param.device, param.dtype
+            tensors = batches.setdefault(key, _Tensors())
             tensors.params.append(param)
             tensors.grads.append(param.grad)
             tensors.exp_avgs.append(state["exp_avg"])
             tensors.exp_avg_sqs.append(state["exp_avg_sq"])
             tensors.steps.append(state["step"])
-        return [(implementation, tensors) for (implementation, _, _), tensors in batches.items()]
+        return [(is_fused, tensors) for (is_fused, _, _), tensors in batches.items()]
 
 
 def _fresh_state(param: Tensor) -> dict[str, Tensor]:
@@ -116,43 +104,12 @@ def _fresh_state(param: Tensor) -> dict[str, Tensor]:
     return {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param), "step": step}
 
 
-def _choose(implementation: str, param: Tensor, exp_avg: Tensor) -> str:
-    """Which implementation updates this parameter; ValueError if fused was asked for and does not exist."""
+def _has_kernel(param: Tensor, exp_avg: Tensor) -> bool:
+    """Whether the fused kernel updates this parameter."""
     assert param.grad is not None
-    if param.grad.is_sparse:
-        raise ValueError("gradient: found a sparse one; only dense ones are allowed")
-    if implementation in ("reference", "foreach"):
-        return implementation
-    if param.device.type not in ("cpu", "cuda") or not param.is_floating_point():
-        if implementation == "fused":
-            where = f"{param.dtype} on {param.device}"
-            raise ValueError(f"implementation: found fused for {where}; allowed are foreach and reference")
-        return "foreach"
-    # The fused CPU kernel ignores strides: a transposed gradient would silently be read wrong.
+    # The CPU's kernel ignores strides: a transposed gradient would silently be read wrong.
     alike = param.stride() == param.grad.stride() == exp_avg.stride()
-    return "fused" if alike else "foreach"
-
-
-def _bias_corrections(steps: Tensor, numbers: _Numbers) -> tuple[Tensor, Tensor]:
-    """1 - beta ** step for both moments, in float64 where the device has it (all but mps)."""
-    exact = steps if steps.device.type == "mps" else steps.double()
-    return 1 - numbers.beta1**exact, 1 - numbers.beta2**exact
-
-
-def _reference_update(tensors: _Tensors, numbers: _Numbers) -> None:
-    """AdamW as the paper has it, one parameter at a time, out of place and therefore slow."""
-    columns = tensors.params, tensors.grads, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps
-    for param, grad, exp_avg, exp_avg_sq, step in zip(*columns, strict=True):
-        if numbers.grad_scale is not None:
-            grad = grad / numbers.grad_scale
-        t = step + 1
-        m = numbers.beta1 * exp_avg + (1 - numbers.beta1) * grad
-        v = numbers.beta2 * exp_avg_sq + (1 - numbers.beta2) * grad * grad
-        correction1, correction2 = _bias_corrections(t, numbers)
-        decayed = param * (1 - numbers.lr * numbers.weight_decay)
-        updated = decayed - numbers.lr * (m / correction1) / ((v / correction2).sqrt() + numbers.eps)
-        for old, new in ((param, updated), (exp_avg, m), (exp_avg_sq, v), (step, t)):
-            old.copy_(new if numbers.found_inf is None else torch.where(numbers.found_inf == 1, old, new))
+    return param.device.type in ("cpu", "cuda") and param.is_floating_point() and alike
 
 
 def _foreach_update(tensors: _Tensors, numbers: _Numbers) -> None:
@@ -163,7 +120,9 @@ def _foreach_update(tensors: _Tensors, numbers: _Numbers) -> None:
     if numbers.grad_scale is not None:
         grads = torch._foreach_div(grads, numbers.grad_scale)
     torch._foreach_add_(tensors.steps, 1)
-    correction1, correction2 = _bias_corrections(torch.stack(tensors.steps), numbers)
+    steps = torch.stack(tensors.steps)
+    exact = steps if steps.device.type == "mps" else steps.double()  # which has no float64
+    correction1, correction2 = 1 - numbers.beta1**exact, 1 - numbers.beta2**exact
     dtype = tensors.params[0].dtype
     negative_step_sizes = (-numbers.lr / correction1).to(dtype).unbind()
     correction2_roots = correction2.sqrt().to(dtype).unbind()
@@ -193,13 +152,6 @@ def _fused_update(tensors: _Tensors, numbers: _Numbers) -> None:
     torch._fused_adamw_(tensors.params, tensors.grads, *moments, [], tensors.steps, **options)
     if numbers.found_inf is not None:  # the kernel skips the rest by itself
         torch._foreach_sub_(tensors.steps, [numbers.found_inf] * len(tensors.steps))
-
-
-_UPDATES: dict[str, Callable[[_Tensors, _Numbers], None]] = {
-    "reference": _reference_update,
-    "foreach": _foreach_update,
-    "fused": _fused_update,
-}
 
 
 def state_tensors(optimizer: AdamW, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -269,8 +221,6 @@ def learning_rate_at(
 ) -> float:
     """The learning rate of the update that follows `step` updates, as LambdaLR counts: with a warm-up, the
     first update has learning rate 0, as in run_glue. Both constant schedules warm up if asked to."""
-    if scheduler not in SCHEDULERS:
-        raise ValueError(f"scheduler: found {scheduler!r}; not one of {SCHEDULERS}")
     if step < warmup_steps:
         return learning_rate * (step / max(1, warmup_steps))
     if scheduler.startswith("constant"):

@@ -6,16 +6,13 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from bertpair.evaluation.metrics import (
-    accuracy,
     classification_metrics,
     confusion_matrix,
     expected_calibration_error,
     is_better,
-    macro_f1,
-    matthews,
     pearson,
     per_class,
     regression_metrics,
@@ -49,7 +46,7 @@ def test_class_measures_match_sklearn(random: np.random.Generator) -> None:
         labels = list(range(num_labels))
         matrix = sklearn.metrics.confusion_matrix(gold, predicted, labels=labels)
         assert np.array_equal(confusion_matrix(gold, predicted, num_labels), matrix)
-        ours = per_class(gold, predicted, num_labels)
+        ours = per_class(confusion_matrix(gold, predicted, num_labels))
         theirs = sklearn.metrics.precision_recall_fscore_support(
             gold, predicted, labels=labels, zero_division=0.0
         )
@@ -73,9 +70,6 @@ def test_class_measures_match_sklearn(random: np.random.Generator) -> None:
                 assert found == pytest.approx(f1, rel=1e-14)
         metrics = classification_metrics(gold, predicted, num_labels)
         assert metrics == pytest.approx(expected, rel=1e-12, abs=1e-14)
-        assert accuracy(gold, predicted) == metrics["acc"]
-        assert macro_f1(gold, predicted, num_labels) == metrics["macro_f1"]
-        assert matthews(gold, predicted, num_labels) == metrics["mcc"]
 
 
 def random_values(random: np.random.Generator) -> tuple[Floats, Floats]:
@@ -132,30 +126,9 @@ def test_correlations_do_not_overflow_or_vanish(scale: float) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused(bad: float) -> None:
-    good = [1.0, 2.0, 3.0]
-    with pytest.raises(ValueError, match="predicted: found 1 numbers that are not finite"):
-        regression_metrics(good, [1.0, bad, 2.0])
-    with pytest.raises(ValueError, match="gold: found 1 numbers that are not finite"):
-        spearman([1.0, bad, 2.0], good)
-    with pytest.raises(ValueError, match="numbers outside 0 to 1"):
-        expected_calibration_error([0], [[0.5, bad]])
-
-
-@pytest.mark.parametrize(
-    ("gold", "predicted", "message"),
-    [
-        ([], [], "found 0 gold and 0 predicted"),
-        ([0, 1], [0], "found 2 gold and 1 predicted"),
-        ([0, 3], [0, 1], "gold: found ids from 0 to 3; allowed are 0 to 2"),
-        ([0, 1], [-1, 1], "predicted: found ids from -1 to 1"),
-        ([0.0, np.nan], [0, 1], "gold: found float64"),
-        ([[0]], [[0]], "gold: found int64 of shape"),
-    ],
-)
-def test_ids_that_cannot_be_measured_are_refused(gold: ArrayLike, predicted: ArrayLike, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        classification_metrics(np.array(gold, dtype=None if gold else int), np.array(predicted, int), 3)
+def test_values_that_are_not_finite_have_no_correlation(bad: float) -> None:
+    measured = regression_metrics([1.0, 2.0, 3.0], [1.0, bad, 2.0])
+    assert all(np.isnan(measured[name]) for name in ("pearson", "spearmanr", "corr")) and measured["n"] == 3
 
 
 def calibration_by_the_book(gold: Ids, probabilities: Floats, num_bins: int) -> float:
@@ -185,7 +158,7 @@ def test_calibration_error_matches_its_definition(random: np.random.Generator) -
 
 
 def test_lists_and_float32_are_welcome() -> None:
-    assert accuracy([0, 1, 1], np.array([0, 1, 0], dtype=np.int8)) == pytest.approx(2 / 3)
+    assert classification_metrics([0, 1, 1], np.array([0, 1, 0], np.int8), 2)["acc"] == pytest.approx(2 / 3)
     assert pearson(np.array([1, 2, 3], dtype=np.float32), [2, 4, 6]) == pytest.approx(1.0)
 
 

@@ -114,7 +114,7 @@ def test_tables_align_by_display_width() -> None:
 
 
 def test_class_table_shows_every_class() -> None:
-    measures = per_class([0, 0, 1, 1], [0, 1, 1, 1], 3)
+    measures = per_class(confusion_matrix([0, 0, 1, 1], [0, 1, 1, 1], 3))
     assert class_table(["对", "wrong", "half"], measures).split("\n") == [
         "class  precision  recall      f1  rows",
         "对        1.0000  0.5000  0.6667     2",
