@@ -4,6 +4,9 @@ Until a run is over, only .run.json, the lock, metrics.jsonl and checkpoints are
 comes in one move at the end, so an earlier model in the same folder stays usable, and earlier checkpoints
 go only once the new run has a whole one. A save that fails is tried once more in a new temporary folder;
 then the run goes on without it, loudly.
+
+`.run.json` says which run the folder belongs to. Where a run may start, whether it is over and where it goes
+on is asked by the process that holds the folder's lock, after `enter_folder` has put right what a crash left.
 """
 
 from __future__ import annotations
@@ -51,22 +54,11 @@ from bertpair.errors import CheckpointError, ConfigError, list_faults
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """What a resume needs beside weights and optimizer: tensors (random states) and JSON values."""
-
-    tensors: Mapping[str, Tensor]
-    state: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Contents:
-    """What a checkpoint is made of, beside its `Snapshot`, and how many bytes that takes."""
-
-    write_model: Callable[[Staging], None]
-    optimizer_tensors: Callable[[], dict[str, Tensor]]
-    weights_bytes: int
-    optimizer_bytes: int
+RUN_FILE = ".run.json"
+METRICS_FILE = "metrics.jsonl"
+STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STARTED_RUN = {LOCK_NAME, RUN_FILE, METRICS_FILE}
 
 
 class RunFolder:
@@ -76,15 +68,16 @@ class RunFolder:
         self,
         path: Path,
         lock: RunLock,
-        contents: Contents,
         *,
         run_id: str | None,
         save_total_limit: int | None,
+        weights_bytes: int,
+        optimizer_bytes: int,
     ) -> None:
         self.path = path
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self._lock = lock
-        self._contents = contents
+        self._weights_bytes, self._optimizer_bytes = weights_bytes, optimizer_bytes
         self._limit = save_total_limit
         self._checkpoint_failed = False
         self._final_failed = False
@@ -100,8 +93,8 @@ class RunFolder:
         try:
             self._enter()
             missing = max(0, checkpoints - len(list_checkpoints(self.path)))
-            sizes = self._contents.weights_bytes, self._contents.optimizer_bytes
-            check_free_space(self.path, free_space_needed(*sizes, kept=missing), "this run")
+            needed = free_space_needed(self._weights_bytes, self._optimizer_bytes, kept=missing)
+            check_free_space(self.path, needed, "this run")
             state = {} if resumed_from is None else resumed_from.state
             self._cut_metrics(int(state.get("metrics_bytes", 0)))
             said = json.dumps({"run_id": self.run_id}) + "\n"
@@ -143,24 +136,24 @@ class RunFolder:
             logger.warning("%s cannot be read: %s", METRICS_FILE, error)
             return []
 
-    def save_checkpoint(self, step: int, snapshot: Callable[[], Snapshot], best_step: int | None) -> bool:
-        """Write checkpoint-`step`, then drop what it makes superfluous; False where that failed."""
+    def save_checkpoint(
+        self, step: int, write: Callable[[Staging, int], None], best_step: int | None
+    ) -> bool:
+        """Have `write` fill checkpoint-`step`, then drop what it makes superfluous; False where that failed.
+
+        `write` is told how long metrics.jsonl is now.
+        """
         target = checkpoint_folder(self.path, step)
-        contents = self._contents
+        meta = {"step": step, "run_id": self.run_id}
 
-        def write() -> None:
-            size = contents.weights_bytes + contents.optimizer_bytes + SMALL_FILES
+        def save() -> None:
+            size = self._weights_bytes + self._optimizer_bytes + SMALL_FILES
             check_free_space(self.path, size, target.name)
-            taken = snapshot()
-            state = {**taken.state, "metrics_bytes": durable_length(self.path / METRICS_FILE)}
-            with staged_folder(
-                target, versions=versions(), meta={"step": step, "run_id": self.run_id}
-            ) as staging:
-                contents.write_model(staging)
-                staging.write_tensors(OPTIMIZER_FILE, {**contents.optimizer_tensors(), **taken.tensors})
-                staging.write_json(STATE_FILE, state)
+            metrics_bytes = durable_length(self.path / METRICS_FILE)
+            with staged_folder(target, versions=versions(), meta=meta) as staging:
+                write(staging, metrics_bytes)
 
-        self._checkpoint_failed = not _attempt(write, target, "the run goes on; the next save tries again")
+        self._checkpoint_failed = not _attempt(save, target, "the run goes on; the next save tries again")
         if not self._checkpoint_failed:
             logger.info("saved %s", target)
             self._drop_superfluous(target, best_step)
@@ -174,25 +167,26 @@ class RunFolder:
         except (OSError, CheckpointError) as error:
             logger.warning("older checkpoints stay: %s", error)
 
-    def write_final(self, state: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-        """Put the final model, `files` beside it, into the output folder in one move."""
+    def write_final(
+        self, write_model: Callable[[Staging], None], state: Mapping[str, Any], files: Mapping[str, bytes]
+    ) -> None:
+        """Put the final model, `state` and `files` beside it, into the output folder in one move."""
         target = self.path / FINAL_READY
 
         def write() -> None:
-            size = self._contents.weights_bytes + sum(map(len, files.values())) + SMALL_FILES
+            size = self._weights_bytes + sum(map(len, files.values())) + SMALL_FILES
             check_free_space(self.path, size, "the final model")
             with staged_folder(target, versions=versions(), meta={"run_id": self.run_id}) as staging:
-                self._contents.write_model(staging)
+                write_model(staging)
                 staging.write_json(STATE_FILE, state)
                 for name, data in files.items():
                     staging.write_bytes(name, data)
 
-        def move() -> None:
-            publish_final(self.path)
-
         again = "--resume tries again"
         staged = _attempt(write, target, f"the final model is not there; {again}")
-        moved = staged and _attempt(move, self.path, f"the final model stays in {FINAL_READY}; {again}")
+        moved = staged and _attempt(
+            lambda: publish_final(self.path), self.path, f"the final model stays in {FINAL_READY}; {again}"
+        )
         self._final_failed = not moved
         if self._checkpoint_failed:
             logger.error("%s: the last checkpoint could not be written", self.path)
@@ -204,7 +198,7 @@ class RunFolder:
                 logger.warning("what an earlier run left stays: %s", error)
 
 
-def _attempt(write: Callable[[], None], target: Path, consequence: str) -> bool:
+def _attempt(write: Callable[[], object], target: Path, consequence: str) -> bool:
     """Call `write`, at most twice; False where both failed for the disk's sake."""
     for what_next in ("trying once more", consequence):
         try:
@@ -213,13 +207,6 @@ def _attempt(write: Callable[[], None], target: Path, consequence: str) -> bool:
         except (OSError, CheckpointError) as error:
             logger.error("%s was not saved: %s; %s", target, error, what_next)
     return False
-
-
-RUN_FILE = ".run.json"
-METRICS_FILE = "metrics.jsonl"
-STATE_FILE = "trainer_state.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
-STARTED_RUN = {LOCK_NAME, RUN_FILE, METRICS_FILE}
 
 
 @dataclasses.dataclass(frozen=True)

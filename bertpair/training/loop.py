@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bertpair.checkpoints.run_folder import RunFolder, Snapshot
+from bertpair.checkpoints.atomic import Staging
+from bertpair.checkpoints.run_folder import RunFolder
 from bertpair.console import Progress
 from bertpair.data.batching import BatchStream, pad_batch, slice_batch
 from bertpair.data.tokenizer import Tokens
@@ -25,13 +26,54 @@ from bertpair.evaluation.evaluate import Evaluation
 from bertpair.evaluation.metrics import is_better
 from bertpair.evaluation.report import finite_or_null
 from bertpair.model.bert import loss_weight
-from bertpair.runtime import peak_memory_gb, random_state, restore_random_state, stop_flag
+from bertpair.runtime import peak_memory_gb, stop_flag
 from bertpair.training.step import SkippedStep, Stepper
 
 logger = logging.getLogger(__name__)
 
-RANDOM = "rng."  # begins the names of random states among a checkpoint's tensors
 READ_VERDICTS_EVERY = 1000  # steps whose masked failures may wait on the device at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """When things happen, in optimizer steps."""
+
+    total_steps: int
+    steps_per_epoch: int
+    learning_rate: Callable[[int], float]  # updates done before → the next one's rate
+    logging_steps: int  # 0: only the last step
+    save_steps: int  # 0: none but what evaluation asks for
+    eval_steps: int  # 0: no evaluation within training
+    metric: str
+    patience: int | None
+    max_skipped_steps: int
+
+    def logs_at(self, step: int) -> bool:
+        return step == self.total_steps or (self.logging_steps > 0 and step % self.logging_steps == 0)
+
+    def evaluates_at(self, step: int) -> bool:
+        return self.eval_steps > 0 and (step == self.total_steps or step % self.eval_steps == 0)
+
+    def saves_at(self, step: int) -> bool:
+        return self.save_steps > 0 and step % self.save_steps == 0
+
+    def checkpoints_kept(self, limit: int | None) -> int:
+        """How many checkpoints the run is sure to keep: those of save_steps up to `limit`, and a best one."""
+        regular = -(-self.total_steps // self.save_steps) if self.save_steps else 0  # the last step's too
+        if not self.eval_steps:
+            return regular if limit is None else min(limit, regular)
+        return max(1, regular) if limit is None else min(limit, regular) + 1
+
+
+@dataclasses.dataclass
+class TrainState:
+    """How far a run has come; kept in trainer_state.json."""
+
+    global_step: int = 0
+    best_metric: float | None = None
+    best_step: int | None = None
+    evaluations_without_improvement: int = 0
+    evaluation_pending: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +99,9 @@ class Loop:
         stream: BatchStream,
         rows: TrainingRows,
         folder: RunFolder,
+        *,
         evaluate: Callable[[], Evaluation],
+        write_checkpoint: Callable[[Staging, int], None],
         identity: Mapping[str, Any],
     ) -> None:
         self.plan = plan
@@ -66,8 +110,9 @@ class Loop:
         self.rows = rows
         self.folder = folder
         self.evaluate = evaluate
+        self.write_checkpoint = write_checkpoint
         self.identity = identity  # what else trainer_state.json keeps
-        self.progression = Progression()
+        self.progression = TrainState()
         self._last_evaluation: tuple[int, Evaluation] | None = None
         self._saved_step: int | None = None  # this step is on disk already
         self._unlogged: list[int] = []  # skipped steps that metrics.jsonl does not have yet
@@ -270,7 +315,7 @@ class Loop:
         step = self.progression.global_step
         self._check_verdicts()
         if step != self._saved_step:
-            saved = self.folder.save_checkpoint(step, self.snapshot, self.progression.best_step)
+            saved = self.folder.save_checkpoint(step, self.write_checkpoint, self.progression.best_step)
             self._saved_step = step if saved else None
         self._clock.restart_timer()
 
@@ -278,35 +323,29 @@ class Loop:
     def epoch(self) -> float:
         return round(self.progression.global_step / self.plan.steps_per_epoch, 4)
 
-    def snapshot(self) -> Snapshot:
-        """Everything a resume needs beside the weights."""
-        return Snapshot(
-            tensors={RANDOM + name: state for name, state in random_state(self.stepper.device).items()},
-            state={
-                **self.identity,
-                **dataclasses.asdict(self.progression),
-                "metric": self.plan.metric,
-                "epoch": self.epoch,
-                "position": self.stream.state_dict(),
-                "meter": self.stepper.meter.state_dict(),
-                "scaler": self.stepper.scaler.state_dict(),
-                "unlogged_skips": self._unlogged,
-            },
-        )
+    def state_dict(self) -> dict[str, Any]:
+        """What trainer_state.json keeps: everything a resume needs beside tensors."""
+        return {
+            **self.identity,
+            **dataclasses.asdict(self.progression),
+            "metric": self.plan.metric,
+            "epoch": self.epoch,
+            "position": self.stream.state_dict(),
+            "meter": self.stepper.meter.state_dict(),
+            "scaler": self.stepper.scaler.state_dict(),
+            "unlogged_skips": self._unlogged,
+        }
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Put back what `snapshot` kept; weights and optimizer are the caller's. Random states come last."""
-        state = snapshot.state
-        names = [field.name for field in dataclasses.fields(Progression)]
-        self.progression = Progression(**{name: state[name] for name in names})
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave; weights, optimizer and random states are the caller's."""
+        names = [field.name for field in dataclasses.fields(TrainState)]
+        self.progression = TrainState(**{name: state[name] for name in names})
         self._saved_step = self.progression.global_step
         self.stream.load_state_dict(state["position"])
         self.stepper.meter.load_state_dict(state["meter"])
         self.stepper.scaler.load_state_dict(state["scaler"])
         self._unlogged = list(state.get("unlogged_skips", []))
         self._check_watched(state)
-        states = {name.removeprefix(RANDOM): tensor for name, tensor in snapshot.tensors.items()}
-        restore_random_state(states, self.stepper.device)
 
     def _check_watched(self, state: Mapping[str, Any]) -> None:
         """Forget the best evaluation where it is of another metric, or on other rows, than those to come."""
@@ -317,7 +356,7 @@ class Loop:
             watched["positive_label"] = self.identity["positive_label"]
         if any(state.get(name, value) != value for name, value in watched.items()):
             logger.warning("another metric or dev set is watched from here on: the best so far starts anew")
-            fresh = Progression(self.progression.global_step)
+            fresh = TrainState(self.progression.global_step)
             fresh.evaluation_pending = self.progression.evaluation_pending
             self.progression = fresh
 
@@ -356,45 +395,3 @@ class _Clock:
             "pairs_per_s": round(self._pairs / seconds, 1),
             "tokens_per_s": round(self._tokens / seconds, 1),
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """When things happen, in optimizer steps."""
-
-    total_steps: int
-    steps_per_epoch: int
-    learning_rate: Callable[[int], float]  # updates done before → the next one's rate
-    logging_steps: int  # 0: only the last step
-    save_steps: int  # 0: none but what evaluation asks for
-    eval_steps: int  # 0: no evaluation within training
-    metric: str
-    patience: int | None
-    max_skipped_steps: int
-
-    def logs_at(self, step: int) -> bool:
-        return step == self.total_steps or (self.logging_steps > 0 and step % self.logging_steps == 0)
-
-    def evaluates_at(self, step: int) -> bool:
-        return self.eval_steps > 0 and (step == self.total_steps or step % self.eval_steps == 0)
-
-    def saves_at(self, step: int) -> bool:
-        return self.save_steps > 0 and step % self.save_steps == 0
-
-    def checkpoints_kept(self, limit: int | None) -> int:
-        """How many checkpoints the run is sure to keep: those of save_steps up to `limit`, and a best one."""
-        regular = -(-self.total_steps // self.save_steps) if self.save_steps else 0  # the last step's too
-        if not self.eval_steps:
-            return regular if limit is None else min(limit, regular)
-        return max(1, regular) if limit is None else min(limit, regular) + 1
-
-
-@dataclasses.dataclass
-class Progression:
-    """How far a run has come; kept in trainer_state.json."""
-
-    global_step: int = 0
-    best_metric: float | None = None
-    best_step: int | None = None
-    evaluations_without_improvement: int = 0
-    evaluation_pending: bool = False

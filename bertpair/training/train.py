@@ -9,17 +9,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bertpair.checkpoints.atomic import Staging
 from bertpair.checkpoints.checkpoint import checkpoint_folder, newest_whole
 from bertpair.checkpoints.lock import RunLock
-from bertpair.checkpoints.run_folder import Contents, RunFolder, RunState, Snapshot, read_run_state
+from bertpair.checkpoints.run_folder import (
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    RunFolder,
+    RunState,
+    read_run_state,
+)
 from bertpair.data.batching import BatchStream, padded_lengths
 from bertpair.errors import CheckpointError, ConfigError, StoppedError, TrainingError, first_line
 from bertpair.evaluation.classifier import Scorer
@@ -28,9 +34,16 @@ from bertpair.evaluation.report import finite_or_null
 from bertpair.model.compact_vocabulary import USED_IDS
 from bertpair.model.config import config_json
 from bertpair.model.pretrained import WORD_TABLE, load_state, state_tensors
-from bertpair.runtime import explain_memory, is_out_of_memory, release_locals, stop_flag
+from bertpair.runtime import (
+    explain_memory,
+    is_out_of_memory,
+    random_state,
+    release_locals,
+    restore_random_state,
+    stop_flag,
+)
 from bertpair.settings.config import TRAINING_ARGS, Config, check_config, dump_yaml
-from bertpair.training.loop import RANDOM, Loop, TrainingRows
+from bertpair.training.loop import Loop, TrainingRows
 from bertpair.training.optim import AdamW, load_state_tensors, parameter_groups
 from bertpair.training.optim import state_tensors as optimizer_tensors
 from bertpair.training.resume import check_same_data, find_start, name_output_dir, warn_of_other_machine
@@ -38,6 +51,8 @@ from bertpair.training.setup import Job, digest_of, make_plan, prepare
 from bertpair.training.step import Stepper
 
 logger = logging.getLogger(__name__)
+
+RANDOM = "rng."  # begins the names of random states among a checkpoint's tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,28 +151,22 @@ class _Run:
             max_batch_tokens=config.per_device_eval_batch_size * config.max_seq_length,
             pad_to_multiple_of=config.pad_to_multiple_of,
         )
+        self.optimizer, self.names = optimizer, names
+        trained = sum(p.numel() * p.element_size() for p in names.values())
+        table = job.table
+        left_out = 0 if table is None else (len(table.full) - len(table.used)) * table.full[0].nbytes
         self.folder = RunFolder(
             Path(str(config.output_dir)),
             lock,
-            self._contents(optimizer, names),
             run_id=start.run_id if start is not None else None,
             save_total_limit=config.save_total_limit,
+            weights_bytes=trained + left_out,
+            optimizer_bytes=2 * trained,
         )
         self._put_back: Callable[[], None] = lambda: None  # the last weights, once the best are loaded
         self.loop = self._make_loop()
         if start is not None:
-            self._restore(start, optimizer, names)
-
-    def _contents(self, optimizer: AdamW, names: dict[str, nn.Parameter]) -> Contents:
-        trained = sum(p.numel() * p.element_size() for p in names.values())
-        table = self.job.table
-        left_out = 0 if table is None else (len(table.full) - len(table.used)) * table.full[0].nbytes
-        return Contents(
-            self._write_model,
-            lambda: {**optimizer_tensors(optimizer, names), **self._used_ids()},
-            weights_bytes=trained + left_out,
-            optimizer_bytes=2 * trained,
-        )
+            self._restore(start)
 
     def _make_loop(self) -> Loop:
         job, config = self.job, self.job.config
@@ -179,7 +188,16 @@ class _Run:
             micro_batch_size=config.per_device_train_batch_size,
         )
         plan = make_plan(config, stream.num_batches, job.metrics, has_dev=job.dev is not None)
-        return Loop(plan, self.stepper, stream, rows, self.folder, self._evaluate, self._identity())
+        return Loop(
+            plan,
+            self.stepper,
+            stream,
+            rows,
+            self.folder,
+            evaluate=self._evaluate,
+            write_checkpoint=self._write_checkpoint,
+            identity=self._identity(),
+        )
 
     def _identity(self) -> dict[str, Any]:
         job = self.job
@@ -198,7 +216,7 @@ class _Run:
             self.scorer, self.job.dev, self.job.labels, positive_label=positive, label="dev"
         )
 
-    def _restore(self, start: RunState, optimizer: AdamW, names: Mapping[str, Tensor]) -> None:
+    def _restore(self, start: RunState) -> None:
         check_same_data(self.job, start)
         warn_of_other_machine(self.job, start)
         tensors = start.optimizer_tensors()
@@ -207,9 +225,11 @@ class _Run:
             used is not None and stored is not None and not torch.equal(used, stored)
         ):
             raise CheckpointError(f"{start.folder}: compact_vocabulary: the data now uses other words")
-        random_states = {name: tensors.pop(name) for name in list(tensors) if name.startswith(RANDOM)}
-        load_state_tensors(optimizer, names, tensors)
-        self.loop.restore(Snapshot(random_states, start.state))
+        random = {name: tensors.pop(name) for name in list(tensors) if name.startswith(RANDOM)}
+        load_state_tensors(self.optimizer, self.names, tensors)
+        self.loop.load_state_dict(start.state)
+        states = {name.removeprefix(RANDOM): tensor for name, tensor in random.items()}
+        restore_random_state(states, self.job.device)  # last: nothing may draw after it
 
     def _used_ids(self) -> dict[str, Tensor]:
         return {} if self.job.table is None else {USED_IDS: torch.from_numpy(self.job.table.used)}
@@ -253,9 +273,9 @@ class _Run:
             best_metric=self.loop.progression.best_metric,
             metrics={} if evaluation is None else evaluation.figures,
         )
-        state = {**self.loop.snapshot().state, "weights": source, "weights_step": step}
+        state = {**self.loop.state_dict(), "weights": source, "weights_step": step}
         state["result"] = {**result.summary(), "output_dir": None}
-        self.folder.write_final(state, self._result_files(evaluation))
+        self.folder.write_final(self._write_model, state, self._result_files(evaluation))
         return dataclasses.replace(result, save_failed=self.folder.save_failed)
 
     def _measured(self) -> tuple[str, int | None, Evaluation | None]:
@@ -316,6 +336,14 @@ class _Run:
             assert self.job.dev is not None
             files |= result_files(evaluation, self.job.dev, self.job.labels)
         return files
+
+    def _write_checkpoint(self, staging: Staging, metrics_bytes: int) -> None:
+        """A model folder, and all that a resume needs."""
+        self._write_model(staging)
+        random = {RANDOM + name: state for name, state in random_state(self.job.device).items()}
+        tensors = {**optimizer_tensors(self.optimizer, self.names), **self._used_ids(), **random}
+        staging.write_tensors(OPTIMIZER_FILE, tensors)
+        staging.write_json(STATE_FILE, {**self.loop.state_dict(), "metrics_bytes": metrics_bytes})
 
     def _write_model(self, staging: Staging) -> None:
         """A whole model folder: what Hugging Face reads, and the settings."""
