@@ -5,7 +5,6 @@ files are then linked up into the output folder one by one: until the last is th
 whole, and whoever opens the output folder is sent to it.
 """
 
-import json
 import logging
 import os
 import re
@@ -13,7 +12,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,19 +32,12 @@ from bertpair.errors import CheckpointError, list_faults
 from bertpair.model.config import ModelFolder, read_folder
 from bertpair.model.pretrained import resolve_folder
 from bertpair.settings.config import TRAINING_ARGS
+from bertpair.settings.files import read_json
 
 logger = logging.getLogger(__name__)
 
 FINAL_READY = "final.ready"
 _CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]{0,17})")
-
-
-def read_json(folder: Path, name: str, manifest: Manifest | None = None) -> Any:
-    """The value in a verified JSON file of a folder of ours; CheckpointError if it is none."""
-    try:
-        return json.loads(read_verified(folder, name, manifest))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / name}: not JSON: {str(error) or type(error).__name__}") from error
 
 
 def load_tensors(
@@ -340,10 +332,10 @@ def discard_evaluations(output_dir: Path, run_id_to_keep: str) -> None:
     """Delete the results that evaluate.py wrote for models of other runs, once those models are gone."""
     for folder in _children(output_dir / "eval"):
         try:
-            said = json.loads((folder / INPUT_FILE).read_bytes())
-        except (OSError, ValueError):
+            said = read_json(folder / INPUT_FILE)
+        except CheckpointError:
             continue  # not evaluate.py's
-        if isinstance(said, dict) and said.get("run_id") != run_id_to_keep:
+        if said.get("run_id") != run_id_to_keep:
             _discard_results(folder)
 
 

@@ -44,12 +44,12 @@ from bertpair.checkpoints.checkpoint import (
     newest_whole,
     prune,
     publish_final,
-    read_json,
     remove_leftovers,
 )
 from bertpair.checkpoints.lock import LOCK_NAME, RunLock
-from bertpair.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_folder
+from bertpair.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest, read_verified, verify_folder
 from bertpair.errors import CheckpointError, ConfigError, list_faults
+from bertpair.settings.files import parse_json, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +233,8 @@ class RunState:
 def read_run_state(folder: Path, manifest: Manifest | None = None) -> RunState:
     """What a whole folder of ours says about its run; CheckpointError if it is damaged or none of ours."""
     manifest = manifest or verify_folder(folder)
-    return RunState(folder, manifest, read_json(folder, STATE_FILE, manifest))
+    state = parse_json(read_verified(folder, STATE_FILE, manifest), str(folder / STATE_FILE))
+    return RunState(folder, manifest, state)
 
 
 def enter_folder(output_dir: Path, lock: RunLock) -> None:
@@ -325,8 +326,8 @@ def finished_run(output_dir: Path) -> RunState | None:
 def _run_id_of(output_dir: Path) -> str | None:
     """Which run the folder belongs to, from .run.json; None where that is missing or unreadable."""
     try:
-        run_id = json.loads((output_dir / RUN_FILE).read_bytes())["run_id"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        run_id = read_json(output_dir / RUN_FILE).get("run_id")
+    except CheckpointError:
         return None
     return run_id if isinstance(run_id, str) else None
 

@@ -15,10 +15,8 @@ C classes.
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +24,7 @@ from torch.nn import functional as F
 
 from bertpair.errors import ConfigError, first_line
 from bertpair.model.bert import ACTIVATIONS, BertClassifier, Layer
+from bertpair.runtime import cpu_flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +166,7 @@ Linear = Callable[[Tensor], Tensor]
 MakeLinear = Callable[[Tensor, Tensor, str | None], Linear]  # weight (out, in), bias (out,), an activation
 
 _FUSED = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
+VNNI_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}  # products of bytes, added in 32 bits
 TYPICAL_ROWS = 256  # oneDNN chooses the weights' layout for about so many; any number runs
 
 
@@ -212,9 +212,8 @@ class Int8Linear:
             quantized = torch._make_per_channel_quantized_tensor(steps, scales, zeros, 0)
         self.packed = torch.ops.quantized.linear_prepack(quantized, bias)
         self.bias, self.activation = bias, activation
-        self.narrow = (
-            not cpu_has_vnni()
-        )  # without it, sums of two products overflow 16 bits: inputs get 7 bits
+        # Without such products, sums of two overflow 16 bits: inputs get 7 bits.
+        self.narrow = VNNI_FLAGS.isdisjoint(cpu_flags())
 
     def __call__(self, x: Tensor) -> Tensor:
         product = torch.ops.quantized.linear_dynamic(x, self.packed, self.narrow)
@@ -247,16 +246,6 @@ def check_int8() -> None:
         raise ConfigError(f"quantize int8 does not run here: {first_line(error):.200}") from error
     if (found - F.linear(x, weight)).abs().max() > 0.2:
         raise ConfigError("quantize int8 gives wrong sums on this machine")
-
-
-def cpu_has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor adds products of bytes in 32 bits (VNNI, AMX, or Arm's dot products)."""
-    try:
-        lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
-    except OSError:
-        return False
-    known = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
-    return any(not known.isdisjoint(line.split()) for line in lines)
 
 
 def choose_linear(dtype: torch.dtype) -> MakeLinear:

@@ -198,7 +198,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(data, str(path))
 
 
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
+def parse_json(data: bytes | bytearray, where: str) -> dict[str, Any]:
     """The object in `data`, UTF-8 with or without a byte order mark; `where` begins the error message."""
     if len(data) > MAX_JSON_BYTES:
         raise CheckpointError(f"{where}: more than {MAX_JSON_BYTES >> 20} MiB of JSON")

@@ -19,11 +19,11 @@ from bertpair.checkpoints.checkpoint import (
     load_tensors,
     newest_whole,
     publish_final,
-    read_json,
     remove_leftovers,
 )
 from bertpair.checkpoints.manifest import verify_folder
 from bertpair.errors import CheckpointError
+from bertpair.settings.files import read_json
 
 
 @pytest.fixture(autouse=True)
@@ -183,8 +183,8 @@ def test_only_named_files_are_read_and_only_with_sense(tmp_path: Path) -> None:
     for name, complaint in complaints.items():
         with pytest.raises(CheckpointError, match=complaint):
             load_tensors(tmp_path / "x", name)
-    with pytest.raises(CheckpointError, match="bad.json: not JSON"):
-        read_json(tmp_path / "x", "bad.json")
+    with pytest.raises(CheckpointError, match="bad.json: not usable JSON"):
+        read_json(tmp_path / "x" / "bad.json")
     with pytest.raises(CheckpointError, match="nan.safetensors: 'b' holds NaN or infinity"):
         load_tensors(tmp_path / "x", "nan.safetensors")
     assert load_tensors(tmp_path / "x", "nan.safetensors", finite=False)["b"].isnan().any()

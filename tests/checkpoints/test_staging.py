@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from bertpair.checkpoints import atomic as staging
 from bertpair.checkpoints.atomic import staged_folder
-from bertpair.checkpoints.checkpoint import load_tensors, newest_whole, read_json, remove_leftovers
+from bertpair.checkpoints.checkpoint import load_tensors, newest_whole, remove_leftovers
 from bertpair.checkpoints.manifest import verify_folder
+from bertpair.settings.files import read_json
 
 TENSORS = {
     "weight": torch.linspace(-1, 1, 12).reshape(3, 4),
@@ -52,7 +53,7 @@ def test_a_saved_folder_reads_back(tmp_path: Path) -> None:
         "manifest.json", "model.safetensors", "trainer_state.json", "vocab.txt",
     ]  # fmt: skip
     assert (manifest.run_id, manifest.meta["step"], manifest.versions) == ("a", 3, {"bertpair": "0"})
-    assert read_json(path, "trainer_state.json") == {"global_step": 3, "name": "评分"}
+    assert read_json(path / "trainer_state.json") == {"global_step": 3, "name": "评分"}
     for loaded in (load_tensors(path, "model.safetensors", manifest), load_file(path / "model.safetensors")):
         assert loaded.keys() == TENSORS.keys()
         assert all(loaded[n].dtype == t.dtype and torch.equal(loaded[n], t) for n, t in TENSORS.items())

@@ -10,14 +10,15 @@ from bertpair import ConfigError, PairClassifier
 from bertpair.evaluation.classifier import softmax
 from bertpair.model.bert import BertClassifier, BertConfig
 from bertpair.model.packed import (
+    VNNI_FLAGS,
     PackedClassifier,
     PackedLinear,
     PlainLinear,
     check_int8,
     choose_linear,
-    cpu_has_vnni,
     int8_linear,
 )
+from bertpair.runtime import cpu_flags
 
 SMALL = BertConfig(
     vocab_size=200,
@@ -89,7 +90,7 @@ def test_int8_linear_is_the_arithmetic_it_says() -> None:
     scale = weight.abs().amax(dim=1).clamp(min=1e-30) / 127
     rounded = (weight / scale[:, None]).round() * scale[:, None]
     low, high = min(0.0, x.min().item()), max(0.0, x.max().item())
-    step = (high - low) / (255 if cpu_has_vnni() else 127)
+    step = (high - low) / (127 if VNNI_FLAGS.isdisjoint(cpu_flags()) else 255)
     zero = round(-low / step)
     seen = ((x / step).round() + zero).clamp(0, 255) - zero
     # one step of an input may round the other way
@@ -104,9 +105,9 @@ def test_packing_is_chosen_where_it_pays(tmp_path: Path) -> None:
     assert choose_linear(torch.bfloat16) in (PlainLinear, PackedLinear)
     info = tmp_path / "cpuinfo"
     info.write_text("flags\t\t: fpu avx2 avx512_vnni\n")
-    assert cpu_has_vnni(info) and not cpu_has_vnni(tmp_path / "nothing")
+    assert VNNI_FLAGS & cpu_flags(info) and not cpu_flags(tmp_path / "nothing")
     info.write_text("flags\t\t: fpu avx2\n")
-    assert not cpu_has_vnni(info)
+    assert not VNNI_FLAGS & cpu_flags(info)
 
 
 PAIRS = [("the cat", "sat"), ("good food " * 5, "中文 数据库"), ("a", "b" * 30), ("bad mat", "the cat sat")]
