@@ -59,43 +59,192 @@ METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STARTED_RUN = {LOCK_NAME, RUN_FILE, METRICS_FILE}
+WriteCheckpoint = Callable[[Staging, int], None]  # how long metrics.jsonl is comes with it
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """What a verified checkpoint, or the final folder of a finished run, says about its run."""
+
+    folder: Path
+    manifest: Manifest
+    state: Mapping[str, Any]  # trainer_state.json
+
+    @property
+    def run_id(self) -> str:
+        return self.manifest.run_id or ""
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """optimizer.safetensors: the optimizer's tensors and the random states."""
+        return load_tensors(self.folder, OPTIMIZER_FILE, self.manifest)
+
+    def weights(self) -> dict[str, Tensor]:
+        """model.safetensors, verified."""
+        return load_tensors(self.folder, "model.safetensors", self.manifest)
+
+
+def read_run_state(folder: Path, manifest: Manifest | None = None) -> RunState:
+    """What a whole folder of ours says about its run; CheckpointError if it is damaged or none of ours."""
+    manifest = manifest or verify_folder(folder)
+    state = parse_json(read_verified(folder, STATE_FILE, manifest), str(folder / STATE_FILE))
+    return RunState(folder, manifest, state)
 
 
 class RunFolder:
-    """Writes one run's folder, under the lock that the caller releases."""
+    """Holds the folder of one run for this process until it is closed, and writes in it."""
 
-    def __init__(
-        self,
-        path: Path,
-        lock: RunLock,
-        *,
-        run_id: str | None,
-        save_total_limit: int | None,
-        weights_bytes: int,
-        optimizer_bytes: int,
-    ) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.run_id = run_id or uuid.uuid4().hex[:12]
-        self._lock = lock
-        self._weights_bytes, self._optimizer_bytes = weights_bytes, optimizer_bytes
-        self._limit = save_total_limit
-        self._checkpoint_failed = False
-        self._final_failed = False
+        self.run_id = uuid.uuid4().hex[:12]
+        self._lock = RunLock(path)
+        self._limit: int | None = None
+        self._weights_bytes = self._optimizer_bytes = 0
+        self._checkpoint_failed = self._final_failed = False
+
+    def close(self) -> None:
+        """Give the folder back."""
+        self._lock.release()
+
+    # Before a run
+
+    def enter(self) -> None:
+        """Take the lock of a folder that is there, and put right what a crash left: half-written folders go,
+        and a final model that is staged whole is moved into place."""
+        if self._lock.is_held or not self.path.is_dir():
+            return
+        self._lock.acquire()
+        try:
+            remove_leftovers(self.path)
+            publish_final(self.path)
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir: {self.path} cannot be written: {error.strerror or error}"
+            ) from error
+        except CheckpointError as error:
+            logger.warning("the staged final model is passed over: %s", error)
+
+    def check_new(self, *, overwrite: bool, instead_of_resume: bool = False) -> None:
+        """ConfigError unless a new run may begin here, asked for or for want of one to resume; nothing is
+        written."""
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            what = "is a file" if self.path.exists() else "is a link that leads nowhere"
+            raise ConfigError(f"output_dir: {self.path} {what}; a folder is needed")
+        existing = self.path.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
+            raise ConfigError(f"output_dir: {self.path} cannot be written ({existing})")
+        if not overwrite and (found := self._contents()):
+            shown = ", ".join([*found[:3], *(["…"] if len(found) > 3 else [])])
+            what = f"output_dir: {self.path} is not empty ({shown})"
+            if instead_of_resume:
+                raise ConfigError(
+                    f"{what} and holds no run to resume; --output_dir names another folder; "
+                    "without --resume, --overwrite_output_dir starts anew in its place"
+                )
+            raise ConfigError(
+                f"{what}; --resume goes on with the run in it, --overwrite_output_dir starts anew in its "
+                "place, --output_dir names another folder"
+            )
+
+    def _contents(self) -> list[str]:
+        found = self.path.iterdir() if self.path.is_dir() else ()
+        return sorted(path.name for path in found if path.name != LOCK_NAME)
+
+    def find_resume(self, resume: str) -> RunState | None:
+        """Where a run goes on: the newest whole checkpoint for `auto`, or the folder that `resume` names.
+
+        None where the run must start from step 0. Damaged checkpoints are named in the log and passed over.
+        Raises CheckpointError where checkpoints are there and none is whole, or the named one is not.
+        """
+        if resume != "auto":
+            folder = Path(resume)
+            if not folder.is_dir():
+                raise CheckpointError(f"resume: {resume} is not a folder; name a checkpoint-N, or say auto")
+            if not (folder / MANIFEST_NAME).is_file() or not (folder / OPTIMIZER_FILE).is_file():
+                raise CheckpointError(
+                    f"resume: {resume} holds no checkpoint (no {MANIFEST_NAME} of a checkpoint)"
+                )
+            return read_run_state(folder)
+        newest = newest_whole(self.path, self._stored_run_id())
+        for fault in newest.faults:
+            logger.warning("passed over: %s", fault)
+        if newest.path is not None:
+            return read_run_state(newest.path, newest.manifest)
+        if newest.faults:
+            raise CheckpointError(f"{self.path}: no checkpoint is whole\n{list_faults(newest.faults)}")
+        return None
+
+    def finished_run(self) -> RunState | None:
+        """The final folder's account of the run that the folder belongs to, if that run is over."""
+        if not (self.path / MANIFEST_NAME).is_file():
+            if (self.path / STATE_FILE).is_file():
+                logger.warning("the final model is passed over: %s has no %s", self.path, MANIFEST_NAME)
+            return None
+        try:
+            final = read_run_state(self.path, verify_folder(self.path))
+        except CheckpointError as error:
+            logger.warning("the final model is passed over: %s", error)
+            return None
+        if self._stored_run_id() not in (None, final.run_id) or "result" not in final.state:
+            return None
+        discard_others(self.path, final.run_id, is_finished=True)  # a crash may have come before that
+        return final
+
+    def _stored_run_id(self) -> str | None:
+        """Which run the folder belongs to, from .run.json; None where that is missing or unreadable."""
+        try:
+            run_id = read_json(self.path / RUN_FILE).get("run_id")
+        except CheckpointError:
+            return None
+        return run_id if isinstance(run_id, str) else None
+
+    def may_start_over(self) -> bool:
+        """True where a run that was begun here has saved nothing yet: beginning it anew loses nothing.
+
+        What else is there then, it was allowed to replace: nothing but a started run, or an older model.
+        """
+        if all(name in STARTED_RUN or ".tmp-" in name for name in self._contents()):
+            return True
+        run_id = self._stored_run_id()
+        if run_id is None:
+            return False
+        try:
+            return read_manifest(self.path).run_id != run_id
+        except CheckpointError:
+            return not os.path.lexists(self.path / MANIFEST_NAME)
+
+    # In a run
 
     @property
     def save_failed(self) -> bool:
         """The last checkpoint, or the final folder, could not be written."""
         return self._checkpoint_failed or self._final_failed
 
-    def begin(self, resumed_from: RunState | None, *, checkpoints: int) -> None:
-        """Take the lock if that was not possible before, see that there is room for as many `checkpoints`,
-        and put metrics.jsonl where the run stands."""
+    def begin(
+        self,
+        resumed_from: RunState | None,
+        *,
+        num_kept: int,
+        save_total_limit: int | None,
+        weights_bytes: int,
+        optimizer_bytes: int,
+    ) -> None:
+        """Take the lock if that was not possible before, see that there is room for the `num_kept`
+        checkpoints that stay, and put metrics.jsonl where the run stands."""
+        self._limit = save_total_limit
+        self._weights_bytes, self._optimizer_bytes = weights_bytes, optimizer_bytes
+        state: Mapping[str, Any] = {}
+        if resumed_from is not None:
+            self.run_id, state = resumed_from.run_id, resumed_from.state
         try:
-            self._enter()
-            missing = max(0, checkpoints - len(list_checkpoints(self.path)))
-            needed = free_space_needed(self._weights_bytes, self._optimizer_bytes, kept=missing)
+            if not self._lock.is_held:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.enter()
+                self.check_new(overwrite=False)  # it was not there before: what is in it is somebody else's
+            missing = max(0, num_kept - len(list_checkpoints(self.path)))
+            needed = free_space_needed(weights_bytes, optimizer_bytes, kept=missing)
             check_free_space(self.path, needed, "this run")
-            state = {} if resumed_from is None else resumed_from.state
             self._cut_metrics(int(state.get("metrics_bytes", 0)))
             said = json.dumps({"run_id": self.run_id}) + "\n"
             replace_file(self.path / RUN_FILE, said.encode())
@@ -103,13 +252,6 @@ class RunFolder:
             raise ConfigError(
                 f"output_dir: {self.path} cannot be written: {error.strerror or error}"
             ) from error
-
-    def _enter(self) -> None:
-        if self._lock.is_held:
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        enter_folder(self.path, self._lock)
-        check_new_run(self.path, overwrite=False)  # it was not there before: what is in it is somebody else's
 
     def _cut_metrics(self, length: int) -> None:
         with open(self.path / METRICS_FILE, "ab") as file:
@@ -136,13 +278,8 @@ class RunFolder:
             logger.warning("%s cannot be read: %s", METRICS_FILE, error)
             return []
 
-    def save_checkpoint(
-        self, step: int, write: Callable[[Staging, int], None], best_step: int | None
-    ) -> bool:
-        """Have `write` fill checkpoint-`step`, then drop what it makes superfluous; False where that failed.
-
-        `write` is told how long metrics.jsonl is now.
-        """
+    def save_checkpoint(self, step: int, write: WriteCheckpoint, best_step: int | None) -> bool:
+        """Have `write` fill checkpoint-`step`, then drop what it makes superfluous; False if that failed."""
         target = checkpoint_folder(self.path, step)
         meta = {"step": step, "run_id": self.run_id}
 
@@ -197,6 +334,10 @@ class RunFolder:
             except (OSError, CheckpointError) as error:
                 logger.warning("what an earlier run left stays: %s", error)
 
+    def newest_whole(self) -> Path | None:
+        """This run's newest checkpoint that is whole."""
+        return newest_whole(self.path, self.run_id).path
+
 
 def _attempt(write: Callable[[], object], target: Path, consequence: str) -> bool:
     """Call `write`, at most twice; False where both failed for the disk's sake."""
@@ -207,145 +348,6 @@ def _attempt(write: Callable[[], object], target: Path, consequence: str) -> boo
         except (OSError, CheckpointError) as error:
             logger.error("%s was not saved: %s; %s", target, error, what_next)
     return False
-
-
-@dataclasses.dataclass(frozen=True)
-class RunState:
-    """What a verified checkpoint, or the final folder of a finished run, says about its run."""
-
-    folder: Path
-    manifest: Manifest
-    state: Mapping[str, Any]  # trainer_state.json
-
-    @property
-    def run_id(self) -> str:
-        return self.manifest.run_id or ""
-
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """optimizer.safetensors: the optimizer's tensors and the random states."""
-        return load_tensors(self.folder, OPTIMIZER_FILE, self.manifest)
-
-    def weights(self) -> dict[str, Tensor]:
-        """model.safetensors, verified."""
-        return load_tensors(self.folder, "model.safetensors", self.manifest)
-
-
-def read_run_state(folder: Path, manifest: Manifest | None = None) -> RunState:
-    """What a whole folder of ours says about its run; CheckpointError if it is damaged or none of ours."""
-    manifest = manifest or verify_folder(folder)
-    state = parse_json(read_verified(folder, STATE_FILE, manifest), str(folder / STATE_FILE))
-    return RunState(folder, manifest, state)
-
-
-def enter_folder(output_dir: Path, lock: RunLock) -> None:
-    """Take the lock of a folder that is there, and put right what a crash left: half-written folders go,
-    and a final model that is staged whole is moved into place."""
-    if not output_dir.is_dir():
-        return
-    lock.acquire()
-    try:
-        remove_leftovers(output_dir)
-        publish_final(output_dir)
-    except OSError as error:
-        raise ConfigError(f"output_dir: {output_dir} cannot be written: {error.strerror or error}") from error
-    except CheckpointError as error:
-        logger.warning("the staged final model is passed over: %s", error)
-
-
-def check_new_run(output_dir: Path, overwrite: bool, *, instead_of_resume: bool = False) -> None:
-    """ConfigError unless a new run may begin here, asked for or for want of one to resume; nothing is
-    written."""
-    if os.path.lexists(output_dir) and not output_dir.is_dir():
-        what = "is a file" if output_dir.exists() else "is a link that leads nowhere"
-        raise ConfigError(f"output_dir: {output_dir} {what}; a folder is needed")
-    existing = output_dir.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
-        raise ConfigError(f"output_dir: {output_dir} cannot be written ({existing})")
-    if not overwrite and (found := _contents(output_dir)):
-        shown = ", ".join([*found[:3], *(["…"] if len(found) > 3 else [])])
-        what = f"output_dir: {output_dir} is not empty ({shown})"
-        if instead_of_resume:
-            raise ConfigError(
-                f"{what} and holds no run to resume; --output_dir names another folder; "
-                "without --resume, --overwrite_output_dir starts anew in its place"
-            )
-        raise ConfigError(
-            f"{what}; --resume goes on with the run in it, --overwrite_output_dir starts anew in its place, "
-            "--output_dir names another folder"
-        )
-
-
-def _contents(output_dir: Path) -> list[str]:
-    return sorted(p.name for p in output_dir.iterdir() if p.name != LOCK_NAME) if output_dir.is_dir() else []
-
-
-def find_resume(output_dir: Path, resume: str) -> RunState | None:
-    """Where a run goes on: the newest whole checkpoint for `auto`, or the folder that `resume` names.
-
-    None where the run must start from step 0. Damaged checkpoints are named in the log and passed over.
-    Raises CheckpointError where checkpoints are there and none is whole, or the named one is not.
-    """
-    if resume != "auto":
-        folder = Path(resume)
-        if not folder.is_dir():
-            raise CheckpointError(f"resume: {resume} is not a folder; name a checkpoint-N, or say auto")
-        if not (folder / MANIFEST_NAME).is_file() or not (folder / OPTIMIZER_FILE).is_file():
-            raise CheckpointError(
-                f"resume: {resume} holds no checkpoint (no {MANIFEST_NAME} of a checkpoint)"
-            )
-        return read_run_state(folder)
-    newest = newest_whole(output_dir, _run_id_of(output_dir))
-    for fault in newest.faults:
-        logger.warning("passed over: %s", fault)
-    if newest.path is not None:
-        return read_run_state(newest.path, newest.manifest)
-    if newest.faults:
-        raise CheckpointError(f"{output_dir}: no checkpoint is whole\n{list_faults(newest.faults)}")
-    return None
-
-
-def finished_run(output_dir: Path) -> RunState | None:
-    """The final folder's account of the run that the folder belongs to, if that run is over."""
-    if not (output_dir / MANIFEST_NAME).is_file():
-        if (output_dir / STATE_FILE).is_file():
-            logger.warning("the final model is passed over: %s has no %s", output_dir, MANIFEST_NAME)
-        return None
-    try:
-        final = read_run_state(output_dir, verify_folder(output_dir))
-    except CheckpointError as error:
-        logger.warning("the final model is passed over: %s", error)
-        return None
-    if _run_id_of(output_dir) not in (None, final.run_id) or "result" not in final.state:
-        return None
-    discard_others(output_dir, final.run_id, is_finished=True)  # a crash may have come before that
-    return final
-
-
-def _run_id_of(output_dir: Path) -> str | None:
-    """Which run the folder belongs to, from .run.json; None where that is missing or unreadable."""
-    try:
-        run_id = read_json(output_dir / RUN_FILE).get("run_id")
-    except CheckpointError:
-        return None
-    return run_id if isinstance(run_id, str) else None
-
-
-def may_start_over(output_dir: Path) -> bool:
-    """True where a run that was begun here has saved nothing yet, so that beginning it anew loses nothing.
-
-    What else is there then, it was allowed to replace: nothing but a started run, or an older one's model.
-    """
-    if all(name in STARTED_RUN or ".tmp-" in name for name in _contents(output_dir)):
-        return True
-    run_id = _run_id_of(output_dir)
-    if run_id is None:
-        return False
-    try:
-        return read_manifest(output_dir).run_id != run_id
-    except CheckpointError:
-        return not os.path.lexists(output_dir / MANIFEST_NAME)
 
 
 def versions() -> dict[str, str]:

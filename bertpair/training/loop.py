@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bertpair.checkpoints.atomic import Staging
-from bertpair.checkpoints.run_folder import RunFolder
+from bertpair.checkpoints.run_folder import RunFolder, WriteCheckpoint
 from bertpair.console import Progress
 from bertpair.data.batching import BatchStream, pad_batch, slice_batch
 from bertpair.data.tokenizer import Tokens
@@ -101,7 +100,7 @@ class Loop:
         folder: RunFolder,
         *,
         evaluate: Callable[[], Evaluation],
-        write_checkpoint: Callable[[Staging, int], None],
+        write_checkpoint: WriteCheckpoint,
         identity: Mapping[str, Any],
     ) -> None:
         self.plan = plan

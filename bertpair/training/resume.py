@@ -9,14 +9,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from bertpair.checkpoints.lock import RunLock
 from bertpair.checkpoints.run_folder import (
+    RunFolder,
     RunState,
-    check_new_run,
-    enter_folder,
-    find_resume,
-    finished_run,
-    may_start_over,
     versions,
 )
 from bertpair.errors import CheckpointError, ConfigError, list_faults
@@ -58,31 +53,30 @@ class Start:
     finished: RunState | None = None  # this run is over; its result stands unless it has steps left to do
 
 
-def find_start(config: Config, explicit: Collection[str], lock: RunLock) -> Start:
+def find_start(config: Config, explicit: Collection[str], folder: RunFolder) -> Start:
     """Where the run goes on, if it does. Takes the lock if the folder is there.
 
     Raises ConfigError or CheckpointError where the run may not begin there, or there is nothing whole to
     resume from.
     """
-    output_dir = Path(str(config.output_dir))
     if not config.resume:
-        check_new_run(output_dir, config.overwrite_output_dir)
-    enter_folder(output_dir, lock)
+        folder.check_new(overwrite=config.overwrite_output_dir)
+    folder.enter()
     if not config.resume:
         return Start(config)
-    finished = finished_run(output_dir) if config.resume == "auto" else None
+    finished = folder.finished_run() if config.resume == "auto" else None
     ends_otherwise = False
     if finished is not None:
         merged, changes = merge_settings(config, explicit, finished)
         ends_otherwise = _ending(merged) != _ending(Config(**stored_settings(finished.folder)))
         if not ends_otherwise and not any(resume_rule(name) == "anyway" for name, _, _ in changes):
             return Start(merged, finished=finished)
-    start = find_resume(output_dir, str(config.resume))
+    start = folder.find_resume(str(config.resume))
     if finished is not None:
         _say_where_it_goes_on(finished, start)
     if start is None:
-        check_new_run(output_dir, overwrite=may_start_over(output_dir), instead_of_resume=True)
-        logger.info("%s: no checkpoint to resume from: starting at step 0", output_dir)
+        folder.check_new(overwrite=folder.may_start_over(), instead_of_resume=True)
+        logger.info("%s: no checkpoint to resume from: starting at step 0", folder.path)
         return Start(check_config(config, training=True))
     merged, changes = merge_settings(config, explicit, start)
     for name, old, new in changes:

@@ -6,6 +6,7 @@ data, model. Then the loop runs, and the final folder comes in one move.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shlex
@@ -17,8 +18,7 @@ import torch
 from torch import Tensor
 
 from bertpair.checkpoints.atomic import Staging
-from bertpair.checkpoints.checkpoint import checkpoint_folder, newest_whole
-from bertpair.checkpoints.lock import RunLock
+from bertpair.checkpoints.checkpoint import checkpoint_folder
 from bertpair.checkpoints.run_folder import (
     OPTIMIZER_FILE,
     STATE_FILE,
@@ -91,20 +91,17 @@ def train(
     for note in notes:
         logger.info("%s", note)
     config = name_output_dir(config)
-    lock = RunLock(Path(str(config.output_dir)))
-    try:
-        start = find_start(config, given, lock)
+    with contextlib.closing(RunFolder(Path(str(config.output_dir)))) as folder:
+        start = find_start(config, given, folder)
         if start.finished is not None and start.checkpoint is None:
             return _stored_result(start.finished)
         job = prepare(start.config, start.checkpoint)
         with explain_memory(job.device):
-            run = _Run(job, start.checkpoint, lock)
+            run = _Run(job, start.checkpoint, folder)
         if start.finished is not None and run.loop.is_done:
             run.loop.log_end()
             return _stored_result(start.finished)
         return run.run()
-    finally:
-        lock.release()
 
 
 def _stored_result(finished: RunState) -> TrainResult:
@@ -122,9 +119,8 @@ def changed_from_defaults(config: Config) -> set[str]:
 class _Run:
     """One prepared run, from its loop to its final folder."""
 
-    def __init__(self, job: Job, start: RunState | None, lock: RunLock) -> None:
-        self.job = job
-        self.start = start
+    def __init__(self, job: Job, start: RunState | None, folder: RunFolder) -> None:
+        self.job, self.start, self.folder = job, start, folder
         config = job.config
         names = dict(job.model.named_parameters())
         optimizer = AdamW(
@@ -152,17 +148,6 @@ class _Run:
             pad_to_multiple_of=config.pad_to_multiple_of,
         )
         self.optimizer, self.names = optimizer, names
-        trained = sum(p.numel() * p.element_size() for p in names.values())
-        table = job.table
-        left_out = 0 if table is None else (len(table.full) - len(table.used)) * table.full[0].nbytes
-        self.folder = RunFolder(
-            Path(str(config.output_dir)),
-            lock,
-            run_id=start.run_id if start is not None else None,
-            save_total_limit=config.save_total_limit,
-            weights_bytes=trained + left_out,
-            optimizer_bytes=2 * trained,
-        )
         self._put_back: Callable[[], None] = lambda: None  # the last weights, once the best are loaded
         self.loop = self._make_loop()
         if start is not None:
@@ -235,8 +220,16 @@ class _Run:
         return {} if self.job.table is None else {USED_IDS: torch.from_numpy(self.job.table.used)}
 
     def run(self) -> TrainResult:
-        kept = self.loop.plan.checkpoints_kept(self.job.config.save_total_limit)
-        self.folder.begin(self.start, checkpoints=kept)
+        trained = sum(p.numel() * p.element_size() for p in self.names.values())
+        table, limit = self.job.table, self.job.config.save_total_limit
+        left_out = 0 if table is None else (len(table.full) - len(table.used)) * table.full[0].nbytes
+        self.folder.begin(
+            self.start,
+            num_kept=self.loop.plan.checkpoints_kept(limit),
+            save_total_limit=limit,
+            weights_bytes=trained + left_out,
+            optimizer_bytes=2 * trained,
+        )
         try:
             self.loop.run()
             return self._finish()
@@ -250,7 +243,7 @@ class _Run:
         """What ran out of memory, which settings make it less, and what of the work stands."""
         config, step = self.job.config, self.loop.progression.global_step
         batch, groups = config.per_device_train_batch_size, config.gradient_accumulation_steps
-        found = newest_whole(self.folder.path, self.folder.run_id).path
+        found = self.folder.newest_whole()
         kept = "no checkpoint has been written"
         if found is not None:
             place = shlex.quote(str(found))
