@@ -17,7 +17,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bertpair.checkpoints.atomic import FILE_MODE, fsync_file, fsync_folder, naming, remove, retire_folder
+from bertpair.checkpoints.atomic import (
+    FILE_MODE,
+    fsync_file,
+    fsync_folder,
+    naming,
+    remove,
+    replace_file,
+    retire_folder,
+)
 from bertpair.checkpoints.lock import is_alive
 from bertpair.checkpoints.manifest import (
     MANIFEST_NAME,
@@ -28,7 +36,7 @@ from bertpair.checkpoints.manifest import (
     verify_folder,
 )
 from bertpair.checkpoints.tensor_file import parse_tensors
-from bertpair.errors import CheckpointError, list_faults
+from bertpair.errors import CheckpointError, ConfigError, list_faults
 from bertpair.model.config import ModelFolder, read_folder
 from bertpair.model.pretrained import resolve_folder
 from bertpair.settings.config import TRAINING_ARGS
@@ -326,6 +334,25 @@ def _is_dead_file(path: Path) -> bool:
 
 def _is_dead(pid: str) -> bool:
     return int(pid) == os.getpid() or not is_alive(int(pid))
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether files of a model stand there, which nothing may be written over."""
+    return (folder / "config.json").exists() or (folder / MANIFEST_NAME).exists()
+
+
+def write_results(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write an evaluation's files; those of an earlier one go first: nothing old stands beside new ones."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in RESULT_FILES:
+            (folder / name).unlink(missing_ok=True)
+        for name, data in files.items():
+            replace_file(folder / name, data)
+    except OSError as error:
+        reason = error.strerror or error
+        advice = "name another place with --output_dir"
+        raise ConfigError(f"{folder} cannot be written: {reason}; {advice}") from error
 
 
 def discard_evaluations(output_dir: Path, run_id_to_keep: str) -> None:

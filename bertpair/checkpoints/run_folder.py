@@ -334,6 +334,10 @@ class RunFolder:
             except (OSError, CheckpointError) as error:
                 logger.warning("what an earlier run left stays: %s", error)
 
+    def read_checkpoint(self, step: int) -> RunState:
+        """The checkpoint of a step, verified."""
+        return read_run_state(checkpoint_folder(self.path, step))
+
     def newest_whole(self) -> Path | None:
         """This run's newest checkpoint that is whole."""
         return newest_whole(self.path, self.run_id).path

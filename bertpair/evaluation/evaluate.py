@@ -15,20 +15,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bertpair.checkpoints.atomic import replace_file
 from bertpair.checkpoints.checkpoint import (
     COMPARED,
     INPUT_FILE,
-    RESULT_FILES,
     discard_parts,
     final_folder,
+    is_model_folder,
     list_checkpoints,
     open_model,
     output_dir_of,
     run_id_of,
     settings_folder,
+    write_results,
 )
-from bertpair.checkpoints.manifest import MANIFEST_NAME
 from bertpair.console import Progress
 from bertpair.data.columns import Columns
 from bertpair.data.dataset import Encoder, Split, Targets, report_labels, resolve_positive_label
@@ -39,6 +38,7 @@ from bertpair.evaluation.classifier import PairClassifier, Scorer, make_predicti
 from bertpair.evaluation.metrics import (
     classification_metrics,
     confusion_matrix,
+    finite_or_null,
     per_class,
     regression_metrics,
 )
@@ -47,7 +47,6 @@ from bertpair.evaluation.report import (
     class_table,
     comparison_table,
     confusion_table,
-    finite_or_null,
     format_eval_results,
     format_predictions,
 )
@@ -145,7 +144,7 @@ def evaluate_models(
         _check_same_labels(first, model, candidate)
         output = _output_folder(config, model_dir, candidate, data)
         evaluation, files_of_it, table = _evaluate_one(config, candidate, model, pairs, positive)
-        _write_files(output, {**files_of_it, INPUT_FILE: _describe_input(config, candidate, data)})
+        write_results(output, {**files_of_it, INPUT_FILE: _describe_input(config, candidate, data)})
         by_model[candidate.name] = evaluation.figures
         folders[candidate.name] = str(output)
         tables.append(table)
@@ -208,7 +207,7 @@ def _check_place(config: Config, candidates: Sequence[_Candidate]) -> None:
         return
     root = Path(config.eval_output_dir)
     for place in (root, *(root / candidate.prefix for candidate in candidates)):
-        if (place / "config.json").exists() or (place / MANIFEST_NAME).exists():
+        if is_model_folder(place):
             raise ConfigError(f"output_dir: {place} is a model folder; name another one for the results")
 
 
@@ -328,21 +327,6 @@ def _evaluate_one(
     matrix = confusion_of(evaluation, split, model.labels)
     tables = class_table(model.labels, per_class(matrix)), confusion_table(model.labels, matrix)
     return evaluation, files, "\n\n".join((*tables, figures))
-
-
-def _write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Write them; files of an earlier evaluation go first, so that nothing old ever stands beside them."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in RESULT_FILES:
-            (folder / name).unlink(missing_ok=True)
-        for name, data in files.items():
-            replace_file(folder / name, data)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(
-            f"{folder} cannot be written: {reason}; name another place with --output_dir"
-        ) from error
 
 
 def _watched(config: Config, source: Source) -> str:

@@ -6,7 +6,8 @@ one length, at least 1.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -80,6 +81,12 @@ def regression_metrics(gold: ArrayLike, values: ArrayLike) -> dict[str, float]:
     """`pearson spearmanr corr n`, corr being the mean of the two correlations."""
     linear, ranked = pearson(gold, values), spearman(gold, values)
     return {"pearson": linear, "spearmanr": ranked, "corr": (linear + ranked) / 2, "n": np.size(gold)}
+
+
+def finite_or_null(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as JSON can hold them: null for a number that is not finite."""
+    bad = {key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
+    return {key: None if key in bad else value for key, value in values.items()}
 
 
 def is_better(metric: str, new: float, best: float | None) -> bool:

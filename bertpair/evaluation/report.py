@@ -4,7 +4,6 @@ Nothing is written here: a caller puts these bytes, and those of the pictures, w
 """
 
 import json
-import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bertpair.evaluation.metrics import PerClass, is_better
+from bertpair.evaluation.metrics import PerClass, finite_or_null, is_better
 
 MAX_TABLE_WIDTH = 110
 ESCAPES = {ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}
@@ -27,11 +26,6 @@ def format_eval_results(metrics: Mapping[str, float | int | str]) -> dict[str, b
         + "\n"
     )
     return {"eval_results.txt": text.encode(), "eval_results.json": flat.encode()}
-
-
-def finite_or_null(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as JSON can hold them: null for a number that is not finite."""
-    return {key: None if _is_not_finite(value) else value for key, value in values.items()}
 
 
 def format_predictions(
@@ -133,7 +127,3 @@ def _cell(value: str | float) -> str:
 
 def _one_line(value: float | int | str) -> float | int | str:
     return value.translate(ESCAPES) if isinstance(value, str) else value
-
-
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)

@@ -13,8 +13,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -180,31 +178,3 @@ def init_module(module: nn.Module, std: float, generator: torch.Generator | None
             part.weight.normal_(0.0, std, generator=generator)
             if part.padding_idx is not None:
                 part.weight[part.padding_idx].zero_()
-
-
-def loss_sum(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    regression: bool,
-    class_weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Loss summed over rows, a float32 scalar; divided by `loss_weight` of the same rows it is torch's mean.
-
-    `logits` are (B, C). `targets` (B,) are class ids for cross-entropy, or values for squared error, which
-    knows neither `class_weights` (C,) nor `label_smoothing`.
-    """
-    logits = logits.float()  # bf16 and fp16 are too coarse to sum in
-    if regression:
-        return F.mse_loss(logits.squeeze(1), targets.float(), reduction="sum")
-    return F.cross_entropy(
-        logits, targets, weight=class_weights, reduction="sum", label_smoothing=label_smoothing
-    )
-
-
-def loss_weight(targets: npt.NDArray[np.generic], class_weights: npt.ArrayLike | None = None) -> float:
-    """What these rows weigh in a mean of their losses: their number, or the sum of their class weights."""
-    if class_weights is None:
-        return float(len(targets))
-    return float(np.asarray(class_weights, dtype=np.float64)[targets].sum())

@@ -22,7 +22,6 @@ from bertpair.data.tokenizer import Tokens
 
 Ids = NDArray[np.int64]
 
-USED_IDS = "vocabulary.used_ids"  # their name among a checkpoint's tensors
 BLOCK_VALUES = 2**15  # decayed for all steps at once: fits a cache, and is too small for torch to split
 
 

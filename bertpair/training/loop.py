@@ -22,11 +22,9 @@ from bertpair.data.batching import BatchStream, pad_batch, slice_batch
 from bertpair.data.tokenizer import Tokens
 from bertpair.errors import StoppedError, TrainingError, plain
 from bertpair.evaluation.evaluate import Evaluation
-from bertpair.evaluation.metrics import is_better
-from bertpair.evaluation.report import finite_or_null
-from bertpair.model.bert import loss_weight
+from bertpair.evaluation.metrics import finite_or_null, is_better
 from bertpair.runtime import peak_memory_gb, stop_flag
-from bertpair.training.step import SkippedStep, Stepper
+from bertpair.training.step import SkippedStep, Stepper, loss_weight
 
 logger = logging.getLogger(__name__)
 

@@ -14,29 +14,38 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bertpair.data.batching import Batch
-from bertpair.model.bert import BertClassifier, loss_sum
+from bertpair.model.bert import BertClassifier
 from bertpair.runtime import LossScaler, Precision
 from bertpair.training.optim import AdamW, clip_scale, gradient_norm
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised: cross-entropy, or squared error where `regression`."""
+    """What is minimised: cross-entropy, or squared error where `regression`, which knows neither class
+    weights nor label smoothing."""
 
     regression: bool
     class_weights: Tensor | None = None  # (C,), on the device
     label_smoothing: float = 0.0
 
     def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return loss_sum(
-            logits,
-            targets,
-            regression=self.regression,
-            class_weights=self.class_weights,
-            label_smoothing=self.label_smoothing,
-        )
+        """Loss summed over rows, a float32 scalar; divided by `loss_weight` of the same rows it is torch's
+        mean. `logits` are (B, C), `targets` (B,) class ids, or values."""
+        logits = logits.float()  # bf16 and fp16 are too coarse to sum in
+        if self.regression:
+            return F.mse_loss(logits.squeeze(1), targets.float(), reduction="sum")
+        weight, smoothing = self.class_weights, self.label_smoothing
+        return F.cross_entropy(logits, targets, weight=weight, reduction="sum", label_smoothing=smoothing)
+
+
+def loss_weight(targets: npt.NDArray[np.generic], class_weights: npt.ArrayLike | None = None) -> float:
+    """What these rows weigh in a mean of their losses: their number, or the sum of their class weights."""
+    if class_weights is None:
+        return float(len(targets))
+    return float(np.asarray(class_weights, dtype=np.float64)[targets].sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +216,7 @@ class Stepper:
                 assert batch.targets is not None
                 logits = self.model(batch.input_ids, batch.token_type_ids, batch.attention_mask)
                 with self.precision.paused(self.device):
-                    loss = self.objective.loss_sum(logits.float(), batch.targets) / denominator
+                    loss = self.objective.loss_sum(logits, batch.targets) / denominator
                     scaled = loss * self.scaler.scale if self.scaler.enabled else loss
                     scaled.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()

@@ -18,20 +18,17 @@ import torch
 from torch import Tensor
 
 from bertpair.checkpoints.atomic import Staging
-from bertpair.checkpoints.checkpoint import checkpoint_folder
 from bertpair.checkpoints.run_folder import (
     OPTIMIZER_FILE,
     STATE_FILE,
     RunFolder,
     RunState,
-    read_run_state,
 )
 from bertpair.data.batching import BatchStream, padded_lengths
 from bertpair.errors import CheckpointError, ConfigError, StoppedError, TrainingError, first_line
 from bertpair.evaluation.classifier import Scorer
 from bertpair.evaluation.evaluate import Evaluation, curves_file, evaluate_split, result_files
-from bertpair.evaluation.report import finite_or_null
-from bertpair.model.compact_vocabulary import USED_IDS
+from bertpair.evaluation.metrics import finite_or_null
 from bertpair.model.config import config_json
 from bertpair.model.pretrained import WORD_TABLE, load_state, state_tensors
 from bertpair.runtime import (
@@ -53,6 +50,7 @@ from bertpair.training.step import Stepper
 logger = logging.getLogger(__name__)
 
 RANDOM = "rng."  # begins the names of random states among a checkpoint's tensors
+USED_IDS = "vocabulary.used_ids"  # the compact vocabulary's name there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +294,7 @@ class _Run:
         if step == self.loop.progression.global_step:
             return "best"
         try:
-            best = read_run_state(checkpoint_folder(self.folder.path, step))
+            best = self.folder.read_checkpoint(step)
             weights = best.weights()
             self._put_back = self._weights_kept()
             if self.job.table is not None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 from transformers import BertConfig as HuggingFaceConfig
 from transformers import BertForSequenceClassification
 
-from bertpair.model.bert import BertClassifier, BertConfig, Layer, init_module, loss_sum, loss_weight
+from bertpair.model.bert import BertClassifier, BertConfig, Layer, init_module
 from bertpair.model.pretrained import load_state
 
 TINY = BertConfig(
@@ -70,7 +69,7 @@ def test_gradients_equal_those_of_transformers() -> None:
     ids, types, mask = make_batch()
     ids[~mask] = 0
     targets = torch.tensor([0, 2, 1, 2])
-    loss_sum(ours(ids, types, mask), targets, regression=False).div(4).backward()
+    F.cross_entropy(ours(ids, types, mask), targets, reduction="sum").div(4).backward()
     theirs(ids, mask, types, labels=targets).loss.backward()
     twin = BertClassifier(TINY).double()
     load_state(twin, {name: parameter.grad for name, parameter in theirs.named_parameters()})
@@ -207,45 +206,3 @@ def test_classifier_dropout_defaults_to_that_of_the_hidden_states() -> None:
     assert BertClassifier(dataclasses.replace(TINY, hidden_dropout_prob=0.3)).dropout.p == 0.3
     config = dataclasses.replace(TINY, hidden_dropout_prob=0.3, classifier_dropout=0.0)
     assert BertClassifier(config).dropout.p == 0.0
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weights", [None, [0.2, 3.0, 1.5]])
-def test_summed_cross_entropy_over_its_weight_is_the_mean_of_torch(
-    smoothing: float, weights: list[float] | None
-) -> None:
-    logits, targets = torch.randn(10, 3), torch.randint(0, 3, (10,))
-    class_weights = None if weights is None else torch.tensor(weights)
-    parts = [
-        loss_sum(
-            logits[rows],
-            targets[rows],
-            regression=False,
-            class_weights=class_weights,
-            label_smoothing=smoothing,
-        )
-        for rows in (slice(0, 3), slice(3, 10))
-    ]
-    mean = sum(parts) / loss_weight(targets.numpy(), weights)
-    expected = F.cross_entropy(logits, targets, weight=class_weights, label_smoothing=smoothing)
-    torch.testing.assert_close(mean, expected)
-
-
-def test_summed_squared_error_over_its_weight_is_the_mean_of_torch() -> None:
-    logits, targets = torch.randn(10, 1), torch.randn(10)
-    mean = loss_sum(logits, targets, regression=True) / loss_weight(targets.numpy())
-    torch.testing.assert_close(mean, F.mse_loss(logits[:, 0], targets))
-    one = loss_sum(logits[:1], targets[:1], regression=True)  # a single row keeps its axis
-    torch.testing.assert_close(one, F.mse_loss(logits[0, 0], targets[0]))
-
-
-def test_the_loss_of_half_precision_logits_is_taken_in_float32() -> None:
-    logits, targets = torch.randn(300, 3).bfloat16(), torch.randint(0, 3, (300,))
-    loss = loss_sum(logits, targets, regression=False)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, F.cross_entropy(logits.float(), targets, reduction="sum"))
-
-
-def test_no_rows_weigh_nothing() -> None:
-    assert loss_weight(np.zeros(0, dtype=np.int64)) == 0.0
-    assert loss_weight(np.zeros(0, dtype=np.int64), [1.0, 2.0]) == 0.0

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from bertpair.data.batching import epoch_batches, pad_batch
 from bertpair.data.tokenizer import Tokens
-from bertpair.model.bert import BertClassifier, BertConfig, loss_sum
+from bertpair.model.bert import BertClassifier, BertConfig
 from bertpair.model.compact_vocabulary import compact, compact_id, decay, expand, remap, used_ids
 from bertpair.training.optim import AdamW, clip_scale, gradient_norm, learning_rate_at, parameter_groups
 
@@ -72,7 +73,7 @@ def train(
         batch = pad_batch(tokens, batches[step], pad_id=pad_id, targets=targets, pad_to_multiple_of=4)
         logits = model(batch.input_ids, batch.token_type_ids, batch.attention_mask)
         assert batch.targets is not None
-        (loss_sum(logits, batch.targets, regression=False) / len(batch.rows)).backward()
+        F.cross_entropy(logits, batch.targets).backward()
         if word_gradients is not None:
             word_gradients.append(word_table(model).grad.clone())  # type: ignore[union-attr]
         for group in optimizer.param_groups:
