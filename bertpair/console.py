@@ -1,4 +1,4 @@
-"""What the scripts share: standard streams, log lines, signals, and errors turned into exit codes.
+"""What the scripts share: standard streams, log lines, the progress bar, and errors turned into exit codes.
 
 0 done; 1 a defect of ours (its traceback), or a run whose last save failed; 2 the user's error;
 128 + signal number after SIGINT (130) and SIGTERM (143).

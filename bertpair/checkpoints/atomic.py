@@ -1,4 +1,8 @@
-"""Bytes that must outlive a crash: complete writes, fsync of files and folders, renames, free space.
+"""Files and folders that are whole or not there: complete writes, fsync, staging, renames, free space.
+
+A folder is written in this order: files into `<name>.tmp-<pid>`, fsync of each, manifest.json last, fsync of
+the folder, rename, fsync of the parent. A crash at any point leaves the final name as it was, and at most a
+temporary folder, which the next start removes.
 
 Each system call that changes the disk is looked up in `os` at the moment it is made, so that a test can
 fail it or kill the process there. A failed fsync is never tried again on the same file: the kernel may
@@ -219,7 +223,7 @@ def check_free_space(folder: Path, bytes_needed: int, what: str) -> None:
         )
 
 
-_MAX_PENDING_BYTES = 512 << 20
+_MAX_PENDING_BYTES = 512 << 20  # written, and waiting for their checksum
 
 
 @dataclass

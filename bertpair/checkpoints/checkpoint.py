@@ -1,8 +1,9 @@
-"""Checkpoints and final models, found and read: only what is whole, and only verified bytes.
+"""The folders of an output folder: found, opened, moved into place, and deleted when their time has come.
 
-It knows folders, bytes and tensors by name, not BERT. The final model is staged as `final.ready` and its
-files are then linked up into the output folder one by one: until the last is there, `final.ready` stays
-whole, and whoever opens the output folder is sent to it.
+Only what is whole is found, and only verified bytes are read. The final model is staged as `final.ready` and
+its files are then linked up into the output folder one by one: until the last is there, `final.ready` stays
+whole, and whoever opens the output folder is sent to it. Nothing is deleted that bertpair did not write, and
+a folder that goes is renamed first; deleting is for the process that holds the run's lock.
 """
 
 import logging
@@ -45,6 +46,29 @@ from bertpair.settings.files import read_json
 logger = logging.getLogger(__name__)
 
 FINAL_READY = "final.ready"
+INPUT_FILE = "input.json"
+RESULT_FILES = (
+    "confusion_matrix.png",
+    "eval_results.json",
+    "eval_results.txt",
+    "predictions.tsv",
+    INPUT_FILE,
+)
+MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "trainer_state.json",
+    "vocab.txt",
+)
+COMPARED = "compare-"  # begins the names of folders with a compared model's results
+RUN_FILES = (".run.json", "curves.png", "metrics.jsonl", "training_args.yaml", *RESULT_FILES)
+_FOLDER_NAME = rf"checkpoint-(?:0|[1-9]\d{{0,17}})|{re.escape(FINAL_READY)}"
+_TEMPORARY_FOLDER = re.compile(rf"({_FOLDER_NAME})\.(tmp|old)-\d{{1,10}}(?:-\d{{1,10}})?", re.ASCII)
+_PART_NAME = re.compile(rf"(?:{_FOLDER_NAME})|{COMPARED}.+", re.DOTALL)
+_TEMPORARY_FILE = re.compile(r"\.(.+)\.tmp-(\d{1,10})", re.ASCII)
 _CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]{0,17})")
 
 
@@ -216,29 +240,7 @@ def _place(source: Path, target: Path) -> None:
             raise
 
 
-INPUT_FILE = "input.json"
-RESULT_FILES = (
-    "confusion_matrix.png",
-    "eval_results.json",
-    "eval_results.txt",
-    "predictions.tsv",
-    INPUT_FILE,
-)
-MODEL_FILES = (
-    "config.json",
-    "model.safetensors",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "trainer_state.json",
-    "vocab.txt",
-)
-COMPARED = "compare-"  # begins the names of folders with a compared model's results
-RUN_FILES = (".run.json", "curves.png", "metrics.jsonl", "training_args.yaml", *RESULT_FILES)
-_FOLDER_NAME = rf"checkpoint-(?:0|[1-9]\d{{0,17}})|{re.escape(FINAL_READY)}"
-_TEMPORARY_FOLDER = re.compile(rf"({_FOLDER_NAME})\.(tmp|old)-\d{{1,10}}(?:-\d{{1,10}})?", re.ASCII)
-_PART_NAME = re.compile(rf"(?:{_FOLDER_NAME})|{COMPARED}.+", re.DOTALL)
-_TEMPORARY_FILE = re.compile(r"\.(.+)\.tmp-(\d{1,10})", re.ASCII)
+# What stays and what goes
 
 
 def prune(
@@ -256,7 +258,7 @@ def prune(
     steps = list_checkpoints(output_dir)
     now = next((step for step, path in steps if path.name == last.name), -1)
     older = [path for step, path in steps if step < now and path.name not in spared]
-    older = [path for path in older if _run_of(path) == run_id]
+    older = [path for path in older if run_of(path) == run_id]
     doomed = older[: max(0, len(older) - max(keep - 1, 0))]
     return [path for path in doomed if _retire(path)]
 
@@ -264,15 +266,15 @@ def prune(
 def discard_others(output_dir: Path, run_id_to_keep: str, *, is_finished: bool = False) -> list[Path]:
     """Delete the checkpoints of other runs once the run to keep has a whole one, or its final model
     (`is_finished`); returns those deleted."""
-    runs = [(path, _run_of(path)) for _, path in list_checkpoints(output_dir)]
+    runs = [(path, run_of(path)) for _, path in list_checkpoints(output_dir)]
     others = [path for path, run in runs if run not in (None, run_id_to_keep)]
     if not others or not (is_finished or newest_whole(output_dir, run_id_to_keep).path):
         return []
     return [path for path in others if _retire(path)]
 
 
-def _run_of(folder: Path) -> str | None:
-    """The run that wrote this folder; None if that is unsure."""
+def run_of(folder: Path) -> str | None:
+    """The run that wrote a folder, "" if it was none; None if that is unsure."""
     try:
         return read_manifest(folder).run_id or ""
     except CheckpointError:
@@ -336,6 +338,9 @@ def _is_dead(pid: str) -> bool:
     return int(pid) == os.getpid() or not is_alive(int(pid))
 
 
+# Results of evaluations
+
+
 def is_model_folder(folder: Path) -> bool:
     """Whether files of a model stand there, which nothing may be written over."""
     return (folder / "config.json").exists() or (folder / MANIFEST_NAME).exists()
@@ -379,11 +384,3 @@ def _discard_results(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # not there, or something of the user's lies in it
         folder.rmdir()
-
-
-def run_id_of(folder: Path) -> str | None:
-    """Which run wrote a model folder; None where it is no folder of a run's."""
-    try:
-        return read_manifest(folder).run_id
-    except CheckpointError:
-        return None

@@ -1,4 +1,7 @@
-"""Evaluating model folders: what `python evaluate.py` runs, and `bertpair.evaluate`."""
+"""From model folders and a data set to metrics, tables and files: what `python evaluate.py` runs.
+
+`evaluate_split` measures one live model, in training too; `evaluate_models` opens folders and writes results.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from bertpair.checkpoints.checkpoint import (
     list_checkpoints,
     open_model,
     output_dir_of,
-    run_id_of,
+    run_of,
     settings_folder,
     write_results,
 )
@@ -57,6 +60,107 @@ from bertpair.settings.config import Config, check_config, model_settings
 logger = logging.getLogger(__name__)
 
 LAYOUT = {"has_header", "text_a_column", "text_b_column", "label_column"}
+POSITIVE = "positive_label"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One data set scored by one model."""
+
+    metrics: dict[str, float]  # empty for a file without labels
+    logits: npt.NDArray[np.float32]  # (rows, C), in the file's order
+    positive_label: str | None = None  # that f1 is of
+
+    @property
+    def figures(self) -> dict[str, float | str]:
+        """The metrics, and the label that f1 is of beside it."""
+        named = {} if self.positive_label is None or not self.metrics else {POSITIVE: self.positive_label}
+        return {**self.metrics, **named}
+
+
+def evaluate_split(
+    scorer: Scorer,
+    split: Split,
+    labels: Sequence[str] | None,
+    *,
+    positive_label: str | None = None,
+    label: str = "",
+) -> Evaluation:
+    """Score every row of `split`, and measure where it has labels.
+
+    `labels` in id order, None for regression; f1 is of `positive_label` (None: of id 1); `label` leads the
+    progress bar. Raises StoppedError when the stop flag is set.
+    """
+    with Progress(len(split), "row", label=label, transient=True) as progress:
+        logits = scorer.logits(split.tokens, progress.advance)
+    if split.targets is None:
+        return Evaluation({}, logits)
+    return Evaluation(measure(logits, split.targets, labels, positive_label), logits, positive_label)
+
+
+def measure(
+    logits: npt.NDArray[np.float32],
+    gold: Targets,
+    labels: Sequence[str] | None,
+    positive_label: str | None = None,
+) -> dict[str, float]:
+    """The metrics of logits (rows, C) against label ids, or against values where `labels` is None.
+
+    `loss` is the plain mean cross-entropy (no class weights, no smoothing) or mean squared error.
+    """
+    wide = logits.astype(np.float64)
+    if labels is None:
+        values = wide[:, 0]
+        return {"loss": float(np.mean((values - gold) ** 2)), **regression_metrics(gold, values)}
+    shifted = wide - wide.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(gold)), gold]
+    positive = 1 if positive_label is None else labels.index(positive_label)
+    return {
+        "loss": float(losses.mean()),
+        **classification_metrics(gold, wide.argmax(axis=1), len(labels), positive),
+    }
+
+
+def result_files(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> dict[str, bytes]:
+    """The files of an evaluation, by name: predictions.tsv; with gold labels eval_results.txt and .json;
+    for classes confusion_matrix.png."""
+    files = {"predictions.tsv": _predictions(evaluation, split, labels)}
+    if split.targets is None:
+        return files
+    files |= format_eval_results(evaluation.figures)
+    if labels is not None:
+        matrix = confusion_of(evaluation, split, labels)
+        files["confusion_matrix.png"] = draw_confusion(matrix, labels)
+    return files
+
+
+def confusion_of(evaluation: Evaluation, split: Split, labels: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Counts (C, C): gold classes down, predicted ones across."""
+    assert split.targets is not None
+    return confusion_matrix(split.targets, evaluation.logits.argmax(axis=1), len(labels))
+
+
+def _predictions(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> bytes:
+    predictions = make_predictions(evaluation.logits, split.tokens, labels)
+    pairs = split.pairs
+    return format_predictions(
+        lines=pairs.line_of_row,
+        files=[pairs.files[i] for i in pairs.file_of_row] if len(pairs.files) > 1 else None,
+        predicted=[p.score if p.label is None else p.label for p in predictions],
+        scores=[p.score for p in predictions],
+        truncated=split.tokens.truncated,
+        gold=pairs.labels,
+        labels=labels or (),
+        probabilities=[list(p.probabilities.values()) for p in predictions],
+    )
+
+
+def curves_file(records: Sequence[Mapping[str, Any]], metric: str) -> dict[str, bytes]:
+    """curves.png of the records of metrics.jsonl; no file where there is nothing to draw."""
+    return {"curves.png": draw_curves(records, metric)} if records else {}
+
+
+# Model folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +330,7 @@ def _describe_input(config: Config, candidate: _Candidate, data: list[dict[str, 
     """input.json: which model was scored on which data."""
     said = {
         "model": os.path.realpath(candidate.path),
-        "run_id": run_id_of(candidate.path),
+        "run_id": run_of(candidate.path) or None,
         "data": data,
         "predict": config.predict,
     }
@@ -331,103 +435,3 @@ def _evaluate_one(
 
 def _watched(config: Config, source: Source) -> str:
     return config.metric_for_best_model or source.metrics[0]
-
-
-POSITIVE = "positive_label"
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """One data set scored by one model."""
-
-    metrics: dict[str, float]  # empty for a file without labels
-    logits: npt.NDArray[np.float32]  # (rows, C), in the file's order
-    positive_label: str | None = None  # that f1 is of
-
-    @property
-    def figures(self) -> dict[str, float | str]:
-        """The metrics, and the label that f1 is of beside it."""
-        named = {} if self.positive_label is None or not self.metrics else {POSITIVE: self.positive_label}
-        return {**self.metrics, **named}
-
-
-def evaluate_split(
-    scorer: Scorer,
-    split: Split,
-    labels: Sequence[str] | None,
-    *,
-    positive_label: str | None = None,
-    label: str = "",
-) -> Evaluation:
-    """Score every row of `split`, and measure where it has labels.
-
-    `labels` in id order, None for regression; f1 is of `positive_label` (None: of id 1); `label` leads the
-    progress bar. Raises StoppedError when the stop flag is set.
-    """
-    with Progress(len(split), "row", label=label, transient=True) as progress:
-        logits = scorer.logits(split.tokens, progress.advance)
-    if split.targets is None:
-        return Evaluation({}, logits)
-    return Evaluation(measure(logits, split.targets, labels, positive_label), logits, positive_label)
-
-
-def measure(
-    logits: npt.NDArray[np.float32],
-    gold: Targets,
-    labels: Sequence[str] | None,
-    positive_label: str | None = None,
-) -> dict[str, float]:
-    """The metrics of logits (rows, C) against label ids, or against values where `labels` is None.
-
-    `loss` is the plain mean cross-entropy (no class weights, no smoothing) or mean squared error.
-    """
-    wide = logits.astype(np.float64)
-    if labels is None:
-        values = wide[:, 0]
-        return {"loss": float(np.mean((values - gold) ** 2)), **regression_metrics(gold, values)}
-    shifted = wide - wide.max(axis=1, keepdims=True)
-    losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(gold)), gold]
-    positive = 1 if positive_label is None else labels.index(positive_label)
-    return {
-        "loss": float(losses.mean()),
-        **classification_metrics(gold, wide.argmax(axis=1), len(labels), positive),
-    }
-
-
-def result_files(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> dict[str, bytes]:
-    """The files of an evaluation, by name: predictions.tsv; with gold labels eval_results.txt and .json;
-    for classes confusion_matrix.png."""
-    files = {"predictions.tsv": _predictions(evaluation, split, labels)}
-    if split.targets is None:
-        return files
-    files |= format_eval_results(evaluation.figures)
-    if labels is not None:
-        matrix = confusion_of(evaluation, split, labels)
-        files["confusion_matrix.png"] = draw_confusion(matrix, labels)
-    return files
-
-
-def confusion_of(evaluation: Evaluation, split: Split, labels: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Counts (C, C): gold classes down, predicted ones across."""
-    assert split.targets is not None
-    return confusion_matrix(split.targets, evaluation.logits.argmax(axis=1), len(labels))
-
-
-def _predictions(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> bytes:
-    predictions = make_predictions(evaluation.logits, split.tokens, labels)
-    pairs = split.pairs
-    return format_predictions(
-        lines=pairs.line_of_row,
-        files=[pairs.files[i] for i in pairs.file_of_row] if len(pairs.files) > 1 else None,
-        predicted=[p.score if p.label is None else p.label for p in predictions],
-        scores=[p.score for p in predictions],
-        truncated=split.tokens.truncated,
-        gold=pairs.labels,
-        labels=labels or (),
-        probabilities=[list(p.probabilities.values()) for p in predictions],
-    )
-
-
-def curves_file(records: Sequence[Mapping[str, Any]], metric: str) -> dict[str, bytes]:
-    """curves.png of the records of metrics.jsonl; no file where there is nothing to draw."""
-    return {"curves.png": draw_curves(records, metric)} if records else {}

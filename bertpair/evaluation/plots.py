@@ -2,6 +2,9 @@
 
 Drawn with matplotlib's objects, never pyplot: no global state changes, and the same input gives the same
 bytes. matplotlib is imported when first needed: with its list of fonts it costs a second.
+
+Fonts are named by file, so that neither the user's matplotlibrc nor a family of the same name changes a
+picture. A font counts only if it has every glyph: a missing one would be drawn as a box, with a warning.
 """
 
 import io
@@ -28,6 +31,10 @@ DPI = 120
 MAX_NAME_LENGTH, MAX_TITLE_LENGTH = 28, 60
 INK, MUTED, FAINT = "#1f2933", "#66717d", "#c3cad2"
 BLUE, ORANGE, GREEN, VIOLET = "#1f5fa8", "#d9730d", "#2b8a57", "#7a5ea8"
+# Tried first where DejaVu lacks a glyph: they draw Chinese, Japanese and Korean well.
+CJK_FONTS = ("Noto Sans CJK", "Source Han Sans", "PingFang", "Microsoft YaHei", "WenQuanYi")
+# They have a glyph for every character, but it is a box or a blank.
+PLACEHOLDER_FONTS = ("Last Resort", "LastResort", "Adobe Blank")
 MAX_CLASSES = 40
 MAX_POINTS = 400  # a longer curve is averaged, with a band from least to greatest
 
@@ -269,13 +276,7 @@ def _png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-if TYPE_CHECKING:
-    from matplotlib.font_manager import FontProperties
-
-# Tried first where DejaVu lacks a glyph: they draw Chinese, Japanese and Korean well.
-CJK_FONTS = ("Noto Sans CJK", "Source Han Sans", "PingFang", "Microsoft YaHei", "WenQuanYi")
-# They have a glyph for every character, but it is a box or a blank.
-PLACEHOLDER_FONTS = ("Last Resort", "LastResort", "Adobe Blank")
+# Fonts
 
 
 def printable(text: str, max_length: int) -> str:

@@ -1,8 +1,11 @@
-"""The network of `model.py` prepared for answering on a CPU: the same function, computed with less work.
+"""The network of `bert.py` prepared for answering on a CPU: the same function, computed with less work.
 
 Linear layers see tokens only, never padding; query, key and value are one product; the last layer computes
-[CLS] alone; the weights are held in the type they are used in, packed once. In float32 the logits equal
-`BertClassifier`'s up to rounding.
+[CLS] alone; the weights are held in the type they are used in, packed once for oneDNN, or in dynamic int8. In
+float32 the logits equal `BertClassifier`'s up to rounding.
+
+int8 means: weights rounded per output row to 255 steps, inputs rounded anew at each call, sums exact.
+PyTorch's older quantization module does the same with warnings; these are the operators below it.
 
 oneDNN keeps a kernel, some 300 KB, for every number of rows it has ever multiplied. So tokens, and rows in
 the last layer, are filled up to one of a few counts (`fill_up`) with copies of the first token; nobody looks
@@ -25,6 +28,12 @@ from torch.nn import functional as F
 from bertpair.errors import ConfigError, first_line
 from bertpair.model.bert import ACTIVATIONS, BertClassifier, Layer
 from bertpair.runtime import cpu_flags
+
+Linear = Callable[[Tensor], Tensor]
+MakeLinear = Callable[[Tensor, Tensor, str | None], Linear]  # weight (out, in), bias (out,), an activation
+_FUSED = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
+VNNI_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}  # products of bytes, added in 32 bits
+TYPICAL_ROWS = 256  # oneDNN chooses the weights' layout for about so many; any number runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,14 +169,6 @@ def spread(x: Tensor, batch: _Batch) -> Tensor:
 def normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """Statistics in float32 whatever the type of `x`."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
-
-
-Linear = Callable[[Tensor], Tensor]
-MakeLinear = Callable[[Tensor, Tensor, str | None], Linear]  # weight (out, in), bias (out,), an activation
-
-_FUSED = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
-VNNI_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}  # products of bytes, added in 32 bits
-TYPICAL_ROWS = 256  # oneDNN chooses the weights' layout for about so many; any number runs
 
 
 class PlainLinear:

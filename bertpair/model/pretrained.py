@@ -1,4 +1,8 @@
-"""Hugging Face model folders ↔ `BertClassifier`: one table of names, read in both directions."""
+"""Hugging Face model folders ↔ `BertClassifier`: names, weight files, and the hub they come from.
+
+One table of names is read in both directions. A .bin file is a pickle: it is read by PyTorch's restricted
+unpickler (`weights_only=True`) or not at all. Of a model on the hub only the files that we read are fetched.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +51,26 @@ LAYER_MODULES = {  # under layers.N and bert.encoder.layer.N
 }
 WORD_TABLE = "bert.embeddings.word_embeddings.weight"  # Hugging Face's name of it
 HEAD_MODULES = ("pooler", "classifier")  # may be missing from a checkpoint, and are new then
+INDEX_SUFFIX = ".index.json"
+WEIGHT_FILES = tuple(  # the first that is there is read
+    name + suffix for name in ("model.safetensors", "pytorch_model.bin") for suffix in ("", INDEX_SUFFIX)
+)
+HUB_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+# In this order, until one kind of weights is there: a repository often holds several.
+HUB_WEIGHTS = (
+    ("model.safetensors",),
+    ("model.safetensors.index.json", "model-*-of-*.safetensors"),
+    ("pytorch_model.bin",),
+    ("pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
+)
+HUB_NAME = re.compile(r"([\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
 
 
 def name_table(model: BertClassifier) -> dict[str, str]:
@@ -227,10 +251,7 @@ def _fill(config: BertConfig, stored: Mapping[str, Tensor], new: Sequence[str], 
     return model
 
 
-INDEX_SUFFIX = ".index.json"
-WEIGHT_FILES = tuple(  # the first that is there is read
-    name + suffix for name in ("model.safetensors", "pytorch_model.bin") for suffix in ("", INDEX_SUFFIX)
-)
+# Weight files
 
 
 def find_weights(folder: Path) -> Path | None:
@@ -369,22 +390,7 @@ def _why_not_loaded(error: Exception) -> str:
     return "damaged, or not a file of PyTorch weights"
 
 
-SMALL_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-# In this order, until one kind of weights is there: a repository often holds several.
-WEIGHTS = (
-    ("model.safetensors",),
-    ("model.safetensors.index.json", "model-*-of-*.safetensors"),
-    ("pytorch_model.bin",),
-    ("pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
-)
-HUB_NAME = re.compile(r"([\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
+# The hub
 
 
 def resolve_folder(
@@ -405,8 +411,8 @@ def resolve_folder(
             f"{name_or_path!r}: no such folder (and this cannot be a name on the Hugging Face hub,"
             " such as google-bert/bert-base-multilingual-cased)"
         )
-    for weights in WEIGHTS:
-        folder = _fetch(str(name_or_path), revision, cache_dir, [*SMALL_FILES, *weights])
+    for weights in HUB_WEIGHTS:
+        folder = _fetch(str(name_or_path), revision, cache_dir, [*HUB_FILES, *weights])
         if (folder / weights[0]).exists():
             break
     logger.info("%s: %s", name_or_path, folder)
