@@ -10,17 +10,21 @@ AdamW rounds the last few values of a table in another way), as long as no step'
 norm that clipping divides by sums the table's gradient in another order. Else equal to rounding.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from bertpair.data.tokenizer import Tokens
+from bertpair.model.bert import BertClassifier
 
 Ids = NDArray[np.int64]
+
+logger = logging.getLogger(__name__)
 
 BLOCK_VALUES = 2**15  # decayed for all steps at once: fits a cache, and is too small for torch to split
 
@@ -107,3 +111,16 @@ class CompactTable:
         """Take another table (V, D) for the whole one; returns its rows in use."""
         self.full = full.detach().cpu().clone()
         return compact(self.full, self.used)
+
+
+def compact_model(model: BertClassifier, tokens_list: Sequence[Tokens], pad_id: int) -> CompactTable:
+    """Leave `model` only the word rows that occur in the data; `remap` then counts ids accordingly."""
+    words = model.embeddings.words
+    used = used_ids(tokens_list, [pad_id], words.num_embeddings)
+    table = CompactTable(words.weight, used)
+    padding = None if words.padding_idx is None else compact_id(pad_id, used)
+    model.embeddings.words = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+        compact(words.weight, used), freeze=False, padding_idx=padding
+    )
+    logger.info("compact vocabulary: %d of %d word rows are trained", len(used), words.num_embeddings)
+    return table

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bertpair.checkpoints.checkpoint import open_model
 from bertpair.checkpoints.run_folder import RunState
@@ -28,7 +28,12 @@ from bertpair.data.tokenizer import Tokenizer
 from bertpair.data.tsv import Pairs, read_pairs
 from bertpair.errors import ConfigError
 from bertpair.model.bert import BertClassifier
-from bertpair.model.compact_vocabulary import CompactTable, compact, compact_id, remap, used_ids
+from bertpair.model.compact_vocabulary import (
+    CompactTable,
+    compact_id,
+    compact_model,
+    remap,
+)
 from bertpair.model.config import ModelFolder, check_pairs, label_order, read_folder
 from bertpair.model.pretrained import load_model, resolve_folder
 from bertpair.runtime import (
@@ -102,8 +107,9 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
         _log((*source.notes, *notes))
         precision = _resolve_precision(config, folder, device)
         if config.compact_vocabulary:
-            table, train, dev = compact_vocabulary(model, train, dev, pad_id)
-            pad_id = compact_id(pad_id, table.used)
+            table = compact_model(model, [each.tokens for each in (train, dev) if each is not None], pad_id)
+            train, pad_id = _renumbered(train, table), compact_id(pad_id, table.used)
+            dev = None if dev is None else _renumbered(dev, table)
         model = model.to(device)
         weights = None if weights is None else weights.to(device)
     return Job(
@@ -135,24 +141,8 @@ def digest_of(split: Split) -> str:
     return digest.hexdigest()
 
 
-def compact_vocabulary(
-    model: BertClassifier, train: Split, dev: Split | None, pad_id: int
-) -> tuple[CompactTable, Split, Split | None]:
-    """Leave `model` only the word rows that occur in the data, and count ids in both sets accordingly."""
-    words = model.embeddings.words
-    size = words.num_embeddings
-    used = used_ids([split.tokens for split in (train, dev) if split is not None], [pad_id], size)
-    table = CompactTable(words.weight, used)
-    padding = None if words.padding_idx is None else compact_id(pad_id, used)
-    model.embeddings.words = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
-        compact(words.weight, used), freeze=False, padding_idx=padding
-    )
-    logger.info("compact vocabulary: %d of %d word rows are trained", len(used), size)
-
-    def renumbered(split: Split) -> Split:
-        return dataclasses.replace(split, tokens=remap(split.tokens, used, size))
-
-    return table, renumbered(train), None if dev is None else renumbered(dev)
+def _renumbered(split: Split, table: CompactTable) -> Split:
+    return dataclasses.replace(split, tokens=remap(split.tokens, table.used, len(table.full)))
 
 
 def _log(lines: Sequence[str]) -> None:
