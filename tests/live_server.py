@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from bertpair.evaluation.classifier import Prediction
-from bertpair.serving.app import Page, Service
+from bertpair.serving.app import Service
 from bertpair.serving.listening import bind
-from bertpair.serving.metrics import ServeMetrics
 from bertpair.serving.predictor import Predictor, TokenRow, load_predictor
-from bertpair.serving.server import make_uvicorn, start_queue, warm_up
+from bertpair.serving.server import make_service, make_uvicorn, warm_up
 from bertpair.settings.serve import ServeConfig, make_serve_config
 
 PAIR = {"text_a": "the cat", "text_b": "sat"}
@@ -96,7 +95,7 @@ class Line:
 class LiveServer:
     """`run` replaces the model's forward where a test sets it."""
 
-    service: Service
+    service: Service = field(init=False)
     port: int = 0
     run: Callable[[list[TokenRow]], list[Any]] | None = None
     loop: asyncio.AbstractEventLoop | None = None
@@ -177,7 +176,7 @@ def serving(
     predictor: SteeredPredictor, config: ServeConfig, key: bytes | None = None, *, is_warm: bool = True
 ) -> Iterator[LiveServer]:
     """The server, listening and (unless `is_warm` is false) ready; closed in the end."""
-    live = LiveServer(Service(config, predictor, ServeMetrics(), Page(), key))
+    live = LiveServer()
     predictor.live = live
     listener = bind(config)
     live.port = listener.socket.getsockname()[1]
@@ -185,23 +184,23 @@ def serving(
 
     async def main() -> None:
         live.loop = asyncio.get_running_loop()
-        batcher = start_queue(live.service)
-        server = make_uvicorn(live.service)
+        live.service = service = make_service(config, predictor, key)
+        server = make_uvicorn(service)
         listener.listen()
         live.connections = server.server_state.connections
         task = asyncio.create_task(server.serve(sockets=[listener.socket]))
         while not server.started:
             await asyncio.sleep(0.005)
         if is_warm:
-            await warm_up(predictor, batcher, config.max_batch_tokens)
-            live.service.is_warm = True
+            await warm_up(predictor, service.batcher, config.max_batch_tokens)
+            service.is_warm = True
         started.set()
         while not stop.is_set():
             await asyncio.sleep(0.02)
         server.should_exit = True
         await asyncio.wait_for(task, 20)
-        await batcher.close()
-        live.service.tokenizing.shutdown()
+        await service.batcher.close()
+        service.tokenizing.shutdown()
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), name="server")
     thread.start()

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bertpair.checkpoints.checkpoint import open_model
+from bertpair.checkpoints.manifest import MANIFEST_NAME, read_manifest
 from bertpair.data.source import columns_for, resolve_source
 from bertpair.data.tokenizer import Tokens, check_max_length, offsets_of
 from bertpair.data.tsv import read_pairs
@@ -33,7 +34,6 @@ from bertpair.settings.serve import RequestLimits, ServeConfig, settle_limits
 
 logger = logging.getLogger(__name__)
 
-TARGET_SECONDS = 0.3  # of the largest batch, where max_batch_tokens is left to the warm-up
 CHECK_ROWS = 256
 ENOUGH_AGREEMENT = 0.98
 SHORTEST = 8  # tokens of a row, as the queue counts them
@@ -76,7 +76,6 @@ class Predictor:
     precision: str  # float32, bf16, fp16 or int8
     settings: Mapping[str, Any]  # those it was trained with
     num_threads: int
-    budget: int = 4096  # padded tokens of a batch; the warm-up finds it
     agreement: Agreement | None = None
 
     @property
@@ -101,12 +100,6 @@ class Predictor:
         predictions = self.classifier.predict_tokens(join_rows(rows))
         return [p if math.isfinite(p.score) else BadNumberError() for p in predictions]
 
-    # Warm-up: one call each on the model's thread, so that none of them looks like a hang
-
-    def begin_thread(self) -> None:
-        """torch's number of threads is a setting of each thread."""
-        set_threads(self.num_threads)
-
     def time_batch(self, lengths: Sequence[int]) -> float:
         """Seconds of one batch of rows of these lengths, the better of two runs: the first may still be
         preparing something."""
@@ -125,28 +118,6 @@ class Predictor:
             yield [self.cut] * (count // self.cut) + ([count % self.cut] if count % self.cut else [])
         for count in _filled(min(max_rows, max_tokens // SHORTEST)):
             yield [SHORTEST] * min(count, max_rows)
-
-    def budget_search(self, most_rows: int) -> Generator[int, float, None]:
-        """Yields how many rows of the cut's length to time next and is sent the seconds.
-
-        Doubles until a batch takes longer than TARGET_SECONDS (or has `most_rows`: more never wait together),
-        then halves the gap down to an eighth. When it ends, `budget` is the largest number of padded tokens
-        that stayed below; one row's at least.
-        """
-        good, bad = 0, 0
-        while not bad and good < most_rows:
-            num_rows = min(most_rows, max(1, 2 * good))
-            if (yield num_rows) <= TARGET_SECONDS:
-                good = num_rows
-            else:
-                bad = num_rows
-        while bad - good > max(1, good // 8):
-            middle = (good + bad) // 2
-            if (yield middle) <= TARGET_SECONDS:
-                good = middle
-            else:
-                bad = middle
-        self.budget = max(1, good) * self.cut
 
     def check_agreement(self, path: str, folder: str | Path) -> Agreement:
         """Compare with float32 on the first CHECK_ROWS rows of `path`, whose columns are the training's."""
@@ -235,7 +206,8 @@ def load_predictor(config: ServeConfig) -> Predictor:
         )
     if config.quantize_check is not None:
         _read_rows(config.quantize_check, settings, classifier)  # a wrong file is said at once
-    precision = {"off": "float32"}.get(classifier.scorer.precision.name, classifier.scorer.precision.name)
+    scorer = classifier.scorer
+    precision = "float32" if scorer.precision.name == "off" else scorer.precision.name
     found = Predictor(
         classifier,
         Path(config.model_dir).resolve().name,
@@ -246,26 +218,32 @@ def load_predictor(config: ServeConfig) -> Predictor:
         settings=settings,
         num_threads=threads,
     )
-    reason = "as set" if config.quantize else classifier.scorer.precision.reason
     logger.info(
         "%s: %s, device %s, %d threads, %s (%s), cut at %d tokens",
         config.model_dir,
         f"{len(found.labels)} labels" if found.labels else "regression",
-        classifier.scorer.device,
+        scorer.device,
         threads,
         found.precision,
-        reason,
+        "as set" if config.quantize else scorer.precision.reason,
         cut,
     )
     return found
 
 
 def weights_digest(folder: Path) -> str:
-    """The sha256 of the weight file; of several shards, of their digests in the order of their names."""
+    """The sha256 of the weight file; of several shards, of their digests in the order of their names.
+
+    A manifest's are taken from it: it was held against the files when the model was loaded.
+    """
     found = find_weights(folder)
     assert found is not None  # the model was loaded from it
-    digests = []
-    for path in weight_files(found):
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    entries = read_manifest(folder).files if (folder / MANIFEST_NAME).is_file() else ()
+    known = {entry.name: entry.sha256 for entry in entries}
+    digests = [known.get(path.name) or _sha256(path) for path in weight_files(found)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,7 +19,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bertpair.serving.requests import RequestError, error_json
+from bertpair.serving.requests import RequestError
 
 MAX_URL_BYTES = 8192
 LINGER_SECONDS = 2.0
@@ -295,20 +295,16 @@ class GuardedProtocol(H11Protocol):
 
     def _write_answer(self, error: RequestError) -> None:
         request_id = secrets.token_hex(8)
-        body = error_json(error, request_id)
-        headers = [
-            *self.server_state.default_headers,
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", request_id.encode()),
-            (b"connection", b"close"),
-        ]
+        response = error.response(request_id)
+        own = [(b"x-request-id", request_id.encode()), (b"connection", b"close")]
+        headers = [*self.server_state.default_headers, *response.raw_headers, *own]
         is_head = not self.cycle_is_over and self.scope["method"] == "HEAD"
-        events = [
-            h11.Response(status_code=error.status, headers=headers),
-            h11.Data(data=b"" if is_head else body),
-        ]
-        for event in [*events, h11.EndOfMessage()]:
+        body = b"" if is_head else bytes(response.body)
+        for event in (
+            h11.Response(status_code=response.status_code, headers=headers),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
             self.transport.write(self.conn.send(event) or b"")
 
     def _end_cycle(self) -> None:

@@ -57,7 +57,7 @@ def _burst(notes: list[tuple[int, float]], *, first: int = 8, late: float = 0.0)
     async def burst() -> tuple[int, list[int]]:
         batcher = MicroBatcher[str, str](answer, QueueLimits(400, 10_000, 2.0))
         for tokens, seconds in notes:
-            batcher.note_speed(tokens, seconds)
+            batcher.pace.note(tokens, seconds)
         running = asyncio.create_task(batcher.submit(["first"], [first]))
         await asyncio.sleep(late / 2)
         found = await _admitted(batcher, 200)
