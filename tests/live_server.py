@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from bertpair.serving.app import Service
 from bertpair.serving.listening import bind
 from bertpair.serving.predictor import Predictor, TokenRow, load_predictor
 from bertpair.serving.server import make_service, make_uvicorn, warm_up
-from bertpair.settings.serve import ServeConfig, make_serve_config
+from bertpair.settings.serve import ServeConfig, parse_serve_command_line
 
 PAIR = {"text_a": "the cat", "text_b": "sat"}
 
@@ -164,9 +165,17 @@ class SteeredPredictor(Predictor):
         return super().run(rows)
 
 
+def make_config(values: Mapping[str, object]) -> ServeConfig:
+    """As serve.py reads it from a settings file, with a model folder if that is what `values` lack."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "serve.json")
+        file.write_text(json.dumps({"model_dir": "model", **values}))
+        return parse_serve_command_line(["--config", str(file)]).config
+
+
 def make_predictor(folder: Path, **settings: object) -> tuple[SteeredPredictor, ServeConfig]:
     values = {"model_dir": str(folder), "port": 0, "amp": "off", "num_threads": 1, **settings}
-    config = make_serve_config(values)
+    config = make_config(values)
     loaded = load_predictor(config)
     return SteeredPredictor(**vars(loaded)), config
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_hf_folder
-from live_server import PAIR, Answer, LiveServer, SteeredPredictor, make_predictor, serving
+from live_server import PAIR, Answer, LiveServer, SteeredPredictor, make_config, make_predictor, serving
 from server_process import Process, ask
 
 from bertpair.checkpoints.manifest import FileEntry, Manifest, encode_manifest
@@ -26,7 +26,7 @@ from bertpair.errors import BertpairError, ConfigError
 from bertpair.evaluation.classifier import Prediction
 from bertpair.serving.listening import SPARE_DESCRIPTORS, check_descriptors, read_key
 from bertpair.serving.predictor import Agreement, Predictor, TokenRow, compare, weights_digest
-from bertpair.settings.serve import ServeConfig, make_serve_config
+from bertpair.settings.serve import ServeConfig
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def test_28_threads_follow_the_quota(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_29_there_is_one_process_and_no_flag_for_more() -> None:
     with pytest.raises(ConfigError, match="unknown setting"):
-        make_serve_config({"workers": 2})
+        make_config({"workers": 2})
 
 
 # The process
