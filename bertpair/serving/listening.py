@@ -24,7 +24,6 @@ from bertpair.settings.serve import ServeConfig
 
 SPARE_DESCRIPTORS = 64  # besides connections: files, the event loop's own, libraries
 BACKLOG = 2048
-DEFAULT_MODE = "660"
 _SO_ATTACH_FILTER = 26
 # Classic BPF over a TCP header: load the flags (byte 13); if SYN is among them keep nothing, else everything.
 _DROP_SYN = struct.pack("HBBI" * 4, 0x30, 0, 0, 13, 0x45, 1, 0, 0x02, 0x06, 0, 0, 0xFFFFFFFF, 0x06, 0, 0, 0)
@@ -247,7 +246,7 @@ def _identity(path: str) -> bytes:
 def bind(config: ServeConfig) -> TcpListener | UnixListener:
     """Its place, taken and not listening yet; ConfigError if it is somebody else's."""
     if config.uds:
-        return UnixListener(config.uds, int(config.uds_mode or DEFAULT_MODE, 8))
+        return UnixListener(config.uds, int(config.uds_mode or "660", 8))
     return TcpListener(config.host, config.port)
 
 

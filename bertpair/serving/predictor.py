@@ -35,7 +35,6 @@ from bertpair.settings.serve import RequestLimits, ServeConfig, settle_limits
 logger = logging.getLogger(__name__)
 
 CHECK_ROWS = 256
-ENOUGH_AGREEMENT = 0.98
 SHORTEST = 8  # tokens of a row, as the queue counts them
 
 
@@ -61,7 +60,7 @@ class Agreement:
 
     @property
     def is_enough(self) -> bool:
-        return self.agreement >= ENOUGH_AGREEMENT
+        return self.agreement >= 0.98
 
 
 @dataclasses.dataclass
@@ -120,11 +119,23 @@ class Predictor:
             yield [SHORTEST] * min(count, max_rows)
 
     def check_agreement(self, path: str, folder: str | Path) -> Agreement:
-        """Compare with float32 on the first CHECK_ROWS rows of `path`, whose columns are the training's."""
+        """Compare with float32 on the first CHECK_ROWS rows of `path`, whose columns are the training's.
+
+        What comes out is kept in `agreement`, and said in one line.
+        """
         pairs = _read_rows(path, self.settings, self.classifier)
         exact = PairClassifier.from_pretrained(folder, max_seq_length=self.cut, device="cpu", optimize=False)
         rows = pairs if self.takes_pairs else [a for a, _ in pairs]
-        return compare(self.classifier.predict(rows), exact.predict(rows))
+        self.agreement = found = compare(self.classifier.predict(rows), exact.predict(rows))
+        logger.log(
+            logging.INFO if found.is_enough else logging.WARNING,
+            "%s agrees with float32 on %.1f %% of %d rows; largest change %.4f",
+            self.precision,
+            100 * found.agreement,
+            found.num_rows,
+            found.largest_change,
+        )
+        return found
 
 
 def _filled(most: int) -> Iterator[int]:

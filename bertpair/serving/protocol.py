@@ -10,7 +10,6 @@ so that no client sends one to a connection that goes away.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import re
 import secrets
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bertpair.serving.requests import RequestError
+from bertpair.settings.serve import ServeConfig
 
 MAX_URL_BYTES = 8192
 LINGER_SECONDS = 2.0
@@ -28,15 +28,6 @@ FAREWELL_SECONDS = 1.0  # once nobody new gets in: a request that was under way 
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)([/?][^#]*)?", re.IGNORECASE)
 _AUTHORITY = re.compile(rb"(?:[\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")  # no user's name
 UNANSWERED = (h11.IDLE, h11.SEND_RESPONSE)  # states of ours in which an answer can still begin
-
-
-@dataclasses.dataclass(frozen=True)
-class ProtocolLimits:
-    """`receive_timeout` in seconds: for a request to arrive whole, and for an answer to be taken."""
-
-    max_header_bytes: int
-    max_connections: int
-    receive_timeout: float
 
 
 class RememberingConnection(h11.Connection):
@@ -133,15 +124,15 @@ class GuardedProtocol(H11Protocol):
     def __init__(
         self,
         *args: Any,
-        limits: ProtocolLimits,
+        settings: ServeConfig,
         on_event: Callable[[str], None],
         is_draining: Callable[[], bool],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.limits, self.on_event, self.is_draining = limits, on_event, is_draining
+        self.settings, self.on_event, self.is_draining = settings, on_event, is_draining
         # Larger than what the application allows: it is the one that answers 431 and 414, after 404 and 401.
-        room = limits.max_header_bytes + MAX_URL_BYTES + 1024
+        room = settings.max_header_bytes + MAX_URL_BYTES + 1024
         self.conn: RememberingConnection = RememberingConnection(room, self._is_ending)
         self.is_refused = self.is_lost = self.is_last = False
         self.num_discarded = 0
@@ -169,7 +160,7 @@ class GuardedProtocol(H11Protocol):
             self._disarm("receive")
         elif "receive" not in self.timers or self.watched_cycle != conn.num_cycles:
             self.watched_cycle = conn.num_cycles
-            self._arm("receive", self.limits.receive_timeout, self._give_up)
+            self._arm("receive", self.settings.receive_timeout, self._give_up)
 
     def _give_up(self) -> None:
         """The deadline has come: 408 if part of a request came and no answer has begun, else silence."""
@@ -184,7 +175,7 @@ class GuardedProtocol(H11Protocol):
     # Callbacks of the transport
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        if len(self.connections) >= self.limits.max_connections:
+        if len(self.connections) >= self.settings.max_connections:
             self.is_refused = True
             self.on_event("connection_refused")
             transport.close()
@@ -223,11 +214,11 @@ class GuardedProtocol(H11Protocol):
 
     def eof_received(self) -> None:
         if not self.is_refused:  # asyncio closes now, once what is buffered is taken: not for ever
-            self._arm("abort", self.limits.receive_timeout, self._abort)
+            self._arm("abort", self.settings.receive_timeout, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._arm("write", self.limits.receive_timeout, self._abort_unread)
+        self._arm("write", self.settings.receive_timeout, self._abort_unread)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -273,7 +264,7 @@ class GuardedProtocol(H11Protocol):
         if hint == 431 and self.conn.their_state is not h11.SEND_BODY and self.cycle_is_over:
             if b"\n" not in self.conn.trailing_data[0]:
                 return RequestError(414, "url_too_long", f"the URL is longer than {MAX_URL_BYTES} bytes")
-            limit = self.limits.max_header_bytes
+            limit = self.settings.max_header_bytes
             return RequestError(431, "headers_too_large", f"the headers are larger than {limit} bytes")
         if hint == 501:
             return RequestError(501, "not_implemented", "of transfer codings only chunked is known")
@@ -326,18 +317,15 @@ class GuardedProtocol(H11Protocol):
             gentle.real.write_eof()
         self.flow.resume_reading()
         self._arm("linger", LINGER_SECONDS, self._end)
-        self._arm("abort", self.limits.receive_timeout + LINGER_SECONDS, self._abort)
+        self._arm("abort", self.settings.receive_timeout + LINGER_SECONDS, gentle.abort)
 
     def _end(self) -> None:
         """Close for good; what is not taken by its reader in time is thrown away."""
         gentle: Any = self.transport
         gentle.closing = True
         gentle.real.close()
-        self._arm("abort", self.limits.receive_timeout, self._abort)
-
-    def _abort(self) -> None:
-        self.transport.abort()
+        self._arm("abort", self.settings.receive_timeout, gentle.abort)
 
     def _abort_unread(self) -> None:
         self.on_event("unread_answer")
-        self._abort()
+        self.transport.abort()

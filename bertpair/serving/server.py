@@ -41,7 +41,7 @@ from bertpair.serving.listening import (
 from bertpair.serving.metrics import ServeMetrics
 from bertpair.serving.middleware import Shell, access_logger
 from bertpair.serving.predictor import Predictor, load_predictor
-from bertpair.serving.protocol import GuardedProtocol, ProtocolLimits
+from bertpair.serving.protocol import GuardedProtocol
 from bertpair.settings.serve import ServeConfig
 
 logger = logging.getLogger(__name__)
@@ -127,49 +127,30 @@ class _Server:
             done, _ = await asyncio.wait({serving}, timeout=1)
         # A client may have left while its rows ran: nobody waits for those, but the thread is at them.
         if not done or not await self.service.batcher.close(max(end - time.monotonic(), 0.5)):
-            self._give_up()
+            logger.error("work was left over after %g s", self.config.grace_seconds)
+            end_process()
         serving.result()
         self.service.tokenizing.shutdown(wait=False)
         logger.info("drained")
         return 0
 
-    def _give_up(self) -> NoReturn:
-        """End although a thread hangs in the model: it cannot be waited for."""
-        logger.error("work was left over after %g s", self.config.grace_seconds)
-        logging.shutdown()
-        os._exit(1)
-
     async def _warm(self, server: uvicorn.Server) -> None:
         while not server.started:
             await asyncio.sleep(0.01)
         logger.info("listening on %s", self.listener)
-        batcher, predictor = self.service.batcher, self.service.predictor
-        if self.config.quantize_check:
-            await self._check_agreement()
-        await warm_up(predictor, batcher, self.config.max_batch_tokens)
+        config, batcher, predictor = self.config, self.service.batcher, self.service.predictor
+        if config.quantize_check and config.model_dir:
+            await asyncio.to_thread(predictor.check_agreement, config.quantize_check, config.model_dir)
+        await warm_up(predictor, batcher, config.max_batch_tokens)
         self.service.is_warm = True
         logger.info("ready: batches of up to %d tokens", batcher.limits.max_batch_tokens)
-
-    async def _check_agreement(self) -> None:
-        predictor, file, folder = self.service.predictor, self.config.quantize_check, self.config.model_dir
-        assert file is not None and folder is not None
-        predictor.agreement = found = await asyncio.to_thread(predictor.check_agreement, file, folder)
-        say = logger.info if found.is_enough else logger.warning
-        say(
-            "%s agrees with float32 on %.1f %% of %d rows; largest change %.4f",
-            predictor.precision,
-            100 * found.agreement,
-            found.num_rows,
-            found.largest_change,
-        )
 
 
 def make_service(config: ServeConfig, predictor: Predictor, key: bytes | None) -> Service:
     """The service with its queue and its figures; called on the event loop."""
     metrics = ServeMetrics()
-    limits = QueueLimits(max_queue_rows=config.max_queue_rows, queue_deadline=config.queue_deadline)
-    if config.max_batch_tokens is not None:
-        limits.max_batch_tokens = config.max_batch_tokens
+    max_batch_tokens = config.max_batch_tokens or QueueLimits.max_batch_tokens  # until the warm-up finds it
+    limits = QueueLimits(max_batch_tokens, config.max_queue_rows, config.queue_deadline)
     batcher = MicroBatcher(
         predictor.run,
         limits,
@@ -188,18 +169,22 @@ def end_if_device_lost(error: BaseException) -> None:
     """A device that answers every call with the same error comes back with a new process only."""
     if is_device_lost(error):
         logger.critical("the device is lost, the server ends: %s", first_line(error))
-        logging.shutdown()
-        os._exit(1)
+        end_process()
+
+
+def end_process() -> NoReturn:
+    """End although a thread hangs in the model: it cannot be waited for."""
+    logging.shutdown()
+    os._exit(1)
 
 
 def make_uvicorn(service: Service) -> uvicorn.Server:
     """uvicorn with our protocol and our shell around the service's routes."""
     config, metrics = service.config, service.metrics
     shell = Shell(service.routes(), metrics, hosts=allowed_hosts(config), origins=config.cors_origin or ())
-    limits = ProtocolLimits(config.max_header_bytes, config.max_connections, config.receive_timeout)
     protocol: Any = functools.partial(
         GuardedProtocol,
-        limits=limits,
+        settings=config,
         on_event=metrics.count_event,
         is_draining=lambda: service.is_draining,
     )
