@@ -101,7 +101,11 @@ class _AboveTheBar(logging.StreamHandler[TextIO]):
 
 
 class LogWriter(logging.Handler):
-    """Writes to an open descriptor, in order. `place` names it in what is said about dropped lines."""
+    """Writes to an open descriptor, in order, on a thread of its own: nobody who logs waits for a reader.
+
+    Lines that find the queue full, or cannot be written, are dropped and counted. One line says so, and one
+    how many they were; `place` names the descriptor in them.
+    """
 
     def __init__(self, descriptor: int, place: str) -> None:
         super().__init__()

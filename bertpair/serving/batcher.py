@@ -129,7 +129,9 @@ class MicroBatcher(Generic[Row, Answer]):
             raise ClosedError
         if len(rows) != len(lengths) or not rows:
             raise ValueError(f"found {len(rows)} rows and {len(lengths)} lengths; as many, and one at least")
-        self._admit(len(rows))
+        wait, limits = self.estimated_wait, self.limits
+        if len(self._waiting) + len(rows) > limits.max_queue_rows or wait > SAFETY * limits.queue_deadline:
+            raise QueueFullError(wait)
         request = self._enqueue(rows, lengths)
         try:
             return await request.future
@@ -158,12 +160,7 @@ class MicroBatcher(Generic[Row, Answer]):
             self._fail(waiting.request, ClosedError())
         return await self.worker.end(timeout)
 
-    # Admission and expiry
-
-    def _admit(self, num_rows: int) -> None:
-        wait, limits = self.estimated_wait, self.limits
-        if len(self._waiting) + num_rows > limits.max_queue_rows or wait > SAFETY * limits.queue_deadline:
-            raise QueueFullError(wait)
+    # The queue
 
     def _enqueue(self, rows: Sequence[Row], lengths: Sequence[int]) -> _Request[Row, Answer]:
         padded = [count_tokens(length) for length in lengths]
@@ -181,23 +178,20 @@ class MicroBatcher(Generic[Row, Answer]):
         if self._drop(request, "expired"):
             self._fail(request, ExpiredError(self.estimated_wait))
 
-    def _drop(self, request: _Request[Row, Answer], reason: str) -> int:
-        """Take the request's waiting rows out of the queue and count them."""
-        found = self._remove(request)
-        if found:
-            self._on_drop(reason, found)
-        return found
-
-    def _remove(self, request: _Request[Row, Answer]) -> int:
+    def _drop(self, request: _Request[Row, Answer], reason: str | None = None) -> bool:
+        """Take the request's waiting rows out of the queue, and tell of them with the reason, if any."""
         before = len(self._waiting)
         self._waiting = deque(waiting for waiting in self._waiting if waiting.request is not request)
         self._waiting_tokens = sum(waiting.length for waiting in self._waiting)
-        return before - len(self._waiting)
+        num_rows = before - len(self._waiting)
+        if num_rows and reason:
+            self._on_drop(reason, num_rows)
+        return num_rows > 0
 
     def _fail(self, request: _Request[Row, Answer], error: Exception) -> None:
         if not request.future.done():
             request.future.set_exception(error)
-        self._remove(request)
+        self._drop(request)
 
     # Batches
 

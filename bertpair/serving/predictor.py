@@ -161,12 +161,11 @@ def compare(found: Sequence[Prediction], exact: Sequence[Prediction]) -> Agreeme
     same, change = 0, 0.0
     for ours, theirs in zip(found, exact, strict=True):
         if theirs.label is None:
-            difference = abs(ours.score - theirs.score)
-            same += difference <= 0.01
-            change = max(change, difference)
-            continue
-        same += ours.label == theirs.label
-        changes = (abs(ours.probabilities[label] - p) for label, p in theirs.probabilities.items())
+            changes = [abs(ours.score - theirs.score)]
+            same += changes[0] <= 0.01
+        else:
+            changes = [abs(ours.probabilities[label] - p) for label, p in theirs.probabilities.items()]
+            same += ours.label == theirs.label
         change = max(change, *changes)
     return Agreement(len(exact), same / max(1, len(exact)), change)
 

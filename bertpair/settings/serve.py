@@ -29,10 +29,6 @@ from bertpair.settings.values import (
     whole,
 )
 
-_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]|\*")
-_ADDRESS = re.compile(r"[A-Za-z0-9.:*-]{1,253}(%[A-Za-z0-9]+)?")
-_ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?|\*")
-_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _MEGABYTE = 2**20
 MOST_BODY_BYTES = 64 * _MEGABYTE
 CHARS_PER_TOKEN = 25  # of the cut: no more could matter to the model
@@ -55,10 +51,10 @@ def _accept_proxies(value: object) -> object:
     return text
 
 
-def _matching(expected: str, pattern: re.Pattern[str]) -> Kind:
+def _matching(expected: str, pattern: str) -> Kind:
     def accept(value: object) -> object:
         text = clean_text(value)
-        if not pattern.fullmatch(text):
+        if not re.fullmatch(pattern, text):
             raise ValueError
         return text
 
@@ -77,14 +73,15 @@ def _several(one: Kind, expected: str) -> Kind:
 
 _BATCH_TOKENS = whole(1, 1_000_000)
 _AUTO = Kind(f"auto, or {_BATCH_TOKENS.expected}", _accept_auto, _BATCH_TOKENS.read)
-_HOST = _matching("a host name or an IP address", _ADDRESS)
+_HOST = _matching("a host name or an IP address", r"[A-Za-z0-9.:*-]{1,253}(%[A-Za-z0-9]+)?")
+_HOST_NAME = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]|\*"
 _HOSTS = _several(_matching("a host name", _HOST_NAME), "host names without a port, or *")
-_ORIGINS = _several(_matching("an origin", _ORIGIN), "origins such as https://example.com, or *")
-_ROOT = or_null(_matching("a path such as /pairs, without a slash at its end", _ROOT_PATH))
+_ORIGIN = _matching("an origin", r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?|\*")
+_ORIGINS = _several(_ORIGIN, "origins such as https://example.com, or *")
+_ROOT = or_null(_matching("a path such as /pairs, without a slash at its end", r"(/[A-Za-z0-9._~-]+)+"))
 _SECONDS = number(low=0.01, high=86_400)  # less would be a mistake of the unit
 _PROXIES = or_null(Kind("IP addresses or networks with commas between them, or *", _accept_proxies))
-_MODE = or_null(_matching('octal digits in quotes, such as "660"', re.compile(r"0?[0-7]{3}")))
-
+_MODE = or_null(_matching('octal digits in quotes, such as "660"', r"0?[0-7]{3}"))
 
 _model = partial(setting, group="model")
 _listen = partial(setting, group="listening")
