@@ -25,6 +25,7 @@ from bertpair.data.tokenizer import Tokens, check_max_length, offsets_of
 from bertpair.data.tsv import read_pairs
 from bertpair.errors import ConfigError, DataError, first_line
 from bertpair.evaluation.classifier import PairClassifier, Prediction
+from bertpair.model.config import ModelFolder
 from bertpair.model.packed import fill_up
 from bertpair.model.pretrained import find_weights, weight_files
 from bertpair.runtime import set_threads
@@ -192,12 +193,42 @@ def load_predictor(config: ServeConfig) -> Predictor:
     assert config.model_dir is not None
     threads = set_threads(config.num_threads)
     folder = open_model(config.model_dir, verify=False)  # it is verified when its weights are read
-    path, settings = folder.path, model_settings(folder.path)
+    settings = model_settings(folder.path)
+    classifier = _load_classifier(config, folder, settings)
+    takes_pairs = classifier.takes_pairs = classifier.takes_pairs is not False  # where nothing says so, pairs
+    limits = _fit_limits(config, classifier.max_seq_length, num_texts=2 if takes_pairs else 1)
+    if config.quantize_check is not None:
+        _read_rows(config.quantize_check, settings, classifier)  # a wrong file is said at once
+    precision = classifier.scorer.precision
+    name = config.quantize or {"off": "float32"}.get(precision.name, precision.name)
+    logger.info(
+        "%s: %s, device %s, %d threads, %s (%s), cut at %d tokens",
+        config.model_dir,
+        f"{len(classifier.labels)} labels" if classifier.labels else "regression",
+        classifier.scorer.device,
+        threads,
+        name,
+        "as set" if config.quantize else precision.reason,
+        classifier.max_seq_length,
+    )
+    return Predictor(
+        classifier,
+        Path(config.model_dir).resolve().name,
+        weights_digest(folder.path)[:12],
+        takes_pairs=takes_pairs,
+        limits=limits,
+        precision=name,
+        settings=settings,
+        num_threads=threads,
+    )
+
+
+def _load_classifier(config: ServeConfig, folder: ModelFolder, settings: Mapping[str, Any]) -> PairClassifier:
     trained = settings.get("max_seq_length")
     if isinstance(trained, int):
         trained = min(trained, folder.config.max_position_embeddings)
-    classifier = PairClassifier.from_pretrained(
-        path,
+    return PairClassifier.from_pretrained(
+        folder.path,
         labels=config.labels,
         max_seq_length=config.max_seq_length or trained,
         device=config.device,
@@ -205,40 +236,17 @@ def load_predictor(config: ServeConfig) -> Predictor:
         quantize=config.quantize,
         max_batch_tokens=2**31,  # the queue cuts batches, not the scorer
     )
-    cut = classifier.max_seq_length
-    classifier.takes_pairs = classifier.takes_pairs is not False  # where nothing says so, pairs
-    num_texts = 2 if classifier.takes_pairs else 1
+
+
+def _fit_limits(config: ServeConfig, cut: int, num_texts: int) -> RequestLimits:
+    """What a request to this model may hold; ConfigError where the settings do not fit the model."""
     check_max_length(cut, num_texts=num_texts)
     limits = settle_limits(config, cut, num_texts)
     if config.max_batch_tokens is not None and config.max_batch_tokens < cut:
         raise ConfigError(
             f"max_batch_tokens {config.max_batch_tokens} is below the cut of {cut} tokens: a row must fit"
         )
-    if config.quantize_check is not None:
-        _read_rows(config.quantize_check, settings, classifier)  # a wrong file is said at once
-    scorer = classifier.scorer
-    precision = "float32" if scorer.precision.name == "off" else scorer.precision.name
-    found = Predictor(
-        classifier,
-        Path(config.model_dir).resolve().name,
-        weights_digest(path)[:12],
-        takes_pairs=classifier.takes_pairs,
-        limits=limits,
-        precision=config.quantize or precision,
-        settings=settings,
-        num_threads=threads,
-    )
-    logger.info(
-        "%s: %s, device %s, %d threads, %s (%s), cut at %d tokens",
-        config.model_dir,
-        f"{len(found.labels)} labels" if found.labels else "regression",
-        scorer.device,
-        threads,
-        found.precision,
-        "as set" if config.quantize else scorer.precision.reason,
-        cut,
-    )
-    return found
+    return limits
 
 
 def weights_digest(folder: Path) -> str:
