@@ -68,8 +68,7 @@ class QueueFullError(RequestError):
     """Refused: too much waits already; room is expected after `wait` seconds."""
 
     def __init__(self, wait: float) -> None:
-        self.retry_after = retry_after(wait)
-        message = f"too many requests are waiting; retry after {self.retry_after} s"
+        message = f"too many requests are waiting; retry after {retry_after(wait)} s"
         super().__init__(429, "overloaded", message, wait=wait)
 
 

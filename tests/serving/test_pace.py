@@ -41,7 +41,7 @@ async def _admitted(batcher: MicroBatcher[str, str], count: int) -> tuple[int, l
     """How many of `count` rows of 8 tokens, sent at once, are let in; what the others are told."""
     tasks = [asyncio.create_task(batcher.submit([str(i)], [8])) for i in range(count)]
     answers = await asyncio.gather(*tasks, return_exceptions=True)
-    refused = [answer.retry_after for answer in answers if isinstance(answer, QueueFullError)]
+    refused = [int(answer.headers["Retry-After"]) for answer in answers if isinstance(answer, QueueFullError)]
     assert len(refused) == sum(isinstance(answer, BaseException) for answer in answers)
     return count - len(refused), refused
 
