@@ -31,9 +31,9 @@ from bertpair.serving.batcher import Answers, MicroBatcher
 from bertpair.serving.metrics import ServeMetrics
 from bertpair.serving.middleware import Exchange
 from bertpair.serving.predictor import Predictor, TokenRow
-from bertpair.serving.protocol import MAX_URL_BYTES
 from bertpair.serving.requests import (
     JSON,
+    MAX_URL_BYTES,
     Headers,
     QueueFullError,
     RequestError,
@@ -43,9 +43,11 @@ from bertpair.serving.requests import (
     check_object,
     check_switch,
     check_text,
+    headers_too_large,
     json_type,
     parse_json,
     read_body,
+    url_too_long,
 )
 from bertpair.serving.schema import describe_api
 from bertpair.settings.serve import ServeConfig
@@ -300,10 +302,9 @@ def check_head(scope: Scope, max_header_bytes: int) -> None:
     """RequestError 431, 414 or 417 for headers or a URL that are too large, or an unknown expectation."""
     headers: Headers = scope["headers"]
     if sum(len(name) + len(value) + 4 for name, value in headers) > max_header_bytes:
-        message = f"the headers are larger than {max_header_bytes} bytes"
-        raise RequestError(431, "headers_too_large", message, close=True)
+        raise headers_too_large(max_header_bytes)
     if len(scope["raw_path"]) + len(scope["query_string"]) + 1 > MAX_URL_BYTES:
-        raise RequestError(414, "url_too_long", f"the URL is longer than {MAX_URL_BYTES} bytes", close=True)
+        raise url_too_long()
     if any(name == b"expect" and value.strip().lower() != b"100-continue" for name, value in headers):
         raise RequestError(
             417, "expectation_failed", "of expectations only 100-continue is known", close=True

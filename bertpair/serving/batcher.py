@@ -97,14 +97,13 @@ class MicroBatcher(Generic[Row, Answer]):
     def __init__(
         self,
         run: Callable[[list[Row]], Sequence[Answer | Exception]],
-        limits: QueueLimits | None = None,
+        limits: QueueLimits,
         *,
         on_batch: Callable[[BatchReport], None] = lambda report: None,
         on_drop: Callable[[str, int], None] = lambda reason, num_rows: None,
         on_error: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        self.limits = limits or QueueLimits()
-        self._run = run
+        self.limits, self._run = limits, run
         self._on_batch, self._on_drop, self._on_error = on_batch, on_drop, on_error
         self._waiting: deque[_Waiting[Row, Answer]] = deque()
         self._waiting_tokens = 0

@@ -154,7 +154,7 @@ class UnixListener:
         try:
             self._acquire()
             self._check_free()
-            _unlink(self.new_path)  # a crash's
+            Path(self.new_path).unlink(missing_ok=True)  # a crash's
             self.socket.bind(self.new_path)
             os.chmod(self.new_path, mode)
         except OSError as error:
@@ -186,9 +186,9 @@ class UnixListener:
         """Let no new client begin: take the socket away, unless the path belongs to a new server."""
         with contextlib.suppress(OSError):
             self._acquire()
-            _unlink(self.new_path)
+            Path(self.new_path).unlink(missing_ok=True)
             if _identity(self.path) == self.identity:
-                _unlink(self.path)
+                Path(self.path).unlink(missing_ok=True)
         self._release()
 
     def close(self) -> None:
@@ -227,11 +227,6 @@ class UnixListener:
         is_taken = error.errno in (errno.EADDRINUSE, errno.EAGAIN)
         reason = "in use by another program" if is_taken else error.strerror or error
         return ConfigError(f"uds: {self.path}: {reason}")
-
-
-def _unlink(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
 
 
 def _identity(path: str) -> bytes:

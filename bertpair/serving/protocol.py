@@ -18,10 +18,9 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bertpair.serving.requests import RequestError
+from bertpair.serving.requests import MAX_URL_BYTES, RequestError, headers_too_large, url_too_long
 from bertpair.settings.serve import ServeConfig
 
-MAX_URL_BYTES = 8192
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 2**20
 FAREWELL_SECONDS = 1.0  # once nobody new gets in: a request that was under way has come by then
@@ -263,9 +262,8 @@ class GuardedProtocol(H11Protocol):
         hint = fault.error_status_hint if fault else 400
         if hint == 431 and self.conn.their_state is not h11.SEND_BODY and self.cycle_is_over:
             if b"\n" not in self.conn.trailing_data[0]:
-                return RequestError(414, "url_too_long", f"the URL is longer than {MAX_URL_BYTES} bytes")
-            limit = self.settings.max_header_bytes
-            return RequestError(431, "headers_too_large", f"the headers are larger than {limit} bytes")
+                return url_too_long()
+            return headers_too_large(self.settings.max_header_bytes)
         if hint == 501:
             return RequestError(501, "not_implemented", "of transfer codings only chunked is known")
         return RequestError(400, "bad_request", "this is not a sound HTTP/1.1 request")
@@ -287,8 +285,9 @@ class GuardedProtocol(H11Protocol):
     def _write_answer(self, error: RequestError) -> None:
         request_id = secrets.token_hex(8)
         response = error.response(request_id)
-        own = [(b"x-request-id", request_id.encode()), (b"connection", b"close")]
-        headers = [*self.server_state.default_headers, *response.raw_headers, *own]
+        own = {b"x-request-id": request_id.encode(), b"connection": b"close"}
+        others = [(name, value) for name, value in response.raw_headers if name not in own]
+        headers = [*self.server_state.default_headers, *others, *own.items()]
         is_head = not self.cycle_is_over and self.scope["method"] == "HEAD"
         body = b"" if is_head else bytes(response.body)
         for event in (

@@ -22,6 +22,7 @@ from bertpair.settings.files import unique_keys
 
 JSON = "application/json"
 MAX_RETRY_SECONDS = 60
+MAX_URL_BYTES = 8192
 MAX_DEPTH = 32
 MAX_DIGITS = 4300  # as Python's own bound for int(), but whatever the interpreter is told
 TEXT_PATTERN = rf"^[^\u0000]*[^{INVISIBLE}][^\u0000]*$"  # what `check_text` wants, as JSON Schema says it
@@ -99,6 +100,15 @@ class ClosedError(RequestError):
 
     def __init__(self) -> None:
         super().__init__(503, "closed", "the server is going away", wait=1)
+
+
+def url_too_long() -> RequestError:
+    return RequestError(414, "url_too_long", f"the URL is longer than {MAX_URL_BYTES} bytes", close=True)
+
+
+def headers_too_large(max_bytes: int) -> RequestError:
+    message = f"the headers are larger than {max_bytes} bytes"
+    return RequestError(431, "headers_too_large", message, close=True)
 
 
 def retry_after(wait: float) -> int:

@@ -239,7 +239,7 @@ async def find_most(most: int, is_good: Callable[[int], Awaitable[bool]]) -> int
     Doubles until a number is not good, then halves the gap.
     """
     good, bad = 0, 0
-    while bad - good > max(1, good // 8) if bad else good < most:
+    while (bad - good > max(1, good // 8)) if bad else (good < most):
         number = (good + bad) // 2 if bad else min(most, max(1, 2 * good))
         if await is_good(number):
             good = number

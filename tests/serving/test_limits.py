@@ -11,8 +11,7 @@ from live_server import PAIR, LiveServer, make_config, make_predictor, serving
 
 from bertpair.errors import ConfigError
 from bertpair.serving.listening import read_key
-from bertpair.serving.protocol import MAX_URL_BYTES
-from bertpair.serving.requests import MAX_DEPTH
+from bertpair.serving.requests import MAX_DEPTH, MAX_URL_BYTES
 
 BODY = json.dumps(PAIR).encode()
 
