@@ -15,8 +15,8 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
-class _DroppedLines:
-    """A counter that somebody else keeps."""
+class DroppedLines:
+    """The counter of log lines that nobody took; `count` says how many they are when it is asked."""
 
     def __init__(self, count: Callable[[], float]) -> None:
         self.count = count
@@ -51,10 +51,6 @@ class ServeMetrics:
         self.queue_depth = gauge("bertpair_queue_rows", "Rows that wait")
         self.inflight_bytes = gauge("bertpair_inflight_body_bytes", "Bytes of bodies without an answer yet")
         self.running = gauge("bertpair_batch_running_seconds", "Age of the batch that runs")
-
-    def watch_log(self, num_dropped: Callable[[], float]) -> None:
-        """Where the number of log lines that nobody took is read from when it is asked."""
-        self.registry.register(_DroppedLines(num_dropped))
 
     def count_batch(self, report: BatchReport) -> None:
         self.batch_rows.observe(report.num_rows)

@@ -29,6 +29,7 @@ from bertpair.model.config import ModelFolder
 from bertpair.model.packed import fill_up
 from bertpair.model.pretrained import find_weights, weight_files
 from bertpair.runtime import set_threads
+from bertpair.serving.batcher import ROUND_UP
 from bertpair.serving.requests import BadNumberError
 from bertpair.settings.config import DataSettings, model_settings
 from bertpair.settings.serve import RequestLimits, ServeConfig, settle_limits
@@ -36,7 +37,6 @@ from bertpair.settings.serve import RequestLimits, ServeConfig, settle_limits
 logger = logging.getLogger(__name__)
 
 CHECK_ROWS = 256
-SHORTEST = 8  # tokens of a row, as the queue counts them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +116,8 @@ class Predictor:
         """Lengths of batches that bring every number of tokens and of rows that a kernel is kept for."""
         for count in _filled(max_tokens):
             yield [self.cut] * (count // self.cut) + ([count % self.cut] if count % self.cut else [])
-        for count in _filled(min(max_rows, max_tokens // SHORTEST)):
-            yield [SHORTEST] * min(count, max_rows)
+        for count in _filled(min(max_rows, max_tokens // ROUND_UP)):  # of the shortest that the queue counts
+            yield [ROUND_UP] * min(count, max_rows)
 
     def check_agreement(self, path: str, folder: str | Path) -> Agreement:
         """Compare with float32 on the first CHECK_ROWS rows of `path`, whose columns are the training's.

@@ -38,7 +38,7 @@ from bertpair.serving.listening import (
     read_key,
     trusted_proxies,
 )
-from bertpair.serving.metrics import ServeMetrics
+from bertpair.serving.metrics import DroppedLines, ServeMetrics
 from bertpair.serving.middleware import Shell, access_logger
 from bertpair.serving.predictor import Predictor, load_predictor
 from bertpair.serving.protocol import GuardedProtocol
@@ -90,7 +90,7 @@ class _Server:
         for signum in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(signum, self._stop, signum)
         stop_flag.raise_if_set()  # a signal that came while the model was loaded
-        self.service.metrics.watch_log(count_dropped_lines)
+        self.service.metrics.registry.register(DroppedLines(count_dropped_lines))
         server = make_uvicorn(self.service)
         self.listener.listen()
         serving = asyncio.create_task(server.serve(sockets=[self.listener.socket]))
