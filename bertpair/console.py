@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -27,43 +26,9 @@ from bertpair.runtime import install_signal_handlers
 
 logger = logging.getLogger(__name__)
 
-
-class _PlainFormatter(logging.Formatter):
-    """The message alone; from WARNING upwards with the level before it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        message = super().format(record)
-        return f"{record.levelname.lower()}: {message}" if record.levelno >= logging.WARNING else message
-
-
-class _AboveTheBar(logging.StreamHandler[TextIO]):
-    """Writes a line above a progress bar, if one is shown, not through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode(file=sys.stderr):
-            super().emit(record)
-
-
-def configure_logging() -> None:
-    """Log lines of the library from INFO upwards go to standard error; of other libraries, warnings only."""
-    handler = _AboveTheBar(sys.stderr)
-    handler.setFormatter(_PlainFormatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("bertpair").setLevel(logging.INFO)
-
-
-def say(text: str) -> None:
-    """A line on standard output, at once; BertpairError if it cannot be written. Nothing if it is closed."""
-    if sys.stdout is None:
-        return
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # not every locale has every label
-    try:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-        raise BertpairError(f"standard output cannot be written: {error.strerror}") from error
+MAX_LINES = 10_000  # that a log keeps while nobody takes them
+FLUSH_SECONDS = 1.0
+_LINES_AT_ONCE = 100
 
 
 def run_script(main: Callable[[], int]) -> int:
@@ -97,84 +62,50 @@ def _complain(line: str) -> None:
         sys.stderr.write(f"{line}\n")
 
 
-class Progress:
-    """Counts units of work. On a terminal a bar with rate and time left; elsewhere only what `line` is told.
-
-    Lines go through logging either way; the scripts' handler prints all lines above the bar.
-    """
-
-    def __init__(
-        self, total: int, unit: str, *, initial: int = 0, label: str = "", transient: bool = False
-    ) -> None:
-        self._total = total
-        self._done = initial
-        self._started = time.monotonic()
-        self._initial = initial
-        self._bar: tqdm[Any] | None = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total,
-                initial=initial,
-                unit=unit,
-                desc=label or None,
-                leave=not transient,
-                dynamic_ncols=True,
-                smoothing=0.1,
-            )
-
-    def advance(self, n: int = 1) -> None:
-        """`n` more units are done."""
-        self._done += n
-        if self._bar is not None:
-            self._bar.update(n)
-
-    def show(self, **figures: str) -> None:
-        """Put short figures at the end of the bar."""
-        if self._bar is not None:
-            self._bar.set_postfix(figures, refresh=False)
-
-    def line(self, text: str) -> None:
-        """Log one line; without a bar it carries the time left."""
-        logger.info("%s%s", text, self._time_left() if self._bar is None else "")
-
-    def _time_left(self) -> str:
-        done = self._done - self._initial
-        if not done or self._done >= self._total:
-            return ""
-        seconds = (time.monotonic() - self._started) / done * (self._total - self._done)
-        return f", {format_seconds(seconds)} left"
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def say(text: str) -> None:
+    """A line on standard output, at once; BertpairError if it cannot be written. Nothing if it is closed."""
+    if sys.stdout is None:
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every locale has every label
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        raise BertpairError(f"standard output cannot be written: {error.strerror}") from error
 
 
-def format_seconds(seconds: float) -> str:
-    """A duration as people say it: 42 s, 3 min 05 s, 2 h 07 min."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+def configure_logging() -> None:
+    """Log lines of the library from INFO upwards go to standard error; of other libraries, warnings only."""
+    handler = _AboveTheBar(sys.stderr)
+    handler.setFormatter(_PlainFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("bertpair").setLevel(logging.INFO)
 
 
-MAX_LINES = 10_000
-FLUSH_SECONDS = 1.0
-_LINES_AT_ONCE = 100
+class _PlainFormatter(logging.Formatter):
+    """The message alone; from WARNING upwards with the level before it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return f"{record.levelname.lower()}: {message}" if record.levelno >= logging.WARNING else message
+
+
+class _AboveTheBar(logging.StreamHandler[TextIO]):
+    """Writes a line above a progress bar, if one is shown, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=sys.stderr):
+            super().emit(record)
 
 
 class LogWriter(logging.Handler):
-    """Writes to an open descriptor, in order. `place` names it in what is said about dropped lines."""
+    """Writes to an open descriptor, in order, on a thread of its own: nobody who logs waits for a reader.
+
+    Lines that find the queue full, or cannot be written, are dropped and counted. One line says so, and one
+    how many they were; `place` names the descriptor in them.
+    """
 
     def __init__(self, descriptor: int, place: str) -> None:
         super().__init__()
@@ -244,3 +175,69 @@ def _write(descriptor: int, data: bytes) -> tuple[bytes, OSError | None]:
         except OSError as error:
             return data, error
     return b"", None
+
+
+class Progress:
+    """Counts units of work. On a terminal a bar with rate and time left; elsewhere only what `line` is told.
+
+    Lines go through logging either way; the scripts' handler prints all lines above the bar.
+    """
+
+    def __init__(
+        self, total: int, unit: str, *, initial: int = 0, label: str = "", transient: bool = False
+    ) -> None:
+        self._total = total
+        self._done = initial
+        self._started = time.monotonic()
+        self._initial = initial
+        self._bar: tqdm[Any] | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total,
+                initial=initial,
+                unit=unit,
+                desc=label or None,
+                leave=not transient,
+                dynamic_ncols=True,
+                smoothing=0.1,
+            )
+
+    def advance(self, n: int = 1) -> None:
+        """`n` more units are done."""
+        self._done += n
+        if self._bar is not None:
+            self._bar.update(n)
+
+    def show(self, **figures: str) -> None:
+        """Put short figures at the end of the bar."""
+        if self._bar is not None:
+            self._bar.set_postfix(figures, refresh=False)
+
+    def line(self, text: str) -> None:
+        """Log one line; without a bar it carries the time left."""
+        logger.info("%s%s", text, self._time_left() if self._bar is None else "")
+
+    def _time_left(self) -> str:
+        done = self._done - self._initial
+        if not done or self._done >= self._total:
+            return ""
+        seconds = (time.monotonic() - self._started) / done * (self._total - self._done)
+        return f", {format_seconds(seconds)} left"
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as people say it: 42 s, 3 min 05 s, 2 h 07 min."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -557,7 +557,7 @@ import sys
 import torch
 from bertpair.serving.predictor import Predictor
 from bertpair.serving.server import serve
-from bertpair.settings.serve import make_serve_config
+from bertpair.settings.serve import parse_serve_command_line
 from bertpair.console import configure_logging
 
 def run(self, rows):
@@ -568,7 +568,8 @@ def run(self, rows):
 
 Predictor.run = run
 configure_logging()
-sys.exit(serve(make_serve_config({"model_dir": sys.argv[1], "device": sys.argv[2], "port": 0})))
+flags = ["--model_dir", sys.argv[1], "--device", sys.argv[2], "--port", "0"]
+sys.exit(serve(parse_serve_command_line(flags).config))
 """
 
 

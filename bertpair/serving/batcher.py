@@ -1,8 +1,9 @@
 """Many callers, one model: requests queue on the event loop, one daemon thread runs them in batches.
 
-Nobody waits for company: a batch forms while the one before it runs. Whatever decides (admission, order,
-expiry) happens on the loop, so there are no locks; the thread only calls `run`. Each request has a future of
-its own, and an answer is put into its request by the row that went in, so answers cannot change places.
+A batch forms while the one before it runs: `MicroBatcher` decides on the loop who is admitted, in which order
+and until when, so there are no locks; `choose_batch` says which rows go together, `Pace` how long they will
+take, and `Worker` is the thread. Each request has a future of its own, and an answer is put into its request
+by the row that went in, so answers cannot change places.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from bertpair.serving.requests import ClosedError, ExpiredError, NoMemoryError, 
 Row = TypeVar("Row")
 Answer = TypeVar("Answer")
 
-MAX_RETRY_SECONDS = 60
 SAFETY = 0.8  # of the deadline: an estimate errs, and to be admitted and then dropped is worse than refused
+WINDOW_BATCHES = 2  # rows are sorted by length within the oldest rows that fill so many batches; more are
+# hardly worth it, and every row that is passed over waits longer than it was admitted for
+ROUND_UP = 8  # a row counts as a multiple of so many tokens: what it is padded to, or costs anyhow
+RECENT = 5  # batches of one size that are remembered; the slowest of them counts
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,6 @@ class _Request(Generic[Row, Answer]):
     submitted: float
     answers: dict[int, Answer] = field(default_factory=dict)
     started: float | None = None
-    timer: asyncio.TimerHandle | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,34 +90,31 @@ class MicroBatcher(Generic[Row, Answer]):
     `run` is called on one daemon thread, never twice at a time. It returns an answer per row, in order; an
     exception in an answer's place fails that row's request alone. `on_batch` is told of each batch, `on_drop`
     of rows that were dropped unrun ("expired", "gone"), `on_error`, on the model's thread, of each exception.
-    All methods belong to the event loop's thread.
+    All methods belong to the event loop's thread. `worker` may be given other calls, between batches, and
+    `pace` other measurements, such as the warm-up's.
     """
 
     def __init__(
         self,
         run: Callable[[list[Row]], Sequence[Answer | Exception]],
-        limits: QueueLimits | None = None,
+        limits: QueueLimits,
         *,
         on_batch: Callable[[BatchReport], None] = lambda report: None,
         on_drop: Callable[[str, int], None] = lambda reason, num_rows: None,
         on_error: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        self.limits = limits or QueueLimits()
-        self._run = run
+        self.limits, self._run = limits, run
         self._on_batch, self._on_drop, self._on_error = on_batch, on_drop, on_error
         self._waiting: deque[_Waiting[Row, Answer]] = deque()
         self._waiting_tokens = 0
         self._running_tokens = 0
-        self._busy = False
-        self._pace = Pace()
         self._last_end: float | None = None  # of a batch behind which others waited: pauses count as work
         self._wake = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._closed = False
         self._loop = asyncio.get_running_loop()
-        self._worker = Worker("inference", self._on_raised)
         self._feeder = self._loop.create_task(self._feed())
+        self.pace = Pace()
+        self.worker = Worker("inference", self._on_raised)
 
     # What callers see
 
@@ -128,21 +128,15 @@ class MicroBatcher(Generic[Row, Answer]):
             raise ClosedError
         if len(rows) != len(lengths) or not rows:
             raise ValueError(f"found {len(rows)} rows and {len(lengths)} lengths; as many, and one at least")
-        self._admit(len(rows))
+        wait, limits = self.estimated_wait, self.limits
+        if len(self._waiting) + len(rows) > limits.max_queue_rows or wait > SAFETY * limits.queue_deadline:
+            raise QueueFullError(wait)
         request = self._enqueue(rows, lengths)
         try:
             return await request.future
         except asyncio.CancelledError:
             self._drop(request, "gone")
             raise
-
-    async def call(self, function: Callable[[], Any]) -> Any:
-        """What `function` returns, called on the thread that runs the model, between batches."""
-        return await self._worker.call(function)
-
-    def note_speed(self, tokens: int, seconds: float) -> None:
-        """Count a measurement made elsewhere (the warm-up) among those that estimates rest on."""
-        self._pace.note(tokens, seconds)
 
     @property
     def num_waiting(self) -> int:
@@ -152,17 +146,8 @@ class MicroBatcher(Generic[Row, Answer]):
     @property
     def estimated_wait(self) -> float:
         """Seconds until a row that came now would be run, by the pace of late; 0 while that is unknown."""
-        running = self._running_tokens, self._worker.running_seconds
-        return self._pace.seconds(self._waiting_tokens, *running, self.limits.max_batch_tokens)
-
-    @property
-    def running_seconds(self) -> float:
-        """For how long the model has been at one batch: 0 between batches, endless if its thread is dead."""
-        return self._worker.running_seconds
-
-    async def drain(self) -> None:
-        """Wait until nothing waits and nothing runs."""
-        await self._idle.wait()
+        running = self._running_tokens, self.worker.running_seconds
+        return self.pace.seconds(self._waiting_tokens, *running, self.limits.max_batch_tokens)
 
     async def close(self, timeout: float = 0.0) -> bool:
         """Take nothing any more, fail what waits, end the thread; whether it did within `timeout` seconds."""
@@ -172,62 +157,40 @@ class MicroBatcher(Generic[Row, Answer]):
             await self._feeder
         for waiting in list(self._waiting):
             self._fail(waiting.request, ClosedError())
-        return await self._worker.end(timeout)
+        return await self.worker.end(timeout)
 
-    # Admission and expiry
-
-    def _admit(self, num_rows: int) -> None:
-        wait = self.estimated_wait
-        if (
-            len(self._waiting) + num_rows > self.limits.max_queue_rows
-            or wait > SAFETY * self.limits.queue_deadline
-        ):
-            raise QueueFullError(self._retry_after(wait))
-
-    def _retry_after(self, wait: float) -> int:
-        return max(1, math.ceil(min(wait, MAX_RETRY_SECONDS)))
+    # The queue
 
     def _enqueue(self, rows: Sequence[Row], lengths: Sequence[int]) -> _Request[Row, Answer]:
         padded = [count_tokens(length) for length in lengths]
-        now = time.monotonic()
-        request: _Request[Row, Answer] = _Request(rows, padded, self._loop.create_future(), now)
-        request.timer = self._loop.call_later(self.limits.queue_deadline, self._expire, request)
+        future: asyncio.Future[Answers[Answer]] = self._loop.create_future()
+        request = _Request(rows, padded, future, time.monotonic())
+        timer = self._loop.call_later(self.limits.queue_deadline, self._expire, request)
+        future.add_done_callback(lambda _: timer.cancel())
         self._waiting.extend(_Waiting(request, index) for index in range(len(rows)))
         self._waiting_tokens += sum(padded)
-        self._idle.clear()
         self._wake.set()
         return request
 
     def _expire(self, request: _Request[Row, Answer]) -> None:
         """The deadline has come: if any row of the request still waits, all of it is over."""
         if self._drop(request, "expired"):
-            self._fail(request, ExpiredError(self._retry_after(self.estimated_wait)))
+            self._fail(request, ExpiredError(self.estimated_wait))
 
-    def _drop(self, request: _Request[Row, Answer], reason: str) -> int:
-        """Take the request's waiting rows out of the queue and count them."""
-        found = self._remove(request)
-        if found:
-            self._on_drop(reason, found)
-        return found
-
-    def _remove(self, request: _Request[Row, Answer]) -> int:
+    def _drop(self, request: _Request[Row, Answer], reason: str | None = None) -> bool:
+        """Take the request's waiting rows out of the queue, and tell of them with the reason, if any."""
         before = len(self._waiting)
-        kept = deque(waiting for waiting in self._waiting if waiting.request is not request)
-        self._waiting = kept
-        self._waiting_tokens = sum(waiting.length for waiting in kept)
-        self._settle()
-        return before - len(kept)
+        self._waiting = deque(waiting for waiting in self._waiting if waiting.request is not request)
+        self._waiting_tokens = sum(waiting.length for waiting in self._waiting)
+        num_rows = before - len(self._waiting)
+        if num_rows and reason:
+            self._on_drop(reason, num_rows)
+        return num_rows > 0
 
     def _fail(self, request: _Request[Row, Answer], error: Exception) -> None:
         if not request.future.done():
             request.future.set_exception(error)
-        if request.timer is not None:
-            request.timer.cancel()
-        self._remove(request)
-
-    def _settle(self) -> None:
-        if not self._waiting and not self._busy:
-            self._idle.set()
+        self._drop(request)
 
     # Batches
 
@@ -235,11 +198,8 @@ class MicroBatcher(Generic[Row, Answer]):
         while True:
             await self._wake.wait()
             self._wake.clear()
-            self._busy = True
             while batch := self._take_batch():
                 await self._run_batch(batch)
-            self._busy = False
-            self._settle()
 
     def _take_batch(self) -> list[_Waiting[Row, Answer]]:
         """The next batch: the oldest row, and those of the window that go best with it."""
@@ -270,18 +230,15 @@ class MicroBatcher(Generic[Row, Answer]):
             return
         requests = list(dict.fromkeys(waiting.request for waiting in batch))
         if len(requests) > 1:
-            half = set(requests[: len(requests) // 2])
-            for inside in (True, False):
-                part = [waiting for waiting in batch if (waiting.request in half) is inside]
-                await self._run_batch([waiting for waiting in part if not waiting.request.future.done()])
+            middle = len(requests) // 2
+            for half in (set(requests[:middle]), set(requests[middle:])):
+                await self._run_batch([w for w in batch if w.request in half and not w.request.future.done()])
             return
         if is_out_of_memory(error) and len(batch) > 1:
             middle = len(batch) // 2
             error = await self._run_rows(batch[:middle]) or await self._run_rows(batch[middle:])
         if error is not None:
-            if is_out_of_memory(error):
-                error = NoMemoryError()
-            self._fail(batch[0].request, error)
+            self._fail(batch[0].request, NoMemoryError() if is_out_of_memory(error) else error)
 
     async def _run_rows(self, batch: list[_Waiting[Row, Answer]]) -> Exception | None:
         """Run these rows and hand out their answers; the exception if there was one."""
@@ -293,15 +250,15 @@ class MicroBatcher(Generic[Row, Answer]):
         began = time.monotonic()
         error: Exception | None = None
         try:
-            answers = await self._worker.call(lambda: self._checked_run(rows))
+            answers = await self.worker.call(lambda: self._checked_run(rows))
         except Exception as raised:
             error = raised
         finally:
             tokens, self._running_tokens = self._running_tokens, 0
         ended = time.monotonic()
-        self._on_batch(BatchReport(len(rows), padded, ended - began, error is not None))
+        self._on_batch(BatchReport(len(rows), padded, ended - began, failed=error is not None))
         if error is None:
-            self.note_speed(tokens, ended - (self._last_end or began))
+            self.pace.note(tokens, ended - (self._last_end or began))
             self._hand_out(batch, answers)
         self._last_end = ended if self._waiting else None
         return error
@@ -324,20 +281,10 @@ class MicroBatcher(Generic[Row, Answer]):
                 continue
             request.answers[waiting.index] = answer
             if len(request.answers) == len(request.rows) and not request.future.done():
-                self._finish(request)
-
-    def _finish(self, request: _Request[Row, Answer]) -> None:
-        if request.timer is not None:
-            request.timer.cancel()
-        started = request.started or request.submitted
-        values = [request.answers[index] for index in range(len(request.rows))]
-        seconds = time.monotonic() - started
-        request.future.set_result(Answers(values, started - request.submitted, seconds))
-
-
-WINDOW_BATCHES = 2  # rows are sorted by length within the oldest rows that fill so many batches; more are
-# hardly worth it, and every row that is passed over waits longer than it was admitted for
-ROUND_UP = 8  # a row counts as a multiple of so many tokens: what it is padded to, or costs anyhow
+                values = [request.answers[index] for index in range(len(request.rows))]
+                started = request.started or request.submitted
+                seconds = time.monotonic() - started
+                request.future.set_result(Answers(values, started - request.submitted, seconds))
 
 
 def count_tokens(length: int) -> int:
@@ -374,9 +321,6 @@ def best_slice(lengths: Sequence[int], must: int, max_tokens: int) -> tuple[int,
         if totals[last + 1] - totals[first] > most:
             best, most = (first, last), totals[last + 1] - totals[first]
     return best
-
-
-RECENT = 5  # batches of one size that are remembered; the slowest of them counts
 
 
 class Pace:

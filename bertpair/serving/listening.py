@@ -24,7 +24,6 @@ from bertpair.settings.serve import ServeConfig
 
 SPARE_DESCRIPTORS = 64  # besides connections: files, the event loop's own, libraries
 BACKLOG = 2048
-DEFAULT_MODE = "660"
 _SO_ATTACH_FILTER = 26
 # Classic BPF over a TCP header: load the flags (byte 13); if SYN is among them keep nothing, else everything.
 _DROP_SYN = struct.pack("HBBI" * 4, 0x30, 0, 0, 13, 0x45, 1, 0, 0x02, 0x06, 0, 0, 0xFFFFFFFF, 0x06, 0, 0, 0)
@@ -155,7 +154,7 @@ class UnixListener:
         try:
             self._acquire()
             self._check_free()
-            _unlink(self.new_path)  # a crash's
+            Path(self.new_path).unlink(missing_ok=True)  # a crash's
             self.socket.bind(self.new_path)
             os.chmod(self.new_path, mode)
         except OSError as error:
@@ -187,9 +186,9 @@ class UnixListener:
         """Let no new client begin: take the socket away, unless the path belongs to a new server."""
         with contextlib.suppress(OSError):
             self._acquire()
-            _unlink(self.new_path)
+            Path(self.new_path).unlink(missing_ok=True)
             if _identity(self.path) == self.identity:
-                _unlink(self.path)
+                Path(self.path).unlink(missing_ok=True)
         self._release()
 
     def close(self) -> None:
@@ -230,11 +229,6 @@ class UnixListener:
         return ConfigError(f"uds: {self.path}: {reason}")
 
 
-def _unlink(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
 def _identity(path: str) -> bytes:
     """Which file stands there; nothing if none does."""
     try:
@@ -247,7 +241,7 @@ def _identity(path: str) -> bytes:
 def bind(config: ServeConfig) -> TcpListener | UnixListener:
     """Its place, taken and not listening yet; ConfigError if it is somebody else's."""
     if config.uds:
-        return UnixListener(config.uds, int(config.uds_mode or DEFAULT_MODE, 8))
+        return UnixListener(config.uds, int(config.uds_mode or "660", 8))
     return TcpListener(config.host, config.port)
 
 

@@ -11,37 +11,29 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertpair.serving.metrics import ServeMetrics
-from bertpair.serving.requests import RequestError, error_json
+from bertpair.serving.requests import Headers, RequestError
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("bertpair.access")
 
-UNMATCHED = "unmatched"
-CLIENT_LEFT = 499
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_SHOWN_PATH = 200
 _PROBES = {"/livez", "/readyz", "/metrics"}  # asked by the machine's address, under any name
-_EXPOSED = "X-Request-ID, X-Queue-Ms, X-Inference-Ms, Retry-After"
-
-Headers = Sequence[tuple[bytes, bytes]]
 
 
 @dataclass
 class Exchange:
-    """One request and what became of it. Routes fill in `route` and, where they have run rows, `fields`."""
+    """One request and what became of it. Routes that have run rows fill in `fields` of the access log."""
 
     request_id: str
     began: float = field(default_factory=time.monotonic)
-    route: str = UNMATCHED
     status: int = 0
     inflight_bytes: int = 0  # of its body, held until it is answered
     fields: dict[str, object] = field(default_factory=dict)
@@ -51,12 +43,7 @@ class Shell:
     """Wraps the routes. `hosts` None: any Host; `origins`: web pages that may read answers, or `*`."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        metrics: ServeMetrics,
-        *,
-        hosts: frozenset[str] | None = None,
-        origins: Sequence[str] = (),
+        self, app: ASGIApp, metrics: ServeMetrics, *, hosts: frozenset[str] | None, origins: Sequence[str]
     ) -> None:
         self.app, self.metrics, self.hosts, self.origins = app, metrics, hosts, origins
 
@@ -67,7 +54,7 @@ class Shell:
         exchange = Exchange(choose_request_id(headers))
         scope["exchange"] = exchange
         scope["app"] = self  # Starlette's routes raise their 404 and 405 only where there is one
-        extra = self._extra_headers(headers, exchange)
+        extra = [(b"x-request-id", exchange.request_id.encode()), *self._extra_headers(headers)]
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -76,29 +63,32 @@ class Shell:
             await send(message)
 
         try:
-            await self._answer(scope, receive, send_with_headers, exchange)
+            if error := await self._answer(scope, receive, send_with_headers):
+                await error.response(exchange.request_id)(scope, receive, send_with_headers)
         finally:
             self._record(scope, exchange)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> RequestError | None:
+        """Let the routes answer; the error where they do not."""
+        exchange: Exchange = scope["exchange"]
         try:
-            check_version(scope["http_version"])
+            if scope["http_version"] not in ("1.0", "1.1"):
+                return RequestError(505, "http_version_not_supported", "HTTP/1.1 is spoken here", close=True)
             self._check_host(scope)
             await self.app(scope, receive, send)
         except ClientDisconnect:
             self.metrics.disconnects.inc()
-            exchange.status = CLIENT_LEFT
+            exchange.status = 499  # as nginx logs it
         except RequestError as error:
-            await send_error(send, error, exchange)
+            return error
         except HTTPException as error:
-            exchange.route = getattr(scope.get("endpoint"), "route_path", UNMATCHED)  # a 405 has one
-            await send_error(send, translate(error), exchange)
+            return translate(error)
         except Exception:
             logger.exception("request %s failed", exchange.request_id)
             if exchange.status:  # half an answer is out: nothing honest can follow it
                 raise
-            message = "a defect of the server; its log has the request_id"
-            await send_error(send, RequestError(500, "internal_error", message), exchange)
+            return RequestError(500, "internal_error", "a defect of the server; its log has the request_id")
+        return None
 
     def _check_host(self, scope: Scope) -> None:
         names = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
@@ -109,8 +99,8 @@ class Shell:
             message = "this server does not answer to that Host; its setting allowed_hosts says to which"
             raise RequestError(400, "unknown_host", message, close=True)
 
-    def _extra_headers(self, headers: Headers, exchange: Exchange) -> list[tuple[bytes, bytes]]:
-        extra = [(b"x-request-id", exchange.request_id.encode())]
+    def _extra_headers(self, headers: Headers) -> Headers:
+        extra: list[tuple[bytes, bytes]] = []
         names = {name for name, _ in headers}
         if {b"content-length", b"transfer-encoding"} <= names:
             extra.append((b"connection", b"close"))  # a proxy might believe the other length
@@ -119,10 +109,9 @@ class Shell:
         extra.append((b"vary", b"Origin"))
         origin = next((value for name, value in headers if name == b"origin"), b"")
         if "*" in self.origins or origin.decode("latin-1") in self.origins:
-            allowed = b"*" if "*" in self.origins else origin
             extra += [
-                (b"access-control-allow-origin", allowed),
-                (b"access-control-expose-headers", _EXPOSED.encode()),
+                (b"access-control-allow-origin", b"*" if "*" in self.origins else origin),
+                (b"access-control-expose-headers", b"X-Request-ID, X-Queue-Ms, X-Inference-Ms, Retry-After"),
             ]
             if b"access-control-request-method" in names:
                 extra += [
@@ -135,14 +124,15 @@ class Shell:
     def _record(self, scope: Scope, exchange: Exchange) -> None:
         seconds = time.monotonic() - exchange.began
         status = exchange.status or 500
-        self.metrics.count_answer(exchange.route, status, seconds)
+        route = getattr(scope.get("endpoint"), "route_path", "unmatched")  # a 405 has one
+        self.metrics.count_answer(route, status, seconds)
         client = scope.get("client")
         line = {
             "time": round(time.time(), 3),
             "request_id": exchange.request_id,
             "client": client[0] if client else None,
             "method": scope["method"][:20],
-            "path": scope["path"][:_SHOWN_PATH],
+            "path": scope["path"][:200],
             "status": status,
             "ms": round(seconds * 1000, 1),
             **exchange.fields,
@@ -158,12 +148,6 @@ def choose_request_id(headers: Headers) -> str:
     return secrets.token_hex(8)
 
 
-def check_version(version: str) -> None:
-    if version not in ("1.0", "1.1"):
-        message = "HTTP/1.1 is spoken here"
-        raise RequestError(505, "http_version_not_supported", message, close=True)
-
-
 def host_name(value: str) -> str:
     """Without its port, in lower case; an IPv6 address keeps its brackets."""
     if value.startswith("["):
@@ -177,17 +161,3 @@ def translate(error: HTTPException) -> RequestError:
         message = "the method is not allowed here; Allow says which are"
         return RequestError(405, "method_not_allowed", message, headers=error.headers)
     return RequestError(error.status_code, "not_found", "there is nothing at this path")
-
-
-async def send_error(send: Send, error: RequestError, exchange: Exchange) -> None:
-    body = error_json(error, exchange.request_id)
-    headers: Mapping[str, str] = {
-        "Content-Type": "application/json",
-        "Content-Length": str(len(body)),
-        **error.headers,
-        **({"Connection": "close"} if error.close else {}),
-    }
-    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-    start: dict[str, Any] = {"type": "http.response.start", "status": error.status, "headers": raw}
-    await send(start)
-    await send({"type": "http.response.body", "body": body})

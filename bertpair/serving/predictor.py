@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,24 @@ import numpy as np
 import numpy.typing as npt
 
 from bertpair.checkpoints.checkpoint import open_model
+from bertpair.checkpoints.manifest import MANIFEST_NAME, read_manifest
 from bertpair.data.source import columns_for, resolve_source
 from bertpair.data.tokenizer import Tokens, check_max_length, offsets_of
 from bertpair.data.tsv import read_pairs
 from bertpair.errors import ConfigError, DataError, first_line
 from bertpair.evaluation.classifier import PairClassifier, Prediction
+from bertpair.model.config import ModelFolder
 from bertpair.model.packed import fill_up
 from bertpair.model.pretrained import find_weights, weight_files
 from bertpair.runtime import set_threads
+from bertpair.serving.batcher import ROUND_UP
 from bertpair.serving.requests import BadNumberError
 from bertpair.settings.config import DataSettings, model_settings
 from bertpair.settings.serve import RequestLimits, ServeConfig, settle_limits
 
 logger = logging.getLogger(__name__)
 
-TARGET_SECONDS = 0.3  # of the largest batch, where max_batch_tokens is left to the warm-up
 CHECK_ROWS = 256
-ENOUGH_AGREEMENT = 0.98
-SHORTEST = 8  # tokens of a row, as the queue counts them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Agreement:
 
     @property
     def is_enough(self) -> bool:
-        return self.agreement >= ENOUGH_AGREEMENT
+        return self.agreement >= 0.98
 
 
 @dataclasses.dataclass
@@ -76,7 +76,6 @@ class Predictor:
     precision: str  # float32, bf16, fp16 or int8
     settings: Mapping[str, Any]  # those it was trained with
     num_threads: int
-    budget: int = 4096  # padded tokens of a batch; the warm-up finds it
     agreement: Agreement | None = None
 
     @property
@@ -101,12 +100,6 @@ class Predictor:
         predictions = self.classifier.predict_tokens(join_rows(rows))
         return [p if math.isfinite(p.score) else BadNumberError() for p in predictions]
 
-    # Warm-up: one call each on the model's thread, so that none of them looks like a hang
-
-    def begin_thread(self) -> None:
-        """torch's number of threads is a setting of each thread."""
-        set_threads(self.num_threads)
-
     def time_batch(self, lengths: Sequence[int]) -> float:
         """Seconds of one batch of rows of these lengths, the better of two runs: the first may still be
         preparing something."""
@@ -123,37 +116,27 @@ class Predictor:
         """Lengths of batches that bring every number of tokens and of rows that a kernel is kept for."""
         for count in _filled(max_tokens):
             yield [self.cut] * (count // self.cut) + ([count % self.cut] if count % self.cut else [])
-        for count in _filled(min(max_rows, max_tokens // SHORTEST)):
-            yield [SHORTEST] * min(count, max_rows)
-
-    def budget_search(self, most_rows: int) -> Generator[int, float, None]:
-        """Yields how many rows of the cut's length to time next and is sent the seconds.
-
-        Doubles until a batch takes longer than TARGET_SECONDS (or has `most_rows`: more never wait together),
-        then halves the gap down to an eighth. When it ends, `budget` is the largest number of padded tokens
-        that stayed below; one row's at least.
-        """
-        good, bad = 0, 0
-        while not bad and good < most_rows:
-            num_rows = min(most_rows, max(1, 2 * good))
-            if (yield num_rows) <= TARGET_SECONDS:
-                good = num_rows
-            else:
-                bad = num_rows
-        while bad - good > max(1, good // 8):
-            middle = (good + bad) // 2
-            if (yield middle) <= TARGET_SECONDS:
-                good = middle
-            else:
-                bad = middle
-        self.budget = max(1, good) * self.cut
+        for count in _filled(min(max_rows, max_tokens // ROUND_UP)):  # of the shortest that the queue counts
+            yield [ROUND_UP] * min(count, max_rows)
 
     def check_agreement(self, path: str, folder: str | Path) -> Agreement:
-        """Compare with float32 on the first CHECK_ROWS rows of `path`, whose columns are the training's."""
+        """Compare with float32 on the first CHECK_ROWS rows of `path`, whose columns are the training's.
+
+        What comes out is kept in `agreement`, and said in one line.
+        """
         pairs = _read_rows(path, self.settings, self.classifier)
         exact = PairClassifier.from_pretrained(folder, max_seq_length=self.cut, device="cpu", optimize=False)
         rows = pairs if self.takes_pairs else [a for a, _ in pairs]
-        return compare(self.classifier.predict(rows), exact.predict(rows))
+        self.agreement = found = compare(self.classifier.predict(rows), exact.predict(rows))
+        logger.log(
+            logging.INFO if found.is_enough else logging.WARNING,
+            "%s agrees with float32 on %.1f %% of %d rows; largest change %.4f",
+            self.precision,
+            100 * found.agreement,
+            found.num_rows,
+            found.largest_change,
+        )
+        return found
 
 
 def _filled(most: int) -> Iterator[int]:
@@ -179,12 +162,11 @@ def compare(found: Sequence[Prediction], exact: Sequence[Prediction]) -> Agreeme
     same, change = 0, 0.0
     for ours, theirs in zip(found, exact, strict=True):
         if theirs.label is None:
-            difference = abs(ours.score - theirs.score)
-            same += difference <= 0.01
-            change = max(change, difference)
-            continue
-        same += ours.label == theirs.label
-        changes = (abs(ours.probabilities[label] - p) for label, p in theirs.probabilities.items())
+            changes = [abs(ours.score - theirs.score)]
+            same += changes[0] <= 0.01
+        else:
+            changes = [abs(ours.probabilities[label] - p) for label, p in theirs.probabilities.items()]
+            same += ours.label == theirs.label
         change = max(change, *changes)
     return Agreement(len(exact), same / max(1, len(exact)), change)
 
@@ -211,12 +193,42 @@ def load_predictor(config: ServeConfig) -> Predictor:
     assert config.model_dir is not None
     threads = set_threads(config.num_threads)
     folder = open_model(config.model_dir, verify=False)  # it is verified when its weights are read
-    path, settings = folder.path, model_settings(folder.path)
+    settings = model_settings(folder.path)
+    classifier = _load_classifier(config, folder, settings)
+    takes_pairs = classifier.takes_pairs = classifier.takes_pairs is not False  # where nothing says so, pairs
+    limits = _fit_limits(config, classifier.max_seq_length, num_texts=2 if takes_pairs else 1)
+    if config.quantize_check is not None:
+        _read_rows(config.quantize_check, settings, classifier)  # a wrong file is said at once
+    precision = classifier.scorer.precision
+    name = config.quantize or {"off": "float32"}.get(precision.name, precision.name)
+    logger.info(
+        "%s: %s, device %s, %d threads, %s (%s), cut at %d tokens",
+        config.model_dir,
+        f"{len(classifier.labels)} labels" if classifier.labels else "regression",
+        classifier.scorer.device,
+        threads,
+        name,
+        "as set" if config.quantize else precision.reason,
+        classifier.max_seq_length,
+    )
+    return Predictor(
+        classifier,
+        Path(config.model_dir).resolve().name,
+        weights_digest(folder.path)[:12],
+        takes_pairs=takes_pairs,
+        limits=limits,
+        precision=name,
+        settings=settings,
+        num_threads=threads,
+    )
+
+
+def _load_classifier(config: ServeConfig, folder: ModelFolder, settings: Mapping[str, Any]) -> PairClassifier:
     trained = settings.get("max_seq_length")
     if isinstance(trained, int):
         trained = min(trained, folder.config.max_position_embeddings)
-    classifier = PairClassifier.from_pretrained(
-        path,
+    return PairClassifier.from_pretrained(
+        folder.path,
         labels=config.labels,
         max_seq_length=config.max_seq_length or trained,
         device=config.device,
@@ -224,48 +236,32 @@ def load_predictor(config: ServeConfig) -> Predictor:
         quantize=config.quantize,
         max_batch_tokens=2**31,  # the queue cuts batches, not the scorer
     )
-    cut = classifier.max_seq_length
-    classifier.takes_pairs = classifier.takes_pairs is not False  # where nothing says so, pairs
-    num_texts = 2 if classifier.takes_pairs else 1
+
+
+def _fit_limits(config: ServeConfig, cut: int, num_texts: int) -> RequestLimits:
+    """What a request to this model may hold; ConfigError where the settings do not fit the model."""
     check_max_length(cut, num_texts=num_texts)
     limits = settle_limits(config, cut, num_texts)
     if config.max_batch_tokens is not None and config.max_batch_tokens < cut:
         raise ConfigError(
             f"max_batch_tokens {config.max_batch_tokens} is below the cut of {cut} tokens: a row must fit"
         )
-    if config.quantize_check is not None:
-        _read_rows(config.quantize_check, settings, classifier)  # a wrong file is said at once
-    precision = {"off": "float32"}.get(classifier.scorer.precision.name, classifier.scorer.precision.name)
-    found = Predictor(
-        classifier,
-        Path(config.model_dir).resolve().name,
-        weights_digest(path)[:12],
-        takes_pairs=classifier.takes_pairs,
-        limits=limits,
-        precision=config.quantize or precision,
-        settings=settings,
-        num_threads=threads,
-    )
-    reason = "as set" if config.quantize else classifier.scorer.precision.reason
-    logger.info(
-        "%s: %s, device %s, %d threads, %s (%s), cut at %d tokens",
-        config.model_dir,
-        f"{len(found.labels)} labels" if found.labels else "regression",
-        classifier.scorer.device,
-        threads,
-        found.precision,
-        reason,
-        cut,
-    )
-    return found
+    return limits
 
 
 def weights_digest(folder: Path) -> str:
-    """The sha256 of the weight file; of several shards, of their digests in the order of their names."""
+    """The sha256 of the weight file; of several shards, of their digests in the order of their names.
+
+    A manifest's are taken from it: it was held against the files when the model was loaded.
+    """
     found = find_weights(folder)
     assert found is not None  # the model was loaded from it
-    digests = []
-    for path in weight_files(found):
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    entries = read_manifest(folder).files if (folder / MANIFEST_NAME).is_file() else ()
+    known = {entry.name: entry.sha256 for entry in entries}
+    digests = [known.get(path.name) or _sha256(path) for path in weight_files(found)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

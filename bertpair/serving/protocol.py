@@ -10,7 +10,6 @@ so that no client sends one to a connection that goes away.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import re
 import secrets
 from collections.abc import Callable
@@ -19,24 +18,15 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bertpair.serving.requests import RequestError, error_json
+from bertpair.serving.requests import MAX_URL_BYTES, RequestError, headers_too_large, url_too_long
+from bertpair.settings.serve import ServeConfig
 
-MAX_URL_BYTES = 8192
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 2**20
 FAREWELL_SECONDS = 1.0  # once nobody new gets in: a request that was under way has come by then
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)([/?][^#]*)?", re.IGNORECASE)
 _AUTHORITY = re.compile(rb"(?:[\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")  # no user's name
 UNANSWERED = (h11.IDLE, h11.SEND_RESPONSE)  # states of ours in which an answer can still begin
-
-
-@dataclasses.dataclass(frozen=True)
-class ProtocolLimits:
-    """`receive_timeout` in seconds: for a request to arrive whole, and for an answer to be taken."""
-
-    max_header_bytes: int
-    max_connections: int
-    receive_timeout: float
 
 
 class RememberingConnection(h11.Connection):
@@ -133,15 +123,15 @@ class GuardedProtocol(H11Protocol):
     def __init__(
         self,
         *args: Any,
-        limits: ProtocolLimits,
+        settings: ServeConfig,
         on_event: Callable[[str], None],
         is_draining: Callable[[], bool],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.limits, self.on_event, self.is_draining = limits, on_event, is_draining
+        self.settings, self.on_event, self.is_draining = settings, on_event, is_draining
         # Larger than what the application allows: it is the one that answers 431 and 414, after 404 and 401.
-        room = limits.max_header_bytes + MAX_URL_BYTES + 1024
+        room = settings.max_header_bytes + MAX_URL_BYTES + 1024
         self.conn: RememberingConnection = RememberingConnection(room, self._is_ending)
         self.is_refused = self.is_lost = self.is_last = False
         self.num_discarded = 0
@@ -169,7 +159,7 @@ class GuardedProtocol(H11Protocol):
             self._disarm("receive")
         elif "receive" not in self.timers or self.watched_cycle != conn.num_cycles:
             self.watched_cycle = conn.num_cycles
-            self._arm("receive", self.limits.receive_timeout, self._give_up)
+            self._arm("receive", self.settings.receive_timeout, self._give_up)
 
     def _give_up(self) -> None:
         """The deadline has come: 408 if part of a request came and no answer has begun, else silence."""
@@ -184,7 +174,7 @@ class GuardedProtocol(H11Protocol):
     # Callbacks of the transport
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        if len(self.connections) >= self.limits.max_connections:
+        if len(self.connections) >= self.settings.max_connections:
             self.is_refused = True
             self.on_event("connection_refused")
             transport.close()
@@ -223,11 +213,11 @@ class GuardedProtocol(H11Protocol):
 
     def eof_received(self) -> None:
         if not self.is_refused:  # asyncio closes now, once what is buffered is taken: not for ever
-            self._arm("abort", self.limits.receive_timeout, self._abort)
+            self._arm("abort", self.settings.receive_timeout, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._arm("write", self.limits.receive_timeout, self._abort_unread)
+        self._arm("write", self.settings.receive_timeout, self._abort_unread)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -272,9 +262,8 @@ class GuardedProtocol(H11Protocol):
         hint = fault.error_status_hint if fault else 400
         if hint == 431 and self.conn.their_state is not h11.SEND_BODY and self.cycle_is_over:
             if b"\n" not in self.conn.trailing_data[0]:
-                return RequestError(414, "url_too_long", f"the URL is longer than {MAX_URL_BYTES} bytes")
-            limit = self.limits.max_header_bytes
-            return RequestError(431, "headers_too_large", f"the headers are larger than {limit} bytes")
+                return url_too_long()
+            return headers_too_large(self.settings.max_header_bytes)
         if hint == 501:
             return RequestError(501, "not_implemented", "of transfer codings only chunked is known")
         return RequestError(400, "bad_request", "this is not a sound HTTP/1.1 request")
@@ -295,20 +284,17 @@ class GuardedProtocol(H11Protocol):
 
     def _write_answer(self, error: RequestError) -> None:
         request_id = secrets.token_hex(8)
-        body = error_json(error, request_id)
-        headers = [
-            *self.server_state.default_headers,
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", request_id.encode()),
-            (b"connection", b"close"),
-        ]
+        response = error.response(request_id)
+        own = {b"x-request-id": request_id.encode(), b"connection": b"close"}
+        others = [(name, value) for name, value in response.raw_headers if name not in own]
+        headers = [*self.server_state.default_headers, *others, *own.items()]
         is_head = not self.cycle_is_over and self.scope["method"] == "HEAD"
-        events = [
-            h11.Response(status_code=error.status, headers=headers),
-            h11.Data(data=b"" if is_head else body),
-        ]
-        for event in [*events, h11.EndOfMessage()]:
+        body = b"" if is_head else bytes(response.body)
+        for event in (
+            h11.Response(status_code=response.status_code, headers=headers),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
             self.transport.write(self.conn.send(event) or b"")
 
     def _end_cycle(self) -> None:
@@ -330,18 +316,15 @@ class GuardedProtocol(H11Protocol):
             gentle.real.write_eof()
         self.flow.resume_reading()
         self._arm("linger", LINGER_SECONDS, self._end)
-        self._arm("abort", self.limits.receive_timeout + LINGER_SECONDS, self._abort)
+        self._arm("abort", self.settings.receive_timeout + LINGER_SECONDS, gentle.abort)
 
     def _end(self) -> None:
         """Close for good; what is not taken by its reader in time is thrown away."""
         gentle: Any = self.transport
         gentle.closing = True
         gentle.real.close()
-        self._arm("abort", self.limits.receive_timeout, self._abort)
-
-    def _abort(self) -> None:
-        self.transport.abort()
+        self._arm("abort", self.settings.receive_timeout, gentle.abort)
 
     def _abort_unread(self) -> None:
         self.on_event("unread_answer")
-        self._abort()
+        self.transport.abort()

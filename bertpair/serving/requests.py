@@ -1,7 +1,8 @@
-"""JSON over HTTP, read strictly and in one place: a body within its limit, then syntax, then meaning.
+"""What a server makes of a request that it does not answer with 200, and how strictly it reads a body.
 
-Syntax (400): UTF-8 without a byte order mark, no NaN or Infinity, no key twice, at most 32 levels, numbers of
-bounded length. Meaning (422): the fields and texts that a route wants. No message repeats what was sent.
+`RequestError` is every refusal, and the one place where an error becomes JSON. A body is read within its
+limit, then for its syntax (400: UTF-8 without a byte order mark, no NaN or Infinity, no key twice, at most 32
+levels, numbers of bounded length), then for its meaning (422: the fields and texts that a route wants).
 """
 
 from __future__ import annotations
@@ -12,32 +13,113 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
+from starlette.responses import Response
 
 from bertpair.data.records import INVISIBLE, is_blank
+from bertpair.data.tokenizer import text_fault
 from bertpair.settings.files import unique_keys
 
+JSON = "application/json"
+MAX_RETRY_SECONDS = 60
+MAX_URL_BYTES = 8192
 MAX_DEPTH = 32
-MAX_DIGITS = (
-    4300  # Python's own bound for int(); said here, so that it holds whatever the interpreter is told
-)
+MAX_DIGITS = 4300  # as Python's own bound for int(), but whatever the interpreter is told
+TEXT_PATTERN = rf"^[^\u0000]*[^{INVISIBLE}][^\u0000]*$"  # what `check_text` wants, as JSON Schema says it
 _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|([\[{])|([\]}])', re.DOTALL)
 _PARAMETER = re.compile(r'[ \t]*;[ \t]*(?:([\w!#$%&\'*+.^`|~-]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"|[^\s";]*))?')
-TEXT_PATTERN = rf"^[^\u0000]*[^{INVISIBLE}][^\u0000]*$"  # what `check_text` wants, as JSON Schema says it
+
+Headers = Sequence[tuple[bytes, bytes]]
 
 
-def error_json(error: RequestError, request_id: str) -> bytes:
-    """The body of every answer that is an error."""
-    body = {
-        "type": error.kind,
-        "message": error.message,
-        "field": error.field,
-        "request_id": request_id,
-    }
-    return json.dumps({"error": body}).encode()
+class RequestError(Exception):
+    """A refusal. `message` never holds anything of what the client sent; `field` names the part at fault.
+
+    `wait`: come back after so many seconds. `close` the connection: the rest is not worth reading.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        message: str,
+        *,
+        field: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        wait: float | None = None,
+        close: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.message, self.field = status, kind, message, field
+        self.headers = dict(headers or {})
+        if wait is not None:
+            self.headers["Retry-After"] = str(retry_after(wait))
+        if close:
+            self.headers["Connection"] = "close"
+
+    def response(self, request_id: str) -> Response:
+        """The answer that says so."""
+        error = {"type": self.kind, "message": self.message, "field": self.field, "request_id": request_id}
+        body = json.dumps({"error": error}).encode()
+        headers = {"Content-Type": JSON, "Content-Length": str(len(body)), **self.headers}
+        return Response(body, self.status, headers)
 
 
-def check_content_type(headers: Sequence[tuple[bytes, bytes]], *, may_be_any: bool = False) -> None:
+class QueueFullError(RequestError):
+    """Refused: too much waits already; room is expected after `wait` seconds."""
+
+    def __init__(self, wait: float) -> None:
+        message = f"too many requests are waiting; retry after {retry_after(wait)} s"
+        super().__init__(429, "overloaded", message, wait=wait)
+
+
+class ExpiredError(RequestError):
+    """Admitted, and dropped without running because it waited longer than the deadline."""
+
+    def __init__(self, wait: float) -> None:
+        message = "waited longer than the queue's deadline and was not run"
+        super().__init__(503, "deadline_passed", message, wait=wait)
+
+
+class NoMemoryError(RequestError):
+    """It does not fit into memory, even alone and halved."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "no_memory", "not enough memory for this request", wait=1)
+
+
+class BadNumberError(RequestError):
+    """The model answered with NaN or an infinity."""
+
+    def __init__(self) -> None:
+        super().__init__(500, "not_a_number", "the model's answer is not a finite number")
+
+
+class ClosedError(RequestError):
+    """Nothing is taken any more."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "closed", "the server is going away", wait=1)
+
+
+def url_too_long() -> RequestError:
+    return RequestError(414, "url_too_long", f"the URL is longer than {MAX_URL_BYTES} bytes", close=True)
+
+
+def headers_too_large(max_bytes: int) -> RequestError:
+    message = f"the headers are larger than {max_bytes} bytes"
+    return RequestError(431, "headers_too_large", message, close=True)
+
+
+def retry_after(wait: float) -> int:
+    """`wait` in whole seconds, as Retry-After has them."""
+    return max(1, math.ceil(min(wait, MAX_RETRY_SECONDS)))
+
+
+# A body, before and while it is read
+
+
+def check_content_type(headers: Headers, *, may_be_any: bool = False) -> None:
     """RequestError 415 unless the body is said to be JSON, in UTF-8, and not compressed.
 
     With `may_be_any` the type does not matter, save for a browser's request: a page of somebody else's
@@ -47,7 +129,7 @@ def check_content_type(headers: Sequence[tuple[bytes, bytes]], *, may_be_any: bo
     is_exempt = may_be_any and all(name != b"origin" for name, _ in headers)
     if not is_exempt and not (len(types) == 1 and _is_json_type(types[0])):
         message = "Content-Type must be application/json (charset utf-8, if any)"
-        raise RequestError(415, "unsupported_media_type", message, headers={"Accept": "application/json"})
+        raise RequestError(415, "unsupported_media_type", message, headers={"Accept": JSON})
     codings = b",".join(value for name, value in headers if name == b"content-encoding").lower()
     if any(coding.strip() not in (b"", b"identity") for coding in codings.split(b",")):
         message = "Content-Encoding is not supported: send the body as it is"
@@ -57,7 +139,7 @@ def check_content_type(headers: Sequence[tuple[bytes, bytes]], *, may_be_any: bo
 def _is_json_type(value: str) -> bool:
     """application/json with any parameters; a charset among them is UTF-8."""
     kind, semicolon, rest = value.partition(";")
-    if kind.strip().lower() != "application/json":
+    if kind.strip().lower() != JSON:
         return False
     found = semicolon + rest.rstrip()
     position = 0
@@ -71,17 +153,16 @@ def _is_json_type(value: str) -> bool:
     return True
 
 
-def check_length(headers: Sequence[tuple[bytes, bytes]], max_bytes: int) -> None:
+def check_length(headers: Headers, max_bytes: int) -> None:
     """RequestError 413 if Content-Length promises too much: nothing is read, nobody is told to continue."""
     if any(name == b"transfer-encoding" for name, _ in headers):
         return  # it wins over a Content-Length; chunks are counted as they come
     if any(int(value) > max_bytes for name, value in headers if name == b"content-length"):
-        raise too_large(max_bytes)
+        raise _too_large(max_bytes)
 
 
-def too_large(max_bytes: int) -> RequestError:
-    message = f"the body is larger than {max_bytes} bytes"
-    return RequestError(413, "body_too_large", message, close=True)
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError(413, "body_too_large", f"the body is larger than {max_bytes} bytes", close=True)
 
 
 async def read_body(request: Request, max_bytes: int, hold: Callable[[int], None]) -> bytes:
@@ -90,17 +171,15 @@ async def read_body(request: Request, max_bytes: int, hold: Callable[[int], None
     `hold` is told the number of bytes of each part before it is kept, and may raise.
     """
     body = bytearray()
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect()
-        part = message.get("body", b"")
+    async for part in request.stream():
         if len(body) + len(part) > max_bytes:
-            raise too_large(max_bytes)
+            raise _too_large(max_bytes)
         hold(len(part))
         body += part
-        if not message.get("more_body", False):
-            return bytes(body)
+    return bytes(body)
+
+
+# Syntax
 
 
 def parse_json(body: bytes) -> Any:
@@ -124,14 +203,8 @@ def parse_json(body: bytes) -> Any:
         )
     except json.JSONDecodeError as error:
         raise _bad_json(f"not JSON: {error.msg.split(':')[0].lower()} at character {error.pos}") from None
-    except _BadNumberError as error:
-        raise _bad_json(str(error)) from None
     except ValueError:
         raise _bad_json("a key stands twice in one object") from None
-
-
-class _BadNumberError(ValueError):
-    """A number that JSON does not have, or that nobody needs."""
 
 
 def _bad_json(message: str) -> RequestError:
@@ -148,19 +221,19 @@ def _check_depth(text: str) -> None:
 
 
 def _refuse_constant(name: str) -> object:
-    raise _BadNumberError("NaN and Infinity are not JSON")
+    raise _bad_json("NaN and Infinity are not JSON")
 
 
 def _bounded_int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise _BadNumberError(f"a number of more than {MAX_DIGITS} digits")
+        raise _bad_json(f"a number of more than {MAX_DIGITS} digits")
     return int(digits)
 
 
 def _bounded_float(digits: str) -> float:
     value = float(digits) if len(digits) <= MAX_DIGITS else math.inf
     if math.isinf(value):
-        raise _BadNumberError("a number too large to hold")
+        raise _bad_json("a number too large to hold")
     return value
 
 
@@ -194,18 +267,18 @@ def check_object(
 def check_text(value: Any, field: str, max_chars: int) -> str:
     """A text that is not blank, holds no NUL and no half of a surrogate pair, and is not too long."""
     if not isinstance(value, str):
-        raise bad_value(f"{field}: expected a string, found {json_type(value)}", field)
-    if len(value) > max_chars:
-        raise bad_value(f"{field}: found {len(value)} characters; at most {max_chars} are allowed", field)
-    if "\0" in value:
-        raise bad_value(f"{field}: found a NUL character", field)
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise bad_value(f"{field}: found half of a surrogate pair; expected Unicode text", field) from None
-    if is_blank(value):
-        raise bad_value(f"{field}: found a blank text", field)
-    return value
+        fault = f"expected a string, found {json_type(value)}"
+    elif len(value) > max_chars:
+        fault = f"found {len(value)} characters; at most {max_chars} are allowed"
+    elif "\0" in value:
+        fault = "found a NUL character"
+    elif text_fault(value):
+        fault = "found half of a surrogate pair; expected Unicode text"
+    elif is_blank(value):
+        fault = "found a blank text"
+    else:
+        return value
+    raise bad_value(f"{field}: {fault}", field)
 
 
 def check_switch(value: Any, field: str) -> bool:
@@ -218,60 +291,3 @@ def json_type(value: Any) -> str:
     """What JSON calls it."""
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array"}
     return "null" if value is None else names.get(type(value), "an object")
-
-
-class RequestError(Exception):
-    """A refusal. `message` never holds anything of what the client sent; `field` names the part at fault."""
-
-    def __init__(
-        self,
-        status: int,
-        kind: str,
-        message: str,
-        *,
-        field: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        close: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.message, self.field = status, kind, message, field
-        self.headers = dict(headers or {})
-        self.close = close  # the connection too: the rest of the request is not worth reading
-
-
-class QueueFullError(RequestError):
-    """Refused: too much waits already; room is expected after `retry_after` seconds."""
-
-    def __init__(self, retry_after: int) -> None:
-        message = f"too many requests are waiting; retry after {retry_after} s"
-        super().__init__(429, "overloaded", message, headers={"Retry-After": str(retry_after)})
-        self.retry_after = retry_after
-
-
-class ExpiredError(RequestError):
-    """Admitted, and dropped without running because it waited longer than the deadline."""
-
-    def __init__(self, retry_after: int) -> None:
-        message = "waited longer than the queue's deadline and was not run"
-        super().__init__(503, "deadline_passed", message, headers={"Retry-After": str(retry_after)})
-
-
-class NoMemoryError(RequestError):
-    """It does not fit into memory, even alone and halved."""
-
-    def __init__(self) -> None:
-        super().__init__(503, "no_memory", "not enough memory for this request", headers={"Retry-After": "1"})
-
-
-class BadNumberError(RequestError):
-    """The model answered with NaN or an infinity."""
-
-    def __init__(self) -> None:
-        super().__init__(500, "not_a_number", "the model's answer is not a finite number")
-
-
-class ClosedError(RequestError):
-    """Nothing is taken any more."""
-
-    def __init__(self) -> None:
-        super().__init__(503, "closed", "the server is going away", headers={"Retry-After": "1"})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from bertpair.serving.requests import TEXT_PATTERN
+from bertpair.serving.requests import JSON, TEXT_PATTERN
 
 Schema = dict[str, Any]
 
@@ -25,34 +26,29 @@ _WHY = {
 }
 _ON_EVERY = (400, 408, 414, 417, 431, 500)
 _ON_BODIES = (413, 415, 422, 429, 503)
+_STRING: Schema = {"type": "string"}
+_PROBABILITY: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 
 
 def describe_api(facts: Mapping[str, Any], *, keyed: bool, root_path: str | None = None) -> Schema:
     """The document; `facts` is what /info says, `root_path` the prefix under which a proxy shows it all."""
-    paths = {
-        "/v1/predict": {
-            "post": _post("predict", "Classify one pair.", _one(facts), _prediction(facts), keyed)
-        },
-        "/v1/predict/batch": {
-            "post": _post("predict_batch", "Classify several.", _several(facts), _predictions(facts), keyed)
-        },
-        "/livez": {
-            "get": _get("livez", "Whether the process answers.", _status("live"), False, may_fail=True)
-        },
-        "/readyz": {
-            "get": _get("readyz", "Whether to send it work.", _status("ready"), False, may_fail=True)
-        },
-        "/info": {"get": _get("info", "The model and its limits.", _info(facts), keyed)},
-        "/metrics": {"get": _text("metrics", "Figures for Prometheus.", "text/plain", keyed)},
-        "/openapi.json": {"get": _get("openapi", "This document.", {"type": "object"}, keyed)},
-        "/": {"get": _text("page", "A page for people.", "text/html", False)},
+    ask, show = partial(_operation, keyed=keyed), partial(_operation, keyed=False)
+    one, several, old = _bodies(facts)
+    prediction = _prediction(facts)
+    predictions = _object({"predictions": _rows(facts, prediction)})
+    operations = {
+        "/v1/predict": ask("predict", "Classify one pair.", _json(prediction), body=one),
+        "/v1/predict/batch": ask("predict_batch", "Classify several.", _json(predictions), body=several),
+        "/livez": show("livez", "Whether the process answers.", _status("live"), fails=(503,)),
+        "/readyz": show("readyz", "Whether to send it work.", _status("ready"), fails=(503,)),
+        "/info": ask("info", "The model and its limits.", _json(_info(facts))),
+        "/metrics": ask("metrics", "Figures for Prometheus.", {"text/plain": {"schema": _STRING}}),
+        "/openapi.json": ask("openapi", "This document.", _json({"type": "object"})),
+        "/": show("page", "A page for people.", {"text/html": {"schema": _STRING}}),
     }
     if facts["labels"] is not None:
-        paths["/v1/model_prediction/"] = {
-            "post": _post(
-                "model_prediction", "The old contract.", _legacy(facts), _legacy_answer(facts), keyed
-            )
-        }
+        answer = _json(_old_answer(facts))
+        operations["/v1/model_prediction/"] = ask("model_prediction", "The old contract.", answer, body=old)
     components: Schema = {"schemas": {"Error": _error()}}
     if keyed:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -60,15 +56,27 @@ def describe_api(facts: Mapping[str, Any], *, keyed: bool, root_path: str | None
         "openapi": "3.1.0",
         "info": {"title": f"bertpair: {facts['model']}", "version": facts["model_version"]},
         "servers": [{"url": root_path or "/"}],
-        "paths": paths,
+        "paths": {
+            path: {"post" if "requestBody" in operation else "get": operation}
+            for path, operation in operations.items()
+        },
         "components": components,
     }
 
 
-def _operation(name: str, summary: str, answer: Schema, statuses: tuple[int, ...], keyed: bool) -> Schema:
-    errors = sorted({*statuses, *((401,) if keyed else ())})
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    responses = {str(status): {"description": _WHY[status], "content": content} for status in errors}
+def _operation(
+    name: str,
+    summary: str,
+    answer: Schema,
+    *,
+    keyed: bool,
+    body: Schema | None = None,
+    fails: tuple[int, ...] = (),
+) -> Schema:
+    """`answer` by media type; `fails` are statuses besides those of every route, every body and every key."""
+    statuses = {*_ON_EVERY, *fails, *(_ON_BODIES if body else ()), *((401,) if keyed else ())}
+    error = _json({"$ref": "#/components/schemas/Error"})
+    responses = {str(status): {"description": _WHY[status], "content": error} for status in sorted(statuses)}
     operation: Schema = {
         "operationId": name,
         "summary": summary,
@@ -76,23 +84,13 @@ def _operation(name: str, summary: str, answer: Schema, statuses: tuple[int, ...
     }
     if keyed:
         operation["security"] = [{"key": []}]
+    if body:
+        operation["requestBody"] = {"required": True, "content": _json(body)}
     return operation
 
 
-def _post(name: str, summary: str, body: Schema, answer: Schema, keyed: bool) -> Schema:
-    content = {"application/json": {"schema": answer}}
-    operation = _operation(name, summary, content, (*_ON_EVERY, *_ON_BODIES), keyed)
-    operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
-    return operation
-
-
-def _get(name: str, summary: str, answer: Schema, keyed: bool, *, may_fail: bool = False) -> Schema:
-    statuses = (*_ON_EVERY, 503) if may_fail else _ON_EVERY
-    return _operation(name, summary, {"application/json": {"schema": answer}}, statuses, keyed)
-
-
-def _text(name: str, summary: str, media_type: str, keyed: bool) -> Schema:
-    return _operation(name, summary, {media_type: {"schema": {"type": "string"}}}, _ON_EVERY, keyed)
+def _json(schema: Schema) -> Schema:
+    return {JSON: {"schema": schema}}
 
 
 def _object(
@@ -103,44 +101,28 @@ def _object(
     return {**schema, "additionalProperties": False} if strict else schema
 
 
-def _input(facts: Mapping[str, Any]) -> Schema:
-    """A text: not blank, no NUL."""
-    most = facts["limits"]["max_text_chars"]
-    return {"type": "string", "minLength": 1, "maxLength": most, "pattern": TEXT_PATTERN}
-
-
-def _texts(facts: Mapping[str, Any]) -> dict[str, Schema]:
-    names = ("text_a", "text_b") if facts["takes_pairs"] else ("text_a",)
-    return {name: _input(facts) for name in names}
-
-
-_TRUNCATE: Schema = {"type": "boolean", "default": True}
-
-
-def _one(facts: Mapping[str, Any]) -> Schema:
-    return _object({**_texts(facts), "truncate": _TRUNCATE}, ("truncate",))
-
-
-def _several(facts: Mapping[str, Any]) -> Schema:
+def _rows(facts: Mapping[str, Any], row: Schema) -> Schema:
     most = facts["limits"]["max_request_rows"]
-    pairs = {"type": "array", "minItems": 1, "maxItems": most, "items": _object(_texts(facts))}
-    return _object({"pairs": pairs, "truncate": _TRUNCATE}, ("truncate",))
+    return {"type": "array", "minItems": 1, "maxItems": most, "items": row}
 
 
-def _legacy(facts: Mapping[str, Any]) -> Schema:
-    names = ("sentence1", "sentence2") if facts["takes_pairs"] else ("sentence1",)
-    return _object({name: _input(facts) for name in names}, strict=False)
+def _bodies(facts: Mapping[str, Any]) -> tuple[Schema, Schema, Schema]:
+    """What is asked of /v1/predict, /v1/predict/batch and the old route: texts not blank, without NUL."""
+    most = facts["limits"]["max_text_chars"]
+    text = {"type": "string", "minLength": 1, "maxLength": most, "pattern": TEXT_PATTERN}
+    count = 2 if facts["takes_pairs"] else 1
+    texts = {name: text for name in ("text_a", "text_b")[:count]}
+    truncate: dict[str, Schema] = {"truncate": {"type": "boolean", "default": True}}
+    one = _object({**texts, **truncate}, ("truncate",))
+    several = _object({"pairs": _rows(facts, _object(texts)), **truncate}, ("truncate",))
+    old = _object({name: text for name in ("sentence1", "sentence2")[:count]}, strict=False)
+    return one, several, old
 
 
-def _legacy_answer(facts: Mapping[str, Any]) -> Schema:
+def _old_answer(facts: Mapping[str, Any]) -> Schema:
     """[label, score]. Not as prefixItems, which several readers of OpenAPI 3.1 stumble over."""
-    label: Schema = {"type": "string", "enum": facts["labels"]}
-    items = {"anyOf": [label, _probability()]}
+    items = {"anyOf": [{"type": "string", "enum": facts["labels"]}, _PROBABILITY]}
     return {"type": "array", "items": items, "minItems": 2, "maxItems": 2, "description": "label, score"}
-
-
-def _probability() -> Schema:
-    return {"type": "number", "minimum": 0, "maximum": 1}
 
 
 def _prediction(facts: Mapping[str, Any]) -> Schema:
@@ -151,44 +133,29 @@ def _prediction(facts: Mapping[str, Any]) -> Schema:
     }
     if facts["labels"] is None:
         return _object({"value": {"type": "number"}, **rest})
-    probabilities = _object({label: _probability() for label in facts["labels"]})
+    probabilities = _object({label: _PROBABILITY for label in facts["labels"]})
     label = {"type": "string", "enum": facts["labels"]}
-    return _object({"label": label, "score": _probability(), "probabilities": probabilities, **rest})
-
-
-def _predictions(facts: Mapping[str, Any]) -> Schema:
-    most = facts["limits"]["max_request_rows"]
-    items = {"type": "array", "minItems": 1, "maxItems": most, "items": _prediction(facts)}
-    return _object({"predictions": items})
+    return _object({"label": label, "score": _PROBABILITY, "probabilities": probabilities, **rest})
 
 
 def _status(word: str) -> Schema:
-    return _object({"status": {"type": "string", "const": word}})
+    return _json(_object({"status": {"type": "string", "const": word}}))
 
 
 def _info(facts: Mapping[str, Any]) -> Schema:
     """Every fact by name; limits and agreement are objects of their own."""
-    numbers: Schema = {"type": ["number", "null"]}
-    limits = _object({name: numbers for name in facts["limits"]})
-    agreement: Schema = {"type": ["object", "null"]}
-    known: Schema = {
+    known: dict[str, Schema] = {
         "labels": {"type": ["array", "null"], "items": {"type": "string"}},
         "takes_pairs": {"type": "boolean"},
         "max_seq_length": {"type": "integer"},
         "num_threads": {"type": "integer"},
-        "limits": limits,
-        "agreement_with_float32": agreement,
+        "limits": _object({name: {"type": ["number", "null"]} for name in facts["limits"]}),
+        "agreement_with_float32": {"type": ["object", "null"]},
     }
-    text: Schema = {"type": "string"}
-    return _object({name: known.get(name, text) for name in facts})
+    return _object({name: known.get(name, _STRING) for name in facts})
 
 
 def _error() -> Schema:
-    text: Schema = {"type": "string"}
-    fields: dict[str, Schema] = {
-        "type": text,
-        "message": text,
-        "field": {"type": ["string", "null"]},
-        "request_id": text,
-    }
-    return _object({"error": _object(fields)})
+    field: Schema = {"type": ["string", "null"]}
+    error = {"type": _STRING, "message": _STRING, "field": field, "request_id": _STRING}
+    return _object({"error": _object(error)})

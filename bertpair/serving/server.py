@@ -17,15 +17,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
 import uvicorn
 
 from bertpair.console import LogWriter
 from bertpair.errors import first_line
-from bertpair.runtime import is_device_lost, is_out_of_memory, stop_flag
-from bertpair.serving.app import Page, Service
+from bertpair.runtime import is_device_lost, is_out_of_memory, set_threads, stop_flag
+from bertpair.serving.app import Service
 from bertpair.serving.batcher import MicroBatcher, QueueLimits
 from bertpair.serving.listening import (
     BACKLOG,
@@ -38,14 +38,15 @@ from bertpair.serving.listening import (
     read_key,
     trusted_proxies,
 )
-from bertpair.serving.metrics import ServeMetrics
+from bertpair.serving.metrics import DroppedLines, ServeMetrics
 from bertpair.serving.middleware import Shell, access_logger
 from bertpair.serving.predictor import Predictor, load_predictor
-from bertpair.serving.protocol import GuardedProtocol, ProtocolLimits
+from bertpair.serving.protocol import GuardedProtocol
 from bertpair.settings.serve import ServeConfig
 
 logger = logging.getLogger(__name__)
 
+TARGET_SECONDS = 0.3  # of the largest batch, where max_batch_tokens is left to the warm-up
 CONNECT_SECONDS = 0.2  # once new clients are refused: those on their way are in by then
 
 
@@ -61,7 +62,11 @@ def serve(config: ServeConfig) -> int:
         predictor = load_predictor(config)
         if not is_local(config) and key is None:
             logger.warning("%s is reachable from other machines and no api_key_file is set", config.host)
-        return asyncio.run(_Server(config, predictor, listener, key).run())
+
+        async def run() -> int:
+            return await _Server(make_service(config, predictor, key), listener).run()
+
+        return asyncio.run(run())
     finally:
         listener.close()
 
@@ -75,27 +80,18 @@ class _QuietServer(uvicorn.Server):
 
 
 class _Server:
-    """One run of the event loop."""
+    """One run of the event loop, on which it is made."""
 
-    def __init__(
-        self,
-        config: ServeConfig,
-        predictor: Predictor,
-        listener: TcpListener | UnixListener,
-        key: bytes | None,
-    ) -> None:
-        self.config, self.predictor, self.listener = config, predictor, listener
-        self.service = Service(config, predictor, ServeMetrics(), Page(), key)
+    def __init__(self, service: Service, listener: TcpListener | UnixListener) -> None:
+        self.service, self.config, self.listener = service, service.config, listener
         self.stopping = asyncio.Event()
 
     async def run(self) -> int:
-        service = self.service
         for signum in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(signum, self._stop, signum)
         stop_flag.raise_if_set()  # a signal that came while the model was loaded
-        start_queue(service)
-        service.metrics.watch_log(count_dropped_lines)
-        server = make_uvicorn(service)
+        self.service.metrics.registry.register(DroppedLines(count_dropped_lines))
+        server = make_uvicorn(self.service)
         self.listener.listen()
         serving = asyncio.create_task(server.serve(sockets=[self.listener.socket]))
         warming = asyncio.create_task(self._warm(server))
@@ -129,83 +125,66 @@ class _Server:
             for connection in list(connections):  # idle ones, whose clients do not close
                 connection.transport.abort()
             done, _ = await asyncio.wait({serving}, timeout=1)
-        batcher = self.service.batcher
-        assert batcher is not None
         # A client may have left while its rows ran: nobody waits for those, but the thread is at them.
-        if not done or not await batcher.close(max(end - time.monotonic(), 0.5)):
-            self._give_up()
+        if not done or not await self.service.batcher.close(max(end - time.monotonic(), 0.5)):
+            logger.error("work was left over after %g s", self.config.grace_seconds)
+            end_process()
         serving.result()
         self.service.tokenizing.shutdown(wait=False)
         logger.info("drained")
         return 0
 
-    def _give_up(self) -> NoReturn:
-        """End although a thread hangs in the model: it cannot be waited for."""
-        logger.error("work was left over after %g s", self.config.grace_seconds)
-        logging.shutdown()
-        os._exit(1)
-
     async def _warm(self, server: uvicorn.Server) -> None:
         while not server.started:
             await asyncio.sleep(0.01)
         logger.info("listening on %s", self.listener)
-        batcher, predictor = self.service.batcher, self.predictor
-        assert batcher is not None
-        if self.config.quantize_check:
-            await self._check_agreement()
-        await warm_up(predictor, batcher, self.config.max_batch_tokens)
+        config, batcher, predictor = self.config, self.service.batcher, self.service.predictor
+        if config.quantize_check and config.model_dir:
+            await asyncio.to_thread(predictor.check_agreement, config.quantize_check, config.model_dir)
+        await warm_up(predictor, batcher, config.max_batch_tokens)
         self.service.is_warm = True
         logger.info("ready: batches of up to %d tokens", batcher.limits.max_batch_tokens)
 
-    async def _check_agreement(self) -> None:
-        file, folder = self.config.quantize_check, self.config.model_dir
-        assert file is not None and folder is not None
-        found = await asyncio.to_thread(self.predictor.check_agreement, file, folder)
-        self.predictor.agreement = found
-        say = logger.info if found.is_enough else logger.warning
-        say(
-            "%s agrees with float32 on %.1f %% of %d rows; largest change %.4f",
-            self.predictor.precision,
-            100 * found.agreement,
-            found.num_rows,
-            found.largest_change,
-        )
 
-
-def start_queue(service: Service) -> MicroBatcher[Any, Any]:
-    """Give the service its queue; called on the event loop."""
-    config, metrics = service.config, service.metrics
-    limits = QueueLimits(config.max_batch_tokens or 4096, config.max_queue_rows, config.queue_deadline)
+def make_service(config: ServeConfig, predictor: Predictor, key: bytes | None) -> Service:
+    """The service with its queue and its figures; called on the event loop."""
+    metrics = ServeMetrics()
+    max_batch_tokens = config.max_batch_tokens or QueueLimits.max_batch_tokens  # until the warm-up finds it
+    limits = QueueLimits(max_batch_tokens, config.max_queue_rows, config.queue_deadline)
     batcher = MicroBatcher(
-        service.predictor.run,
+        predictor.run,
         limits,
         on_batch=metrics.count_batch,
         on_drop=metrics.count_drop,
         on_error=end_if_device_lost,
     )
-    service.batcher = batcher
+    service = Service(config, predictor, batcher, metrics, key)
     metrics.inflight_bytes.set_function(lambda: service.inflight_bytes)
-    metrics.watch_queue(lambda: batcher.num_waiting, lambda: batcher.running_seconds)
-    return batcher
+    metrics.queue_depth.set_function(lambda: batcher.num_waiting)
+    metrics.running.set_function(lambda: batcher.worker.running_seconds)
+    return service
 
 
 def end_if_device_lost(error: BaseException) -> None:
     """A device that answers every call with the same error comes back with a new process only."""
     if is_device_lost(error):
         logger.critical("the device is lost, the server ends: %s", first_line(error))
-        logging.shutdown()
-        os._exit(1)
+        end_process()
+
+
+def end_process() -> NoReturn:
+    """End although a thread hangs in the model: it cannot be waited for."""
+    logging.shutdown()
+    os._exit(1)
 
 
 def make_uvicorn(service: Service) -> uvicorn.Server:
     """uvicorn with our protocol and our shell around the service's routes."""
     config, metrics = service.config, service.metrics
-    hosts, origins = allowed_hosts(config), config.cors_origin or ()
-    shell = Shell(service.routes(), metrics, hosts=hosts, origins=origins)
-    limits = ProtocolLimits(config.max_header_bytes, config.max_connections, config.receive_timeout)
+    shell = Shell(service.routes(), metrics, hosts=allowed_hosts(config), origins=config.cors_origin or ())
     protocol: Any = functools.partial(
         GuardedProtocol,
-        limits=limits,
+        settings=config,
         on_event=metrics.count_event,
         is_draining=lambda: service.is_draining,
     )
@@ -235,31 +214,44 @@ async def warm_up(
 
     A batch that runs out of memory is too large, as one that is too slow; also where the budget was given.
     """
-    await batcher.call(predictor.begin_thread)
-    given = max_batch_tokens or 0
-    most_rows = batcher.limits.max_queue_rows
-    search = predictor.budget_search(given // predictor.cut or most_rows)
-    num_rows = next(search)
-    with contextlib.suppress(StopIteration):
-        while True:
-            lengths = [predictor.cut] * num_rows
-            seconds = await _time_batch(predictor, batcher, lengths)
-            if seconds < math.inf:
-                batcher.note_speed(sum(lengths), seconds)
-            num_rows = search.send(seconds)
-    limits = batcher.limits
-    limits.max_batch_tokens = min(max_batch_tokens or predictor.budget, most_rows * predictor.cut)
+    limits, cut = batcher.limits, predictor.cut
+    most_rows = limits.max_queue_rows
+    await batcher.worker.call(lambda: set_threads(predictor.num_threads))  # a setting of each thread
+
+    async def is_fast(num_rows: int) -> bool:
+        seconds = await _time_batch(predictor, batcher, [cut] * num_rows)
+        if seconds < math.inf:
+            batcher.pace.note(num_rows * cut, seconds)
+        return seconds <= TARGET_SECONDS
+
+    num_rows = await find_most((max_batch_tokens or 0) // cut or most_rows, is_fast)
+    limits.max_batch_tokens = min(max_batch_tokens or num_rows * cut, most_rows * cut)
     for lengths in predictor.warm_shapes(limits.max_batch_tokens, most_rows):
         tokens = sum(lengths)
         if tokens <= limits.max_batch_tokens and await _time_batch(predictor, batcher, lengths) == math.inf:
-            limits.max_batch_tokens = max(predictor.cut, tokens // 2)
+            limits.max_batch_tokens = max(cut, tokens // 2)
             logger.warning("out of memory: batches have at most %d tokens", limits.max_batch_tokens)
+
+
+async def find_most(most: int, is_good: Callable[[int], Awaitable[bool]]) -> int:
+    """The largest number of 1 to `most` that is good, to an eighth; 1 where none is.
+
+    Doubles until a number is not good, then halves the gap.
+    """
+    good, bad = 0, 0
+    while (bad - good > max(1, good // 8)) if bad else (good < most):
+        number = (good + bad) // 2 if bad else min(most, max(1, 2 * good))
+        if await is_good(number):
+            good = number
+        else:
+            bad = number
+    return max(1, good)
 
 
 async def _time_batch(predictor: Predictor, batcher: MicroBatcher[Any, Any], lengths: list[int]) -> float:
     """Seconds of one batch on the model's thread; endless where it runs out of memory."""
     try:
-        seconds: float = await batcher.call(functools.partial(predictor.time_batch, lengths))
+        seconds: float = await batcher.worker.call(lambda: predictor.time_batch(lengths))
     except Exception as error:
         if not is_out_of_memory(error):
             raise

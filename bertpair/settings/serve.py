@@ -6,14 +6,13 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
 
 from bertpair.console import say
-from bertpair.errors import ConfigError, list_faults, plain
-from bertpair.settings.command_line import IMPLICIT, help_lines, read_flags
-from bertpair.settings.config import SETTINGS
+from bertpair.errors import ConfigError, plain
+from bertpair.settings.command_line import IMPLICIT, Layer, help_lines, read_flags
+from bertpair.settings.config import SETTINGS, Setting, raise_faults, setting
 from bertpair.settings.files import SettingsFile, read_settings
 from bertpair.settings.values import (
     DEVICE,
@@ -29,10 +28,6 @@ from bertpair.settings.values import (
     whole,
 )
 
-_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]|\*")
-_ADDRESS = re.compile(r"[A-Za-z0-9.:*-]{1,253}(%[A-Za-z0-9]+)?")
-_ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?|\*")
-_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _MEGABYTE = 2**20
 MOST_BODY_BYTES = 64 * _MEGABYTE
 CHARS_PER_TOKEN = 25  # of the cut: no more could matter to the model
@@ -55,10 +50,10 @@ def _accept_proxies(value: object) -> object:
     return text
 
 
-def _matching(expected: str, pattern: re.Pattern[str]) -> Kind:
+def _matching(expected: str, pattern: str) -> Kind:
     def accept(value: object) -> object:
         text = clean_text(value)
-        if not pattern.fullmatch(text):
+        if not re.fullmatch(pattern, text):
             raise ValueError
         return text
 
@@ -77,40 +72,26 @@ def _several(one: Kind, expected: str) -> Kind:
 
 _BATCH_TOKENS = whole(1, 1_000_000)
 _AUTO = Kind(f"auto, or {_BATCH_TOKENS.expected}", _accept_auto, _BATCH_TOKENS.read)
-_HOST = _matching("a host name or an IP address", _ADDRESS)
+_HOST = _matching("a host name or an IP address", r"[A-Za-z0-9.:*-]{1,253}(%[A-Za-z0-9]+)?")
+_HOST_NAME = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]|\*"
 _HOSTS = _several(_matching("a host name", _HOST_NAME), "host names without a port, or *")
-_ORIGINS = _several(_matching("an origin", _ORIGIN), "origins such as https://example.com, or *")
-_ROOT = or_null(_matching("a path such as /pairs, without a slash at its end", _ROOT_PATH))
+_ORIGIN = _matching("an origin", r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?|\*")
+_ORIGINS = _several(_ORIGIN, "origins such as https://example.com, or *")
+_ROOT = or_null(_matching("a path such as /pairs, without a slash at its end", r"(/[A-Za-z0-9._~-]+)+"))
 _SECONDS = number(low=0.01, high=86_400)  # less would be a mistake of the unit
 _PROXIES = or_null(Kind("IP addresses or networks with commas between them, or *", _accept_proxies))
-_MODE = or_null(_matching('octal digits in quotes, such as "660"', re.compile(r"0?[0-7]{3}")))
+_MODE = or_null(_matching('octal digits in quotes, such as "660"', r"0?[0-7]{3}"))
 
-
-@dataclass(frozen=True)
-class ServeSetting:
-    """What --help and a check want to know of one field."""
-
-    name: str
-    group: str
-    kind: Kind
-    default: object
-    help: str
-
-
-def _setting(default: object, kind: Kind, help: str, *, group: str) -> Any:
-    return field(default=default, metadata={"group": group, "kind": kind, "help": help})
-
-
-_model = partial(_setting, group="model")
-_listen = partial(_setting, group="listening")
-_limit = partial(_setting, group="limits")
-_time = partial(_setting, group="time")
-_access = partial(_setting, group="access")
+_model = partial(setting, group="model")
+_listen = partial(setting, group="listening")
+_limit = partial(setting, group="limits")
+_time = partial(setting, group="time")
+_access = partial(setting, group="access")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """The settings of a server; `make_serve_config` gives a checked one."""
+    """The settings of a server; `parse_serve_command_line` gives checked ones."""
 
     model_dir: str | None = _model(None, PATH, "trained folder; null: the configured output_dir")
     max_seq_length: int | None = _model(
@@ -212,66 +193,35 @@ def _misfit(config: ServeConfig, needed: int, room: int) -> str:
 
 
 _DEFAULTS = ServeConfig()
-SERVE_SETTINGS: dict[str, ServeSetting] = {
-    item.name: ServeSetting(item.name, default=getattr(_DEFAULTS, item.name), **item.metadata)
+SERVE_SETTINGS: dict[str, Setting] = {
+    item.name: Setting(item.name, default=getattr(_DEFAULTS, item.name), **item.metadata)
     for item in fields(ServeConfig)
 }
+_KINDS = {name: item.kind for name, item in SERVE_SETTINGS.items()}
 
 
-def convert_serve_settings(
-    raw: Mapping[str, object], where: Mapping[str, str]
-) -> tuple[dict[str, Any], list[str]]:
-    """Typed values of the sound ones, and the faults of the others, each led by its place in `where`."""
-    return convert_all({name: setting.kind for name, setting in SERVE_SETTINGS.items()}, raw, where)
-
-
-def make_serve_config(values: Mapping[str, object]) -> ServeConfig:
-    """A checked `ServeConfig` from settings as a YAML file would hold them; ConfigError with all faults."""
-    typed, faults = convert_serve_settings(values, {})
-    config = ServeConfig(**typed)
-    faults += serve_contradictions(config)
-    if faults:
-        raise ConfigError(list_faults(faults))
-    return config
-
-
-def serve_contradictions(config: ServeConfig) -> list[str]:
+def _contradictions(config: ServeConfig) -> list[str]:
     """What is sound one by one and cannot stand together."""
-    rows, body = config.max_request_rows, config.max_body_bytes
-    table = [
-        (
-            rows is not None and rows > config.max_queue_rows,
-            f"max_request_rows {rows} is above max_queue_rows {config.max_queue_rows}: "
-            "such a request could never be admitted",
-        ),
-        (
-            body is not None and body > config.max_inflight_bytes,
-            f"max_body_bytes {body} is above max_inflight_bytes {config.max_inflight_bytes}: "
-            "such a body could never be held",
-        ),
-        (
-            config.grace_seconds <= config.queue_deadline,
-            f"grace_seconds {config.grace_seconds:g} is not above queue_deadline {config.queue_deadline:g}: "
-            "accepted work could not finish",
-        ),
-        (
-            config.uds is not None and config.host != _DEFAULTS.host,
-            f"uds {config.uds} and host {config.host} are both given: one place to listen",
-        ),
-        (
-            config.uds_mode is not None and config.uds is None,
-            f"uds_mode {config.uds_mode} is given without uds: it is the mode of that socket",
-        ),
-        (
-            config.quantize is not None and config.amp in ("bf16", "fp16"),
-            f"quantize {config.quantize} and amp {config.amp} are both given: int8 goes with float32",
-        ),
-        (
-            config.quantize is not None and config.device not in ("auto", "cpu"),
-            f"quantize {config.quantize} runs on the CPU only, found device {config.device}",
-        ),
-    ]
-    faults = [fault for is_wrong, fault in table if is_wrong]
+    rows, body, uds = config.max_request_rows, config.max_body_bytes, config.uds
+    faults = []
+    if rows is not None and rows > config.max_queue_rows:
+        excess = f"max_request_rows {rows} is above max_queue_rows {config.max_queue_rows}"
+        faults.append(f"{excess}: such a request could never be admitted")
+    if body is not None and body > config.max_inflight_bytes:
+        excess = f"max_body_bytes {body} is above max_inflight_bytes {config.max_inflight_bytes}"
+        faults.append(f"{excess}: such a body could never be held")
+    if config.grace_seconds <= config.queue_deadline:
+        lack = f"grace_seconds {config.grace_seconds:g} is not above queue_deadline {config.queue_deadline:g}"
+        faults.append(f"{lack}: accepted work could not finish")
+    if uds is not None and config.host != _DEFAULTS.host:
+        faults.append(f"uds {uds} and host {config.host} are both given: one place to listen")
+    if uds is None and config.uds_mode is not None:
+        faults.append(f"uds_mode {config.uds_mode} is given without uds: it is the mode of that socket")
+    if config.quantize is not None and config.amp in ("bf16", "fp16"):
+        both = f"quantize {config.quantize} and amp {config.amp} are both given"
+        faults.append(f"{both}: int8 goes with float32")
+    if config.quantize is not None and config.device not in ("auto", "cpu"):
+        faults.append(f"quantize {config.quantize} runs on the CPU only, found device {config.device}")
     try:
         settle_limits(config, cut=1, num_texts=1)  # the model is not known yet: what no model could change
     except ConfigError as error:
@@ -296,39 +246,31 @@ class ServeCall:
     notes: tuple[str, ...]
 
 
-@dataclass
-class _Found:
-    values: dict[str, Any] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
 def parse_serve_command_line(argv: Sequence[str]) -> ServeCall:
     """What this command line means; ConfigError with all faults at once. `--help` prints and exits with 0."""
     if "--help" in argv or "-h" in argv:
         say(serve_help_page())
         raise SystemExit(0)
-    kinds: dict[str, Kind] = {"config": PATH, **{name: item.kind for name, item in SERVE_SETTINGS.items()}}
-    flags = read_flags(argv, kinds)
+    flags = read_flags(argv, {"config": PATH, **_KINDS})
     path = flags.values.pop("config", None)
-    found = _Found(faults=list(flags.faults), notes=list(flags.notes))
+    found = Layer(faults=flags.faults, notes=flags.notes)
     if isinstance(path, str) and path:
         _add_file(found, path)
-    values, faults = convert_serve_settings(flags.values, {name: f"--{name}" for name in flags.values})
-    found.values.update(values)
-    found.faults += faults
-    if not found.values.get("model_dir"):
-        _add_sample(found)
+    _add_values(found, flags.values, {name: f"--{name}" for name in flags.values})
+    if not found.values.get("model_dir") and not found.faults and os.path.exists(IMPLICIT):
+        try:
+            _add_output_dir(found, read_settings(IMPLICIT))  # the sample's
+        except ConfigError as error:
+            found.faults.append(str(error))
     config = ServeConfig(**found.values)
-    found.faults += serve_contradictions(config)
+    found.faults += _contradictions(config)
     if config.model_dir is None and not found.faults:
         found.faults.append("model_dir must be set: name the trained folder with --model_dir")
-    if found.faults:
-        raise ConfigError(list_faults(found.faults))
+    raise_faults(found.faults)
     return ServeCall(config, tuple(found.notes))
 
 
-def _add_file(found: _Found, path: str) -> None:
+def _add_file(found: Layer, path: str) -> None:
     """The settings file's share: serve.py's settings, and output_dir as the model's folder."""
     try:
         file = read_settings(path)
@@ -338,9 +280,8 @@ def _add_file(found: _Found, path: str) -> None:
     found.notes.append(f"settings read from {path}")
     found.faults += file.faults
     mine = {name: value for name, value in file.values.items() if name in SERVE_SETTINGS}
-    values, faults = convert_serve_settings(mine, {name: f"{file.where(name)}: {name}" for name in mine})
-    found.values.update(values)
-    found.faults += faults + [
+    _add_values(found, mine, {name: f"{file.where(name)}: {name}" for name in mine})
+    found.faults += [
         f"{file.where(name)}: unknown setting {plain(name)}{suggest(name, SERVE_SETTINGS)}"
         for name in file.values
         if name not in SERVE_SETTINGS and name not in SETTINGS
@@ -349,16 +290,13 @@ def _add_file(found: _Found, path: str) -> None:
         _add_output_dir(found, file)
 
 
-def _add_sample(found: _Found) -> None:
-    """Without a folder named anywhere, the sample's."""
-    if os.path.exists(IMPLICIT) and not found.faults:
-        try:
-            _add_output_dir(found, read_settings(IMPLICIT))
-        except ConfigError as error:
-            found.faults.append(str(error))
+def _add_values(found: Layer, raw: Mapping[str, object], where: Mapping[str, str]) -> None:
+    values, faults = convert_all(_KINDS, raw, where)
+    found.values.update(values)
+    found.faults += faults
 
 
-def _add_output_dir(found: _Found, file: SettingsFile) -> None:
+def _add_output_dir(found: Layer, file: SettingsFile) -> None:
     folder = file.values.get("output_dir")
     if isinstance(folder, str) and folder:
         found.values["model_dir"] = folder

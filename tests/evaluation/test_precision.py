@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 from conftest import write_hf_folder, write_tiny_bert
+from live_server import make_config
 
 from bertpair import PairClassifier
 from bertpair.runtime import BF16_HIDDEN_SIZE, cpu_bf16_flag
 from bertpair.serving.predictor import load_predictor
-from bertpair.settings.serve import make_serve_config
 
 ROOT = Path(__file__).parents[2]
 ROWS = [("the cat", "sat", "good"), ("the mat", "food", "bad"), ("мир", "hello", "good")]
@@ -48,9 +48,9 @@ def test_auto_says_what_it_chose_and_stores_it(tmp_path: Path, hidden_size: int)
 
 def test_the_service_answers_in_float32_unless_it_is_told(tmp_path: Path) -> None:
     folder = write_hf_folder(tmp_path / "model")
-    found = load_predictor(make_serve_config({"model_dir": str(folder), "num_threads": 1}))
+    found = load_predictor(make_config({"model_dir": str(folder), "num_threads": 1}))
     assert found.precision == "float32" and found.classifier.scorer.precision.reason == "as set"
-    told = load_predictor(make_serve_config({"model_dir": str(folder), "num_threads": 1, "amp": "bf16"}))
+    told = load_predictor(make_config({"model_dir": str(folder), "num_threads": 1, "amp": "bf16"}))
     assert told.precision == "bf16"
 
 

@@ -20,7 +20,7 @@ from bertpair.data.columns import Columns
 from bertpair.data.records import is_blank
 from bertpair.data.tsv import read_pairs
 from bertpair.errors import DataError
-from bertpair.serving.protocol import MAX_URL_BYTES
+from bertpair.serving.requests import MAX_URL_BYTES
 from bertpair.settings.serve import ServeConfig
 
 OLD = {"sentence1": "the cat", "sentence2": "中文数据库"}

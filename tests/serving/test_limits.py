@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 from conftest import write_hf_folder
-from live_server import PAIR, LiveServer, make_predictor, serving
+from live_server import PAIR, LiveServer, make_config, make_predictor, serving
 
 from bertpair.errors import ConfigError
 from bertpair.serving.listening import read_key
-from bertpair.serving.protocol import MAX_URL_BYTES
-from bertpair.serving.requests import MAX_DEPTH
-from bertpair.settings.serve import make_serve_config
+from bertpair.serving.requests import MAX_DEPTH, MAX_URL_BYTES
 
 BODY = json.dumps(PAIR).encode()
 
@@ -117,6 +115,6 @@ def test_a_key_and_a_queue(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("7-bytes\n")
     with pytest.raises(ConfigError, match="8 or more"):
         read_key(str(tmp_path / "key"))
-    assert make_serve_config({"max_request_rows": 256, "max_queue_rows": 256}).max_request_rows == 256
+    assert make_config({"max_request_rows": 256, "max_queue_rows": 256}).max_request_rows == 256
     with pytest.raises(ConfigError, match="could never be admitted"):
-        make_serve_config({"max_request_rows": 257, "max_queue_rows": 256})
+        make_config({"max_request_rows": 257, "max_queue_rows": 256})

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from conftest import write_hf_folder
+from live_server import make_config
 from server_process import Process
 
 from bertpair.errors import ConfigError
 from bertpair.serving.listening import bind
-from bertpair.settings.serve import ServeConfig, make_serve_config, parse_serve_command_line
+from bertpair.settings.serve import ServeConfig, parse_serve_command_line
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def at(path: Path) -> ServeConfig:
-    return make_serve_config({"uds": str(path)})
+    return make_config({"uds": str(path)})
 
 
 def say(path: Path, data: bytes, timeout: float = 10) -> bytes:
@@ -79,14 +80,14 @@ def test_a_proxy_is_known_by_its_ipv4_address_on_both_kinds_of_socket(tmp_path: 
 
 def test_a_port_is_taken_from_the_moment_it_is_bound() -> None:
     """Also right after a server that went with clients connected to it, and for one with SO_REUSEADDR."""
-    first = bind(make_serve_config({"port": 0}))
+    first = bind(make_config({"port": 0}))
     port = first.socket.getsockname()[1]
     for number in range(2):
         for is_listening in (False, True):
             if is_listening:
                 first.listen()
             with pytest.raises(ConfigError, match=f"^port: 127.0.0.1:{port} is in use by another program$"):
-                bind(make_serve_config({"port": port}))
+                bind(make_config({"port": port}))
             with socket.socket() as foreign, pytest.raises(OSError):
                 foreign.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 foreign.bind(("127.0.0.1", port))
@@ -95,7 +96,7 @@ def test_a_port_is_taken_from_the_moment_it_is_bound() -> None:
             accepted.close()  # the server closes first: its end waits, as TIME_WAIT
         first.close()
         if number == 0:
-            first = bind(make_serve_config({"port": port}))
+            first = bind(make_config({"port": port}))
 
 
 def test_of_two_starts_on_one_port_the_second_ends_in_one_line(folder: Path) -> None:
@@ -221,12 +222,12 @@ def test_a_restart_over_a_unix_socket_loses_nobody(folder: Path, tmp_path: Path)
 
 
 def test_the_mode_is_octal_text(tmp_path: Path) -> None:
-    assert make_serve_config({"uds": "s", "uds_mode": "0600"}).uds_mode == "0600"
+    assert make_config({"uds": "s", "uds_mode": "0600"}).uds_mode == "0600"
     for wrong in ("678", "1777", "rw", "60", ""):
         with pytest.raises(ConfigError, match="octal digits in quotes"):
-            make_serve_config({"uds": "s", "uds_mode": wrong})
+            make_config({"uds": "s", "uds_mode": wrong})
     with pytest.raises(ConfigError, match="uds_mode 600 is given without uds"):
-        make_serve_config({"uds_mode": "600"})
+        make_config({"uds_mode": "600"})
     file = tmp_path / "my.yaml"
     for unquoted in ("0660", "660", "0o660"):  # for PyYAML: 432, 660 and text
         file.write_text(f"model_dir: x\nuds: s\nuds_mode: {unquoted}\n")

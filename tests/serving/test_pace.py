@@ -41,7 +41,7 @@ async def _admitted(batcher: MicroBatcher[str, str], count: int) -> tuple[int, l
     """How many of `count` rows of 8 tokens, sent at once, are let in; what the others are told."""
     tasks = [asyncio.create_task(batcher.submit([str(i)], [8])) for i in range(count)]
     answers = await asyncio.gather(*tasks, return_exceptions=True)
-    refused = [answer.retry_after for answer in answers if isinstance(answer, QueueFullError)]
+    refused = [int(answer.headers["Retry-After"]) for answer in answers if isinstance(answer, QueueFullError)]
     assert len(refused) == sum(isinstance(answer, BaseException) for answer in answers)
     return count - len(refused), refused
 
@@ -57,7 +57,7 @@ def _burst(notes: list[tuple[int, float]], *, first: int = 8, late: float = 0.0)
     async def burst() -> tuple[int, list[int]]:
         batcher = MicroBatcher[str, str](answer, QueueLimits(400, 10_000, 2.0))
         for tokens, seconds in notes:
-            batcher.note_speed(tokens, seconds)
+            batcher.pace.note(tokens, seconds)
         running = asyncio.create_task(batcher.submit(["first"], [first]))
         await asyncio.sleep(late / 2)
         found = await _admitted(batcher, 200)

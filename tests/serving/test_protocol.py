@@ -17,7 +17,8 @@ from live_server import PAIR, LiveServer, SteeredPredictor, make_predictor, serv
 from uvicorn.protocols.http import h11_impl
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from bertpair.serving.protocol import MAX_URL_BYTES, GuardedProtocol
+from bertpair.serving.protocol import GuardedProtocol
+from bertpair.serving.requests import MAX_URL_BYTES
 from bertpair.settings.serve import ServeConfig
 
 HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -4,6 +4,7 @@ Faults are numbered as in the list that the service was built against (14 to 30)
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -17,14 +18,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_hf_folder
-from live_server import PAIR, Answer, LiveServer, SteeredPredictor, make_predictor, serving
+from live_server import PAIR, Answer, LiveServer, SteeredPredictor, make_config, make_predictor, serving
 from server_process import Process, ask
 
+from bertpair.checkpoints.manifest import FileEntry, Manifest, encode_manifest
 from bertpair.errors import BertpairError, ConfigError
 from bertpair.evaluation.classifier import Prediction
 from bertpair.serving.listening import SPARE_DESCRIPTORS, check_descriptors, read_key
-from bertpair.serving.predictor import Agreement, Predictor, TokenRow, compare
-from bertpair.settings.serve import ServeConfig, make_serve_config
+from bertpair.serving.predictor import Agreement, Predictor, TokenRow, compare, weights_digest
+from bertpair.settings.serve import ServeConfig
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,7 @@ def test_15_a_poisoned_request_fails_alone(live: LiveServer, caplog: pytest.LogC
     assert gate.entered.wait(10)
     poison = ask_aside(live, {"text_a": "cat " * 30, "text_b": "sat"})
     others = [ask_aside(live, {"text_a": "good", "text_b": f"bad {i}"}) for i in range(3)]
-    live.wait_for(lambda: live.service.batcher is not None and live.service.batcher.num_waiting == 4)
+    live.wait_for(lambda: live.service.batcher.num_waiting == 4)
     gate.open.set()
     assert first.answer().status == 200 and [o.answer().status for o in others] == [200] * 3
     assert poison.answer().status == 500 and poison.answer().error["type"] == "internal_error"
@@ -188,7 +190,7 @@ def test_a_full_queue_is_429(live: LiveServer) -> None:
     first = ask_aside(live)
     assert gate.entered.wait(10)
     waiting = ask_aside(live, {"pairs": [PAIR] * 4}, "/v1/predict/batch")
-    live.wait_for(lambda: live.service.batcher is not None and live.service.batcher.num_waiting == 4)
+    live.wait_for(lambda: live.service.batcher.num_waiting == 4)
     answer = live.predict()
     assert answer.status == 429 and answer.error["type"] == "overloaded"
     assert int(answer.headers["retry-after"]) >= 1
@@ -210,7 +212,7 @@ def test_21_clients_that_leave(live: LiveServer, caplog: pytest.LogCaptureFixtur
     queued, unread = live.line(), live.line()
     queued.send(request + body)
     unread.send(request + body[:5])
-    live.wait_for(lambda: live.service.batcher is not None and live.service.batcher.num_waiting == 1)
+    live.wait_for(lambda: live.service.batcher.num_waiting == 1)
     for line in (during, queued, unread):
         line.close()
     live.wait_for(lambda: live.metric("bertpair_client_disconnects_total") == 3)
@@ -253,7 +255,7 @@ def test_28_threads_follow_the_quota(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_29_there_is_one_process_and_no_flag_for_more() -> None:
     with pytest.raises(ConfigError, match="unknown setting"):
-        make_serve_config({"workers": 2})
+        make_config({"workers": 2})
 
 
 # The process
@@ -418,3 +420,13 @@ def test_nothing_is_written_at_the_start(tmp_path: Path, monkeypatch: pytest.Mon
         assert ask(server.port, "/v1/predict", PAIR)[0] == 200
         server.process.send_signal(signal.SIGTERM)
         assert server.wait() == 0
+
+
+def test_the_version_is_of_the_weights_with_a_manifest_or_without(tmp_path: Path) -> None:
+    model = write_hf_folder(tmp_path / "hf-tiny")
+    digest = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    assert weights_digest(model) == digest
+    files = [(path.name, path.read_bytes()) for path in model.iterdir()]
+    entries = [FileEntry(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in files]
+    (model / "manifest.json").write_bytes(encode_manifest(Manifest(tuple(entries))))
+    assert weights_digest(model) == digest and make_predictor(model)[0].version == digest[:12]

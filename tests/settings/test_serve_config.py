@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
+from live_server import make_config
 
 from bertpair.errors import ConfigError
 from bertpair.settings.serve import (
     SERVE_SETTINGS,
     RequestLimits,
     ServeConfig,
-    make_serve_config,
     parse_serve_command_line,
     serve_help_page,
     settle_limits,
@@ -23,7 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_defaults_are_sound_and_those_promised() -> None:
-    config = make_serve_config({})
+    config = make_config({})
     promised = {
         "max_body_bytes": None,
         "max_text_chars": None,
@@ -92,7 +92,7 @@ def test_the_defaults_are_sound_and_those_promised() -> None:
 )
 def test_faults_say_what_was_found_and_what_is_allowed(values: dict[str, object], fault: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        make_serve_config(values)
+        make_config(values)
     assert fault in str(raised.value)
 
 
@@ -115,7 +115,7 @@ def test_limits_that_are_not_given_follow_from_those_that_are(
     given: dict[str, object], limits: tuple[int, int, int]
 ) -> None:
     """For pairs cut at 40 tokens; 64 bytes a row for its names."""
-    assert settle_limits(make_serve_config(given), cut=40, num_texts=2) == RequestLimits(*limits)
+    assert settle_limits(make_config(given), cut=40, num_texts=2) == RequestLimits(*limits)
 
 
 def test_flags_go_over_a_file_and_all_faults_come_at_once(folder: Path) -> None:
