@@ -7,11 +7,12 @@ import sys
 
 
 def main() -> int:
-    from bertpair.command_line import parse_command_line
+    from bertpair.checkpoints.checkpoint import settings_folder
     from bertpair.console import say
-    from bertpair.scoring import evaluate_models
+    from bertpair.evaluation.evaluate import evaluate_models
+    from bertpair.settings.command_line import parse_command_line
 
-    parsed = parse_command_line(sys.argv[1:], "evaluate")
+    parsed = parse_command_line(sys.argv[1:], "evaluate", settings_folder)
     result = evaluate_models(parsed.config, explicit=parsed.explicit, notes=parsed.notes)
     say(result.text)
     for name, folder in result.folders.items():

@@ -7,8 +7,8 @@ import sys
 
 
 def main() -> int:
-    from bertpair.serve_command_line import parse_serve_command_line
-    from bertpair.server import configure_serve_logging, serve
+    from bertpair.serving.server import configure_serve_logging, serve
+    from bertpair.settings.serve import parse_serve_command_line
 
     call = parse_serve_command_line(sys.argv[1:])
     configure_serve_logging()

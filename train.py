@@ -8,10 +8,10 @@ import sys
 
 
 def main() -> int:
-    from bertpair.command_line import parse_command_line
     from bertpair.console import say
-    from bertpair.scoring import evaluate_models
-    from bertpair.training import train
+    from bertpair.evaluation.evaluate import evaluate_models
+    from bertpair.settings.command_line import parse_command_line
+    from bertpair.training.train import train
 
     parsed = parse_command_line(sys.argv[1:], "train")
     if not parsed.config.runs_training:  # --do_eval alone: the model that stands in output_dir

@@ -29,7 +29,7 @@ from crash_faults import try_faults
 from crash_flips import try_flips
 from crash_kills import try_kills
 
-from bertpair.picture import draw_confusion
+from bertpair.evaluation.plots import draw_confusion
 from bertpair.runtime import cpu_bf16_flag
 
 

@@ -17,16 +17,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import bertpair.inference
-import bertpair.run_folder
-import bertpair.run_state
-import bertpair.training
+import bertpair.checkpoints.run_folder
+import bertpair.evaluation.classifier
+import bertpair.training.train
 from bertpair import Config
-from bertpair.checkpoint import list_checkpoints
-from bertpair.optim import AdamW
-from bertpair.run_folder import RunFolder
+from bertpair.checkpoints.checkpoint import list_checkpoints
+from bertpair.checkpoints.run_folder import RunFolder
 from bertpair.runtime import install_signal_handlers
-from bertpair.stepper import Objective, Stepper
+from bertpair.training.optim import AdamW
+from bertpair.training.step import Objective, Stepper
 
 CALLS = (
     "mkdir", "chmod", "fchmod", "open", "write", "fsync", "ftruncate", "close", "rename", "replace", "link",
@@ -89,7 +88,7 @@ class Watch:
 def watch_events(watch: Watch) -> None:
     """From now on every system call that changes the disk, and every piece of computing, is an event."""
     targets: list[tuple[Any, str]] = [(os, name) for name in CALLS]
-    targets += [(Objective, "loss_sum"), (AdamW, "step"), (bertpair.inference, "pad_batch")]
+    targets += [(Objective, "loss_sum"), (AdamW, "step"), (bertpair.evaluation.classifier, "pad_batch")]
     for owner, name in targets:
         real = getattr(owner, name)
         label = name if owner is os else {"loss_sum": "micro-batch", "step": "update"}.get(name, "batch")
@@ -99,12 +98,12 @@ def watch_events(watch: Watch) -> None:
 def watch_places(watch: Watch) -> None:
     """From now on the place is known: a step, an evaluation, a save, the final folder, its move."""
     _as_place(watch, Stepper, "step", lambda self, number, *rest: f"step {number}")
-    _as_place(watch, bertpair.training, "evaluate_split", lambda *rest: "evaluation")
+    _as_place(watch, bertpair.training.train, "evaluate_split", lambda *rest: "evaluation")
     _as_place(watch, RunFolder, "begin", lambda *rest: "begin")
     _as_place(watch, RunFolder, "save_checkpoint", lambda self, step, *rest: f"save {step}")
     _as_place(watch, RunFolder, "write_final", lambda *rest: "final")
-    _as_place(watch, bertpair.run_folder, "publish_final", lambda *rest: "move")
-    _as_place(watch, bertpair.run_state, "publish_final", lambda *rest: "move")
+    _as_place(watch, bertpair.checkpoints.run_folder, "publish_final", lambda *rest: "move")
+    _as_place(watch, bertpair.checkpoints.run_folder, "publish_final", lambda *rest: "move")
 
 
 def _as_event(watch: Watch, label: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,7 +151,7 @@ def start(settings: Settings, act: Act, board: Board, log: Path) -> int:
         watch = Watch(act, board)
         watch_events(watch)
         watch_places(watch)
-        return 1 if bertpair.training.train(Config(**settings)).save_failed else 0
+        return 1 if bertpair.training.train.train(Config(**settings)).save_failed else 0
 
     return in_child(work, log)
 

@@ -30,12 +30,12 @@ from crash_child import (
     watch_places,
 )
 
-import bertpair.training
+import bertpair.training.train
 from bertpair import Config
-from bertpair.checkpoint import newest_whole
+from bertpair.checkpoints.checkpoint import newest_whole
+from bertpair.checkpoints.manifest import verify_folder
+from bertpair.checkpoints.run_folder import RunFolder
 from bertpair.errors import CheckpointError
-from bertpair.manifest import verify_folder
-from bertpair.run_folder import RunFolder
 
 SAVES_PER_RUN = 60
 KINDS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
@@ -191,7 +191,7 @@ def _train_with_faults(settings: Settings, faults: list[Fault], report: Path) ->
         return saved
 
     RunFolder.save_checkpoint = save  # type: ignore[method-assign]
-    code = 1 if bertpair.training.train(Config(**settings)).save_failed else 0
+    code = 1 if bertpair.training.train.train(Config(**settings)).save_failed else 0
     report.write_text(json.dumps({"struck": sorted(struck), "troubles": troubles}))
     return code
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from crash_child import Board, Settings, kill_here, let_it, outcome, start, wait
 
-from bertpair.checkpoint import list_checkpoints
+from bertpair.checkpoints.checkpoint import list_checkpoints
+from bertpair.checkpoints.manifest import MANIFEST_NAME, read_manifest, verify_folder
+from bertpair.checkpoints.run_folder import RunFolder
 from bertpair.errors import CheckpointError
-from bertpair.manifest import MANIFEST_NAME, read_manifest, verify_folder
-from bertpair.run_state import find_resume, finished_run
 
 BITS_PER_FILE = 64
 
@@ -118,12 +118,12 @@ def _write(folder: Path, files: Any) -> None:
 
 
 def _falls_back(output_dir: Path, previous: Path) -> bool:
-    run = find_resume(output_dir, "auto")
+    run = RunFolder(output_dir).find_resume("auto")
     return run is not None and run.folder == previous
 
 
 def _final_is_refused(output_dir: Path) -> bool:
-    if finished_run(output_dir) is not None:
+    if RunFolder(output_dir).finished_run() is not None:
         return False
     try:
         verify_folder(output_dir)

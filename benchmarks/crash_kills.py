@@ -17,9 +17,9 @@ from typing import Any
 
 from crash_child import Board, Settings, let_it, outcome, start, temporary, wait
 
-from bertpair.checkpoint import final_folder, list_checkpoints
+from bertpair.checkpoints.checkpoint import final_folder, list_checkpoints
+from bertpair.checkpoints.manifest import MANIFEST_NAME, verify_folder
 from bertpair.errors import CheckpointError
-from bertpair.manifest import MANIFEST_NAME, verify_folder
 
 FIRST_STEADY_SAVE = 10  # from this step on every save also prunes one checkpoint
 SAVES_PER_RUN = 7

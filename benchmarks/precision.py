@@ -20,12 +20,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bertpair.batching import Batch
-from bertpair.inference import prepare
-from bertpair.model import BertClassifier, BertConfig
-from bertpair.optim import AdamW, parameter_groups
+from bertpair.data.batching import Batch
+from bertpair.evaluation.classifier import prepare
+from bertpair.model.bert import BertClassifier, BertConfig
 from bertpair.runtime import Precision, cpu_bf16_flag, keep_freed_memory
-from bertpair.stepper import Objective, Stepper
+from bertpair.training.optim import AdamW, parameter_groups
+from bertpair.training.step import Objective, Stepper
 
 CPU = torch.device("cpu")
 LENGTH = 40

@@ -27,9 +27,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bertpair.checkpoint import load_tensors, newest_whole
-from bertpair.disk import fsync_file
-from bertpair.staging import SaveSeconds, staged_folder
+from bertpair.checkpoints.atomic import SaveSeconds, fsync_file, staged_folder
+from bertpair.checkpoints.checkpoint import load_tensors, newest_whole
 
 VOCABULARY, HIDDEN, INTERMEDIATE, POSITIONS = 119_547, 768, 3_072, 512
 

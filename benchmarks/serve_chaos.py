@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bertpair import PairClassifier  # noqa: E402
-from bertpair.microbatch import MicroBatcher, QueueLimits  # noqa: E402
+from bertpair.serving.batcher import MicroBatcher, QueueLimits  # noqa: E402
 
 KINDS = ["good"] * 6 + ["bad", "oversized", "before", "during", "after", "slow", "garbage"]
 BAD = [b"", b"{", b"[]", b'{"text_a": 1}', b'{"text_a": "\xff"}', b'{"text_a": "a", "text_b": "\\ud800"}']

@@ -1,6 +1,5 @@
 """bertpair: fine-tune multilingual BERT on pairs of texts, measure it, and put it into service."""
 
-from bertpair.config import Config
 from bertpair.errors import (
     BertpairError,
     CheckpointError,
@@ -9,9 +8,10 @@ from bertpair.errors import (
     StoppedError,
     TrainingError,
 )
-from bertpair.inference import PairClassifier, Prediction
-from bertpair.scoring import EvaluationResult, evaluate
-from bertpair.training import TrainResult, train
+from bertpair.evaluation.classifier import PairClassifier, Prediction
+from bertpair.evaluation.evaluate import EvaluationResult, evaluate
+from bertpair.settings.config import Config
+from bertpair.training.train import TrainResult, train
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,59 +1,34 @@
-"""What the scripts share: standard streams, log lines, signals, and errors turned into exit codes.
+"""What the scripts share: standard streams, log lines, the progress bar, and errors turned into exit codes.
 
 0 done; 1 a defect of ours (its traceback), or a run whose last save failed; 2 the user's error;
 128 + signal number after SIGINT (130) and SIGTERM (143).
 """
 
+from __future__ import annotations
+
 import io
+import itertools
 import logging
 import os
+import select
 import sys
+import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from bertpair.errors import BertpairError, StoppedError
 from bertpair.runtime import install_signal_handlers
 
+logger = logging.getLogger(__name__)
 
-class _PlainFormatter(logging.Formatter):
-    """The message alone; from WARNING upwards with the level before it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        message = super().format(record)
-        return f"{record.levelname.lower()}: {message}" if record.levelno >= logging.WARNING else message
-
-
-class _AboveTheBar(logging.StreamHandler[TextIO]):
-    """Writes a line above a progress bar, if one is shown, not through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode(file=sys.stderr):
-            super().emit(record)
-
-
-def configure_logging() -> None:
-    """Log lines of the library from INFO upwards go to standard error; of other libraries, warnings only."""
-    handler = _AboveTheBar(sys.stderr)
-    handler.setFormatter(_PlainFormatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("bertpair").setLevel(logging.INFO)
-
-
-def say(text: str) -> None:
-    """A line on standard output, at once; BertpairError if it cannot be written. Nothing if it is closed."""
-    if sys.stdout is None:
-        return
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # not every locale has every label
-    try:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-        raise BertpairError(f"standard output cannot be written: {error.strerror}") from error
+MAX_LINES = 10_000  # that a log keeps while nobody takes them
+FLUSH_SECONDS = 1.0
+_LINES_AT_ONCE = 100
 
 
 def run_script(main: Callable[[], int]) -> int:
@@ -85,3 +60,184 @@ def fill_descriptors() -> None:
 def _complain(line: str) -> None:
     with suppress(OSError):  # there is nowhere else to say it
         sys.stderr.write(f"{line}\n")
+
+
+def say(text: str) -> None:
+    """A line on standard output, at once; BertpairError if it cannot be written. Nothing if it is closed."""
+    if sys.stdout is None:
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every locale has every label
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        raise BertpairError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def configure_logging() -> None:
+    """Log lines of the library from INFO upwards go to standard error; of other libraries, warnings only."""
+    handler = _AboveTheBar(sys.stderr)
+    handler.setFormatter(_PlainFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("bertpair").setLevel(logging.INFO)
+
+
+class _PlainFormatter(logging.Formatter):
+    """The message alone; from WARNING upwards with the level before it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return f"{record.levelname.lower()}: {message}" if record.levelno >= logging.WARNING else message
+
+
+class _AboveTheBar(logging.StreamHandler[TextIO]):
+    """Writes a line above a progress bar, if one is shown, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=sys.stderr):
+            super().emit(record)
+
+
+class LogWriter(logging.Handler):
+    """Writes to an open descriptor, in order, on a thread of its own: nobody who logs waits for a reader.
+
+    Lines that find the queue full, or cannot be written, are dropped and counted. One line says so, and one
+    how many they were; `place` names the descriptor in them.
+    """
+
+    def __init__(self, descriptor: int, place: str) -> None:
+        super().__init__()
+        self.descriptor, self.place = descriptor, place
+        self.num_dropped = self._num_told = 0
+        self._is_failing = False
+        self._lines: deque[bytes] = deque()  # each until it is written
+        self._changed = threading.Condition()
+        threading.Thread(target=self._work, name=f"log to {place}", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
+        except Exception:
+            self.handleError(record)
+            return
+        with self._changed:
+            if len(self._lines) >= MAX_LINES:
+                self.num_dropped += 1
+            else:
+                self._lines.append(line)
+                self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait until all is written, but not for long: nobody may be reading."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._lines, FLUSH_SECONDS)
+
+    def close(self) -> None:
+        self.flush()
+        self._tell_dropped(len(self._lines))
+        super().close()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines)
+                lines = list(itertools.islice(self._lines, _LINES_AT_ONCE))
+            left, error = _write(self.descriptor, b"".join(lines))
+            with self._changed:
+                for _ in lines:
+                    self._lines.popleft()
+                self.num_dropped += left.count(b"\n")
+                self._changed.notify_all()
+            if error is None:
+                self._is_failing = False
+                if not self._lines:
+                    self._tell_dropped()
+            elif not self._is_failing:
+                self._is_failing = True
+                logger.warning("%s cannot be written: %s; its lines are dropped", self.place, error.strerror)
+
+    def _tell_dropped(self, num_left: int = 0) -> None:
+        num_new = self.num_dropped + num_left - self._num_told
+        if num_new > 0:
+            self._num_told += num_new
+            logger.warning("%s: %d log lines were dropped", self.place, num_new)
+
+
+def _write(descriptor: int, data: bytes) -> tuple[bytes, OSError | None]:
+    """What could not be written, and why."""
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:  # whoever gave us the pipe made it so
+            select.select([], [descriptor], [], FLUSH_SECONDS)
+        except OSError as error:
+            return data, error
+    return b"", None
+
+
+class Progress:
+    """Counts units of work. On a terminal a bar with rate and time left; elsewhere only what `line` is told.
+
+    Lines go through logging either way; the scripts' handler prints all lines above the bar.
+    """
+
+    def __init__(
+        self, total: int, unit: str, *, initial: int = 0, label: str = "", transient: bool = False
+    ) -> None:
+        self._total = total
+        self._done = initial
+        self._started = time.monotonic()
+        self._initial = initial
+        self._bar: tqdm[Any] | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total,
+                initial=initial,
+                unit=unit,
+                desc=label or None,
+                leave=not transient,
+                dynamic_ncols=True,
+                smoothing=0.1,
+            )
+
+    def advance(self, n: int = 1) -> None:
+        """`n` more units are done."""
+        self._done += n
+        if self._bar is not None:
+            self._bar.update(n)
+
+    def show(self, **figures: str) -> None:
+        """Put short figures at the end of the bar."""
+        if self._bar is not None:
+            self._bar.set_postfix(figures, refresh=False)
+
+    def line(self, text: str) -> None:
+        """Log one line; without a bar it carries the time left."""
+        logger.info("%s%s", text, self._time_left() if self._bar is None else "")
+
+    def _time_left(self) -> str:
+        done = self._done - self._initial
+        if not done or self._done >= self._total:
+            return ""
+        seconds = (time.monotonic() - self._started) / done * (self._total - self._done)
+        return f", {format_seconds(seconds)} left"
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as people say it: 42 s, 3 min 05 s, 2 h 07 min."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

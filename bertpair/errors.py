@@ -8,8 +8,9 @@ BertpairError                 scripts print `error: …` and exit with 2; anythi
 └── StoppedError              not a fault: the stop flag was seen; scripts exit with 128 + signal number
 """
 
+import difflib
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class BertpairError(Exception):
@@ -58,3 +59,50 @@ def list_faults(faults: Sequence[str], total: int | None = None, limit: int = 10
 def first_line(error: BaseException) -> str:
     """What an error says, up to its first line's end; the name of its class where it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def show(value: object) -> str:
+    """A value as a message shows it: short, and on one line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple | set | frozenset):
+        return "a list"
+    try:
+        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4300 digits
+        text = "a very long number"
+    return text if len(text) <= 62 else f"{text[:61]}…{text[-1]}"
+
+
+def plain(name: str) -> str:
+    """A name as a message shows it: bare if that can be read."""
+    return name if name.isprintable() and 0 < len(name) <= 60 else show(name)
+
+
+def listed(values: Sequence[object], limit: int = 20) -> str:
+    """Values for a message, with a count of those beyond the limit."""
+    more = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return ", ".join(map(show, values[:limit])) + more
+
+
+def near_misses(word: str, known: Iterable[str]) -> list[str]:
+    """The known words that were probably meant: up to three that begin so, else the one most like it."""
+    by_key = {_key(each): each for each in sorted(known)}
+    key = _key(word)
+    begun = [each for each_key, each in by_key.items() if len(key) >= 3 and each_key.startswith(key)]
+    return begun[:3] or [by_key[near] for near in difflib.get_close_matches(key, by_key, n=1)]
+
+
+def _key(word: str) -> str:
+    return word.strip("- ")[:100].replace("-", "_").lower()
+
+
+def half_character(text: str) -> int | None:
+    """Where a text holds half of a surrogate pair, which no UTF-8 can carry; None where it does not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None

@@ -345,10 +345,15 @@ def allowed_precisions(device: torch.device) -> list[PrecisionName]:
     return ["off", "fp16", "bf16"] if has_bf16 else ["off", "fp16"]
 
 
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """What the processor says it can do, in the words of Linux; nothing elsewhere."""
+    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", _read_text(cpuinfo), re.MULTILINE)  # x86, Arm
+    return {flag for line in lines for flag in line.split()}
+
+
 def cpu_bf16_flag(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
     """The flag that says the processor multiplies bf16 matrices in hardware; None where there is none."""
-    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", _read_text(cpuinfo), re.MULTILINE)  # x86, Arm
-    flags = {flag for line in lines for flag in line.split()}
+    flags = cpu_flags(cpuinfo)
     return next((flag for flag in BF16_FLAGS if flag in flags), None)
 
 

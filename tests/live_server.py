@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,14 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bertpair.inference import Prediction
-from bertpair.listening import bind
-from bertpair.page import Page
-from bertpair.predictor import Predictor, TokenRow, load_predictor
-from bertpair.serve_config import ServeConfig, make_serve_config
-from bertpair.serve_metrics import ServeMetrics
-from bertpair.server import make_uvicorn, start_queue, warm_up
-from bertpair.service import Service
+from bertpair.evaluation.classifier import Prediction
+from bertpair.serving.app import Service
+from bertpair.serving.listening import bind
+from bertpair.serving.predictor import Predictor, TokenRow, load_predictor
+from bertpair.serving.server import make_service, make_uvicorn, warm_up
+from bertpair.settings.serve import ServeConfig, parse_serve_command_line
 
 PAIR = {"text_a": "the cat", "text_b": "sat"}
 
@@ -97,7 +96,7 @@ class Line:
 class LiveServer:
     """`run` replaces the model's forward where a test sets it."""
 
-    service: Service
+    service: Service = field(init=False)
     port: int = 0
     run: Callable[[list[TokenRow]], list[Any]] | None = None
     loop: asyncio.AbstractEventLoop | None = None
@@ -166,9 +165,17 @@ class SteeredPredictor(Predictor):
         return super().run(rows)
 
 
+def make_config(values: Mapping[str, object]) -> ServeConfig:
+    """As serve.py reads it from a settings file, with a model folder if that is what `values` lack."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "serve.json")
+        file.write_text(json.dumps({"model_dir": "model", **values}))
+        return parse_serve_command_line(["--config", str(file)]).config
+
+
 def make_predictor(folder: Path, **settings: object) -> tuple[SteeredPredictor, ServeConfig]:
     values = {"model_dir": str(folder), "port": 0, "amp": "off", "num_threads": 1, **settings}
-    config = make_serve_config(values)
+    config = make_config(values)
     loaded = load_predictor(config)
     return SteeredPredictor(**vars(loaded)), config
 
@@ -178,7 +185,7 @@ def serving(
     predictor: SteeredPredictor, config: ServeConfig, key: bytes | None = None, *, is_warm: bool = True
 ) -> Iterator[LiveServer]:
     """The server, listening and (unless `is_warm` is false) ready; closed in the end."""
-    live = LiveServer(Service(config, predictor, ServeMetrics(), Page(), key))
+    live = LiveServer()
     predictor.live = live
     listener = bind(config)
     live.port = listener.socket.getsockname()[1]
@@ -186,23 +193,23 @@ def serving(
 
     async def main() -> None:
         live.loop = asyncio.get_running_loop()
-        batcher = start_queue(live.service)
-        server = make_uvicorn(live.service)
+        live.service = service = make_service(config, predictor, key)
+        server = make_uvicorn(service)
         listener.listen()
         live.connections = server.server_state.connections
         task = asyncio.create_task(server.serve(sockets=[listener.socket]))
         while not server.started:
             await asyncio.sleep(0.005)
         if is_warm:
-            await warm_up(predictor, batcher, config.max_batch_tokens)
-            live.service.is_warm = True
+            await warm_up(predictor, service.batcher, config.max_batch_tokens)
+            service.is_warm = True
         started.set()
         while not stop.is_set():
             await asyncio.sleep(0.02)
         server.should_exit = True
         await asyncio.wait_for(task, 20)
-        await batcher.close()
-        live.service.tokenizing.shutdown()
+        await service.batcher.close()
+        service.tokenizing.shutdown()
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), name="server")
     thread.start()

@@ -19,15 +19,16 @@ from conftest import TINY_CONFIG
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from bertpair.command_line import parse_command_line
-from bertpair.config import Config
+from bertpair.checkpoints.atomic import staged_folder
+from bertpair.checkpoints.manifest import FileEntry, Manifest, encode_manifest, verify_folder
+from bertpair.checkpoints.tensor_file import encode_header, parse_tensors
+from bertpair.data.columns import Columns
+from bertpair.data.tsv import first_row, read_pairs
 from bertpair.errors import BertpairError
-from bertpair.manifest import FileEntry, Manifest, encode_manifest, verify_folder
-from bertpair.model_config import read_folder
-from bertpair.staging import staged_folder
-from bertpair.tensor_file import encode_header, parse_tensors
-from bertpair.tsv import Columns, first_row, read_pairs
-from bertpair.weights import read_weights
+from bertpair.model.config import read_folder
+from bertpair.model.pretrained import read_weights
+from bertpair.settings.command_line import parse_command_line
+from bertpair.settings.config import Config
 
 SECONDS = 5.0
 BYTES = 256 << 20

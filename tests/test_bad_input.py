@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from bertpair import BertpairError, train
-from bertpair.command_line import parse_command_line
+from bertpair.settings.command_line import parse_command_line
 
 ROOT = Path(__file__).parent.parent
 HEADER = "index\tsentence1\tsentence2\tlabel\n"

@@ -25,14 +25,13 @@ from server_process import ROOT, ask
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bertpair import Config, PairClassifier, StoppedError, TrainingError, train
-from bertpair.batching import Batch
-from bertpair.checkpoint import load_tensors
-from bertpair.inference import Scorer
-from bertpair.manifest import verify_folder
-from bertpair.microbatch import MicroBatcher, QueueLimits
-from bertpair.model import BertClassifier, BertConfig
-from bertpair.optim import AdamW, clip_scale, gradient_norm, parameter_groups, state_tensors
-from bertpair.predictor import Predictor
+from bertpair.checkpoints.atomic import staged_folder
+from bertpair.checkpoints.checkpoint import load_tensors
+from bertpair.checkpoints.manifest import verify_folder
+from bertpair.data.batching import Batch
+from bertpair.data.tokenizer import Tokens, offsets_of
+from bertpair.evaluation.classifier import Scorer
+from bertpair.model.bert import BertClassifier, BertConfig
 from bertpair.runtime import (
     LossScaler,
     Precision,
@@ -42,12 +41,11 @@ from bertpair.runtime import (
     set_deterministic,
     stop_flag,
 )
-from bertpair.server import warm_up
-from bertpair.staging import staged_folder
-from bertpair.stepper import Objective, Stepper
-from bertpair.tokenizer import Tokens
-from bertpair.truncation import offsets_of
-from bertpair.worker import Worker
+from bertpair.serving.batcher import MicroBatcher, QueueLimits, Worker
+from bertpair.serving.predictor import Predictor
+from bertpair.serving.server import warm_up
+from bertpair.training.optim import AdamW, clip_scale, gradient_norm, parameter_groups, state_tensors
+from bertpair.training.step import Objective, Stepper
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch looks once, at the first product
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -162,14 +160,16 @@ def test_a_step_never_waits_for_the_device(device: torch.device, name: Precision
 
 
 @on_each
-def test_the_fused_update_equals_the_reference(device: torch.device) -> None:
+def test_the_fused_update_equals_that_of_lists(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """20 updates by the same gradients, which clipping makes smaller."""
     states = []
-    for implementation in ("fused", "reference"):
+    for is_fused in (True, False):
+        if not is_fused:
+            monkeypatch.setattr("bertpair.training.optim._has_kernel", lambda *_: False)
         draw = torch.Generator().manual_seed(8)
         model = make_model(device)
         names = dict(model.named_parameters())
-        optimizer = AdamW(parameter_groups(model, 0.01), lr=1e-3, implementation=implementation)
+        optimizer = AdamW(parameter_groups(model, 0.01), lr=1e-3)
         for _ in range(20):
             for parameter in names.values():
                 parameter.grad = torch.randn(parameter.shape, generator=draw).to(device)
@@ -241,9 +241,11 @@ def test_fp16_gradients_that_are_never_finite_end_the_run(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss stays finite all the while; the scale stops at its floor."""
-    monkeypatch.setattr("bertpair.preparation.resolve_precision", lambda *_, **__: Precision("fp16", "test"))
     monkeypatch.setattr(
-        "bertpair.stepper.gradient_norm", lambda _: torch.full((), float("nan"), device=device)
+        "bertpair.training.setup.resolve_precision", lambda *_, **__: Precision("fp16", "test")
+    )
+    monkeypatch.setattr(
+        "bertpair.training.step.gradient_norm", lambda _: torch.full((), float("nan"), device=device)
     )
     scales = []
     original = Stepper.step
@@ -553,9 +555,9 @@ def test_a_warm_up_survives_running_out_of_memory(device: torch.device, tmp_path
 ASSERTING = """
 import sys
 import torch
-from bertpair.predictor import Predictor
-from bertpair.server import serve
-from bertpair.serve_config import make_serve_config
+from bertpair.serving.predictor import Predictor
+from bertpair.serving.server import serve
+from bertpair.settings.serve import parse_serve_command_line
 from bertpair.console import configure_logging
 
 def run(self, rows):
@@ -566,7 +568,8 @@ def run(self, rows):
 
 Predictor.run = run
 configure_logging()
-sys.exit(serve(make_serve_config({"model_dir": sys.argv[1], "device": sys.argv[2], "port": 0})))
+flags = ["--model_dir", sys.argv[1], "--device", sys.argv[2], "--port", "0"]
+sys.exit(serve(parse_serve_command_line(flags).config))
 """
 
 

@@ -18,11 +18,11 @@ import torch
 import yaml
 from conftest import write_tiny_bert
 from live_server import make_predictor, serving
+from server_process import ask
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-from test_serving_faults import ask
 
 from bertpair import CheckpointError, Config, ConfigError, PairClassifier, TrainResult, train
-from bertpair.command_line import parse_command_line
+from bertpair.settings.command_line import parse_command_line
 
 ROOT = Path(__file__).parent.parent
 LABELS = ["right", "wrong", "partly"]  # neither sorted nor reversed

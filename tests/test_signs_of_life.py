@@ -19,7 +19,7 @@ import pytest
 from conftest import write_hf_folder, write_tiny_bert
 
 from bertpair import CheckpointError, Config, ConfigError, DataError, PairClassifier, TrainResult, train
-from bertpair.checkpoint import list_checkpoints
+from bertpair.checkpoints.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("fresh_process")

@@ -1,0 +1,386 @@
+"""The folders of an output folder: found, opened, moved into place, and deleted when their time has come.
+
+Only what is whole is found, and only verified bytes are read. The final model is staged as `final.ready` and
+its files are then linked up into the output folder one by one: until the last is there, `final.ready` stays
+whole, and whoever opens the output folder is sent to it. Nothing is deleted that bertpair did not write, and
+a folder that goes is renamed first; deleting is for the process that holds the run's lock.
+"""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bertpair.checkpoints.atomic import (
+    FILE_MODE,
+    fsync_file,
+    fsync_folder,
+    naming,
+    remove,
+    replace_file,
+    retire_folder,
+)
+from bertpair.checkpoints.lock import is_alive
+from bertpair.checkpoints.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    extra_files,
+    read_manifest,
+    read_verified,
+    verify_folder,
+)
+from bertpair.checkpoints.tensor_file import parse_tensors
+from bertpair.errors import CheckpointError, ConfigError, list_faults
+from bertpair.model.config import ModelFolder, read_folder
+from bertpair.model.pretrained import resolve_folder
+from bertpair.settings.config import TRAINING_ARGS
+from bertpair.settings.files import read_json
+
+logger = logging.getLogger(__name__)
+
+FINAL_READY = "final.ready"
+INPUT_FILE = "input.json"
+RESULT_FILES = (
+    "confusion_matrix.png",
+    "eval_results.json",
+    "eval_results.txt",
+    "predictions.tsv",
+    INPUT_FILE,
+)
+MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "trainer_state.json",
+    "vocab.txt",
+)
+COMPARED = "compare-"  # begins the names of folders with a compared model's results
+RUN_FILES = (".run.json", "curves.png", "metrics.jsonl", "training_args.yaml", *RESULT_FILES)
+_FOLDER_NAME = rf"checkpoint-(?:0|[1-9]\d{{0,17}})|{re.escape(FINAL_READY)}"
+_TEMPORARY_FOLDER = re.compile(rf"({_FOLDER_NAME})\.(tmp|old)-\d{{1,10}}(?:-\d{{1,10}})?", re.ASCII)
+_PART_NAME = re.compile(rf"(?:{_FOLDER_NAME})|{COMPARED}.+", re.DOTALL)
+_TEMPORARY_FILE = re.compile(r"\.(.+)\.tmp-(\d{1,10})", re.ASCII)
+_CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]{0,17})")
+
+
+def load_tensors(
+    folder: Path, name: str, manifest: Manifest | None = None, *, finite: bool = True
+) -> dict[str, Tensor]:
+    """The tensors of a verified safetensors file, on the CPU; CheckpointError says what is wrong.
+
+    The bytes that are parsed are the bytes that were hashed. The tensors are views of one buffer, which
+    lives as long as any of them. With `finite`, a NaN or an infinity is an error too.
+    """
+    data = read_verified(folder, name, manifest)
+    try:
+        tensors, _ = parse_tensors(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / name}: {error}") from error
+    if finite:
+        _check_finite(tensors, folder / name)
+    return tensors
+
+
+def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    floating = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+    # The extremes of a tensor with a NaN are NaN: one pass without a mask of the tensor's size.
+    bad = [name for name, t in floating.items() if not torch.stack(torch.aminmax(t)).isfinite().all()]
+    if bad:
+        raise CheckpointError(list_faults([f"{path}: {name!r} holds NaN or infinity" for name in bad]))
+
+
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return output_dir / f"checkpoint-{step}"
+
+
+def output_dir_of(folder: Path) -> Path:
+    """The output folder that a `checkpoint-N` lies in; any other folder itself."""
+    absolute = folder.absolute()
+    return absolute.parent if _CHECKPOINT.fullmatch(absolute.name) else folder
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """Step and folder of every `checkpoint-N`, whole or not, in numeric order; links are not followed."""
+    found = []
+    try:
+        entries = list(os.scandir(output_dir))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{output_dir}: cannot be listed: {error.strerror}") from error
+    for entry in entries:
+        matched = _CHECKPOINT.fullmatch(entry.name)
+        if matched and entry.is_dir(follow_symlinks=False):
+            found.append((int(matched[1]), output_dir / entry.name))
+    return sorted(found)
+
+
+class Newest(NamedTuple):
+    """The newest whole checkpoint, if there is one, and what is wrong with each newer one."""
+
+    path: Path | None
+    manifest: Manifest | None
+    faults: list[str]
+
+
+def newest_whole(output_dir: Path, run_id: str | None = None) -> Newest:
+    """The newest checkpoint (of that run, if given) that is whole, checksums included.
+
+    Damaged ones on the way are named in `faults`; without a `path`, `faults` lists every one there is.
+    """
+    faults: list[str] = []
+    for step, path in reversed(list_checkpoints(output_dir)):
+        try:
+            if run_id is not None and read_manifest(path).run_id != run_id:
+                continue
+            manifest = verify_folder(path)
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        if manifest.meta.get("step", step) == step:
+            return Newest(path, manifest, faults)
+        faults.append(f"{path}: holds step {manifest.meta['step']}, not the step of its name")
+    return Newest(None, None, faults)
+
+
+def final_folder(output_dir: Path) -> Path:
+    """Where the model of an output folder is to be read: `final.ready` if that is whole, else the folder.
+
+    For any other folder that is the folder itself; so whoever opens a model folder asks here first.
+    """
+    ready = output_dir / FINAL_READY
+    if not os.path.lexists(ready):
+        return output_dir
+    try:
+        verify_folder(ready)
+    except CheckpointError as error:
+        logger.warning("not used: %s", error)
+        return output_dir
+    return ready
+
+
+def open_model(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    config_name: str | Path | None = None,
+    verify: bool = True,
+) -> ModelFolder:
+    """A model folder by its path or its name on the hub, its config.json read (or `config_name` instead).
+
+    Of an output folder, the final model. With `verify`, what has a manifest is verified. Raises
+    CheckpointError, which names a checkpoint where the run of the folder is not finished.
+    """
+    path = resolve_folder(name_or_path, revision=revision, cache_dir=cache_dir)
+    final = final_folder(path)
+    if config_name is None and not (final / "config.json").is_file() and (found := list_checkpoints(path)):
+        hint = f"the run of this folder is not finished; name a checkpoint of it: {found[-1][1]}"
+        raise CheckpointError(f"{final / 'config.json'}: no such file; {hint}")
+    if verify and (final / MANIFEST_NAME).is_file():
+        verify_folder(final)
+    return read_folder(final, config_name=config_name)
+
+
+def settings_folder(output_dir: Path) -> Path:
+    """The folder whose training_args.yaml speaks for an output folder: the final model's, else that of the
+    newest checkpoint that has one, else the output folder itself."""
+    final = final_folder(output_dir)
+    places = (final, *(path for _, path in reversed(list_checkpoints(output_dir))))
+    return next((place for place in places if os.path.lexists(place / TRAINING_ARGS)), final)
+
+
+def publish_final(output_dir: Path) -> bool:
+    """Move the files of a whole `final.ready` up, manifest last; False if there is none.
+
+    A crash or an OSError at any point leaves `final.ready` whole, and calling again completes the move.
+    Files of the output folder that the new model does not have are left alone.
+    """
+    ready = output_dir / FINAL_READY
+    if not os.path.lexists(ready):
+        return False
+    manifest = verify_folder(ready)
+    for entry in manifest.files:
+        _place(ready / entry.name, output_dir / entry.name)
+    fsync_folder(output_dir)  # the files' new names are durable before the manifest that vouches for them
+    _place(ready / MANIFEST_NAME, output_dir / MANIFEST_NAME)
+    fsync_folder(output_dir)
+    retire_folder(ready)
+    return True
+
+
+def _place(source: Path, target: Path) -> None:
+    """Replace `target` by `source`, which stays: through a second name for it, or a copy."""
+    if target.exists() and os.path.samefile(source, target):
+        return  # placed before a crash; renaming a link over its own file would do nothing and leave it
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    with naming(target):
+        temporary.unlink(missing_ok=True)
+        try:
+            try:
+                os.link(source, temporary)
+            except OSError:  # a file system without links
+                shutil.copyfile(source, temporary)
+                os.chmod(temporary, FILE_MODE)
+                fsync_file(temporary)
+            os.replace(temporary, target)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+# What stays and what goes
+
+
+def prune(
+    output_dir: Path, keep: int | None, *, last: Path, run_id: str, protect: Collection[Path] = ()
+) -> list[Path]:
+    """Delete this run's oldest checkpoints beyond `keep` (None: keep all); returns those deleted.
+
+    `last` is the checkpoint written or verified last: it counts, and never goes, nor does anything in
+    `protect`, which does not count. Higher numbers than `last` were abandoned or found damaged when the
+    run was resumed before them; they stay until their step writes them anew.
+    """
+    if keep is None:
+        return []
+    spared = {path.name for path in protect} | {last.name}
+    steps = list_checkpoints(output_dir)
+    now = next((step for step, path in steps if path.name == last.name), -1)
+    older = [path for step, path in steps if step < now and path.name not in spared]
+    older = [path for path in older if run_of(path) == run_id]
+    doomed = older[: max(0, len(older) - max(keep - 1, 0))]
+    return [path for path in doomed if _retire(path)]
+
+
+def discard_others(output_dir: Path, run_id_to_keep: str, *, is_finished: bool = False) -> list[Path]:
+    """Delete the checkpoints of other runs once the run to keep has a whole one, or its final model
+    (`is_finished`); returns those deleted."""
+    runs = [(path, run_of(path)) for _, path in list_checkpoints(output_dir)]
+    others = [path for path, run in runs if run not in (None, run_id_to_keep)]
+    if not others or not (is_finished or newest_whole(output_dir, run_id_to_keep).path):
+        return []
+    return [path for path in others if _retire(path)]
+
+
+def run_of(folder: Path) -> str | None:
+    """The run that wrote a folder, "" if it was none; None if that is unsure."""
+    try:
+        return read_manifest(folder).run_id or ""
+    except CheckpointError:
+        return None
+
+
+def _retire(folder: Path) -> bool:
+    """Delete a checkpoint; what somebody added to it stays, in a folder whose name is no checkpoint's."""
+    manifest = read_manifest(folder)
+    added = extra_files(folder, manifest)
+    if not added:
+        return retire_folder(folder)
+    kept = folder.with_name(f"{folder.name}.kept-{os.getpid()}")
+    os.rename(folder, kept)
+    for name in (*(entry.name for entry in manifest.files), MANIFEST_NAME):
+        (kept / name).unlink(missing_ok=True)
+    logger.warning("%s is deleted; %s, which bertpair did not write, is now in %s", folder, added[0], kept)
+    return True
+
+
+def remove_leftovers(output_dir: Path) -> list[Path]:
+    """Remove what a crash left half-written or half-deleted; returns what went. Hold the run's lock.
+
+    A checkpoint that had stepped aside for a new one comes back if the new one never took its place.
+    """
+    gone = []
+    for path in _children(output_dir):
+        if path.is_symlink():
+            continue
+        if path.is_dir() and (matched := _TEMPORARY_FOLDER.fullmatch(path.name)):
+            if matched[2] == "old" and _restored(path, output_dir / matched[1]):
+                continue
+            gone += [path] if remove(path) else []
+        elif path.is_file() and _is_dead_file(path):
+            gone += [path] if remove(path) else []
+    return gone
+
+
+def _children(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _restored(aside: Path, name: Path) -> bool:
+    if os.path.lexists(name):
+        return False
+    try:
+        verify_folder(aside)
+    except CheckpointError as error:
+        logger.warning("%s is removed: %s", aside, error)
+        return False
+    os.rename(aside, name)
+    return True
+
+
+def _is_dead_file(path: Path) -> bool:
+    matched = _TEMPORARY_FILE.fullmatch(path.name)
+    return bool(matched and matched[1] in (*MODEL_FILES, *RUN_FILES, MANIFEST_NAME) and _is_dead(matched[2]))
+
+
+def _is_dead(pid: str) -> bool:
+    return int(pid) == os.getpid() or not is_alive(int(pid))
+
+
+# Results of evaluations
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether files of a model stand there, which nothing may be written over."""
+    return (folder / "config.json").exists() or (folder / MANIFEST_NAME).exists()
+
+
+def write_results(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write an evaluation's files; those of an earlier one go first: nothing old stands beside new ones."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in RESULT_FILES:
+            (folder / name).unlink(missing_ok=True)
+        for name, data in files.items():
+            replace_file(folder / name, data)
+    except OSError as error:
+        reason = error.strerror or error
+        advice = "name another place with --output_dir"
+        raise ConfigError(f"{folder} cannot be written: {reason}; {advice}") from error
+
+
+def discard_evaluations(output_dir: Path, run_id_to_keep: str) -> None:
+    """Delete the results that evaluate.py wrote for models of other runs, once those models are gone."""
+    for folder in _children(output_dir / "eval"):
+        try:
+            said = read_json(folder / INPUT_FILE)
+        except CheckpointError:
+            continue  # not evaluate.py's
+        if said.get("run_id") != run_id_to_keep:
+            _discard_results(folder)
+
+
+def discard_parts(folder: Path) -> None:
+    """Delete the results of checkpoints and compared models that an earlier evaluation wrote in `folder`."""
+    for part in _children(folder):
+        if _PART_NAME.fullmatch(part.name) and (part / INPUT_FILE).is_file():
+            _discard_results(part)
+
+
+def _discard_results(folder: Path) -> None:
+    """Delete what evaluate.py wrote in `folder`, and the folder if nothing else lies in it."""
+    for name in RESULT_FILES:
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or something of the user's lies in it
+        folder.rmdir()

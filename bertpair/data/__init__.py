@@ -1,0 +1,1 @@
+"""A file → rows → token ids → batches."""

@@ -1,0 +1,216 @@
+"""Epochs of length-grouped batches, dynamic padding, and a position that can be saved and resumed.
+
+Batches here are global: a pure function of seed, epoch, lengths and global batch size, from a generator of
+its own. Processes and micro-batches only slice them, so the order of training knows neither their number nor
+what else drew random numbers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bertpair.data.tokenizer import Tokens
+
+Rows = NDArray[np.int64]
+
+POOL_BATCHES = 64  # rows are sorted by length within this many batches: more saves little padding
+MIN_POOLS = 4  # small data: still so many pools, or long rows would meet the same company every epoch
+
+
+def epoch_batches(
+    lengths: NDArray[np.integer[Any]], batch_size: int, *, seed: int, epoch: int, group_by_length: bool
+) -> list[Rows]:
+    """The global batches of one epoch: every row number exactly once, only the last batch may be smaller.
+
+    With `group_by_length` a batch holds rows of like length, sorted; without it, a plain permutation.
+    Give `padded_lengths`: rows whose lengths differ by less than the padding then mix at no cost. Told apart
+    by single tokens, rows that share a text meet in one batch three times as often (benchmarks/LOG.md).
+    """
+    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+    order: Rows = generator.permutation(len(lengths))
+    num_full = len(order) // batch_size
+    # The rest, a batch of its own, is cut off before sorting: it should not be the longest rows of a pool.
+    full, rest = np.split(order, [num_full * batch_size])
+    if group_by_length:
+        full = _sort_within_pools(full, np.asarray(lengths), batch_size)
+    batches = list(full.reshape(num_full, batch_size)[generator.permutation(num_full)])
+    if len(rest):
+        batches.append(_sort_by_length(rest, np.asarray(lengths)) if group_by_length else rest)
+    return batches
+
+
+def _sort_within_pools(order: Rows, lengths: NDArray[np.integer[Any]], batch_size: int) -> Rows:
+    num_batches = len(order) // batch_size
+    pool = batch_size * max(1, min(POOL_BATCHES, num_batches // MIN_POOLS))
+    pools = [_sort_by_length(order[start : start + pool], lengths) for start in range(0, len(order), pool)]
+    return np.concatenate([order[:0], *pools])
+
+
+def _sort_by_length(rows: Rows, lengths: NDArray[np.integer[Any]]) -> Rows:
+    return rows[np.argsort(lengths[rows], kind="stable")]  # stable: rows of one length stay shuffled
+
+
+def padded_lengths(
+    lengths: NDArray[np.integer[Any]], pad_to_multiple_of: int, max_length: int | None = None
+) -> NDArray[np.int64]:
+    """What `pad_batch` would pad each row to if it were the longest of its batch."""
+    rounded: NDArray[np.int64] = -(-np.asarray(lengths, dtype=np.int64) // pad_to_multiple_of)
+    rounded *= pad_to_multiple_of
+    return rounded if max_length is None else np.maximum(lengths, np.minimum(rounded, max_length))
+
+
+def slice_batch(rows: Rows, *, rank: int, world_size: int, micro_batch_size: int) -> list[Rows]:
+    """The micro-batches that process `rank` runs of one global batch: maybe unequal, maybe none at all.
+
+    Every world_size-th row, so that all processes get rows of like length; together they get each row once.
+    """
+    own = rows[rank::world_size]
+    return [own[start : start + micro_batch_size] for start in range(0, len(own), micro_batch_size)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded rows, ready for the model."""
+
+    rows: Rows  # (B,) row numbers in the data
+    input_ids: Tensor  # (B, L) int64
+    token_type_ids: Tensor  # (B, L) int64
+    attention_mask: Tensor | None  # (B, L) bool, True on tokens; None: nothing is padded
+    targets: Tensor | None  # (B,)
+    num_tokens: int  # without padding
+
+    def to(self, device: torch.device) -> "Batch":
+        """On `device`; the copy to a CUDA device runs beside the computation, from pinned memory."""
+        if device.type == "cpu":
+            return self
+        return replace(
+            self,
+            input_ids=_copy(self.input_ids, device),
+            token_type_ids=_copy(self.token_type_ids, device),
+            attention_mask=None if self.attention_mask is None else _copy(self.attention_mask, device),
+            targets=None if self.targets is None else _copy(self.targets, device),
+        )
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def pad_batch(
+    tokens: Tokens,
+    rows: Rows,
+    *,
+    pad_id: int,
+    targets: NDArray[Any] | None = None,
+    pad_to_multiple_of: int = 8,
+    max_length: int | None = None,
+) -> Batch:
+    """Pad `rows` to the longest of them, rounded up to `pad_to_multiple_of` but not beyond `max_length`.
+
+    `targets` are those of all the data; the batch gets its rows' share.
+    """
+    starts = tokens.offsets[rows]
+    lengths = tokens.offsets[np.asarray(rows) + 1] - starts
+    padded = int(padded_lengths(lengths, pad_to_multiple_of, max_length).max(initial=0))
+    positions = np.arange(padded)
+    is_token = positions < lengths[:, None]  # (B, L)
+    input_ids = np.full(is_token.shape, pad_id, dtype=np.int64)
+    input_ids[is_token] = tokens.ids[(starts[:, None] + positions)[is_token]]
+    is_second = (positions >= tokens.first_lengths[rows][:, None]) & is_token
+    return Batch(
+        rows=rows,
+        input_ids=torch.from_numpy(input_ids),
+        token_type_ids=torch.from_numpy(is_second.astype(np.int64)),
+        attention_mask=None if is_token.all() else torch.from_numpy(is_token),
+        targets=None if targets is None else torch.from_numpy(targets[rows]),
+        num_tokens=int(lengths.sum()),
+    )
+
+
+@dataclass(frozen=True)
+class Position:
+    """The next batch to be trained on."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+class BatchStream:
+    """Global batches for ever, epoch after epoch: `next` gives (epoch, batch index, rows).
+
+    `position` is that of the batch to come; set it, or load a saved state, to go on from there.
+    """
+
+    def __init__(
+        self,
+        lengths: NDArray[np.integer[Any]],
+        batch_size: int,
+        *,
+        seed: int,
+        group_by_length: bool = True,
+        position: Position | None = None,
+    ) -> None:
+        if len(lengths) == 0 or batch_size < 1:
+            raise ValueError(f"found {len(lengths)} rows in batches of {batch_size}; at least 1 of each")
+        self.position = position or Position()
+        self._lengths = np.asarray(lengths)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._group_by_length = group_by_length
+        self._epoch = -1
+        self._batches: list[Rows] = []
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of one epoch."""
+        return -(-len(self._lengths) // self._batch_size)
+
+    def __iter__(self) -> Iterator[tuple[int, int, Rows]]:
+        return self
+
+    def __next__(self) -> tuple[int, int, Rows]:
+        epoch, batch = self.position.epoch, self.position.batch
+        if epoch != self._epoch:
+            self._batches = epoch_batches(
+                self._lengths,
+                self._batch_size,
+                seed=self._seed,
+                epoch=epoch,
+                group_by_length=self._group_by_length,
+            )
+            self._epoch = epoch
+        is_last = batch + 1 == self.num_batches
+        self.position = Position(epoch + 1, 0) if is_last else Position(epoch, batch + 1)
+        return epoch, batch, self._batches[batch]
+
+    def state_dict(self) -> dict[str, int]:
+        return asdict(self.position)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """ValueError for a position that these data do not have."""
+        position = Position(**state)
+        if position.epoch < 0 or not 0 <= position.batch < self.num_batches:
+            raise ValueError(f"position: found {position}; an epoch has {self.num_batches} batches")
+        self.position = position
+
+
+def token_budget_batches(
+    lengths: NDArray[np.integer[Any]], max_tokens: int, pad_to_multiple_of: int
+) -> list[Rows]:
+    """Batches for scoring, longest rows first: rows × padded length within `max_tokens`, or a single row."""
+    order: Rows = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    padded = padded_lengths(lengths, pad_to_multiple_of)
+    batches = []
+    start = 0
+    while start < len(order):
+        end = start + max(1, max_tokens // max(1, int(padded[order[start]])))
+        batches.append(order[start:end])
+        start = end
+    return batches

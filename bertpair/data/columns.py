@@ -1,0 +1,313 @@
+"""Where the texts and the label stand in a row: columns by name or number → positions in one file.
+
+A row is as wide as the first row says: `-1` is the first row's last column in every row, and a row with
+further text beyond that width is a fault (a stray tab). A header must have the names that the training file's
+header has in the columns used, where they are used.
+"""
+
+import logging
+import re
+import shlex
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from bertpair.errors import ConfigError, DataError, list_faults, listed, near_misses, show
+
+logger = logging.getLogger(__name__)
+
+_ROLES = ("text_a", "text_b", "label")
+_MARKS = (  # between the columns of other formats, what it is called, and how to get rid of it
+    (",", "a comma", ": export it as tab-separated text and read that with --quoting csv"),
+    (";", "a semicolon", ": export it as tab-separated text and read that with --quoting csv"),
+    ("[|]", "a vertical bar", ": export it as tab-separated text"),
+    (r"\\t", r"a backslash and a t", ""),
+    (" {2,}", "spaces", ""),
+)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where the texts and the label are: by header name, or by number from 0 (negative from the end).
+
+    `text_b` None: single texts. `label` None: no labels are read. `quoting`: `none` takes quotes literally;
+    with `csv`, quoted fields may hold tabs, newlines and doubled quotes. `header`: the training file's; with
+    `checks_header`, columns known by number must have its names in every file. `usual`: role → the name that
+    the column has in a usual header; where it stands in another column, that is a fault too.
+    """
+
+    text_a: int | str
+    text_b: int | str | None
+    label: int | str | None
+    has_header: bool = True
+    quoting: str = "none"
+    header: tuple[str, ...] | None = None
+    checks_header: bool = True
+    usual: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.quoting not in ("none", "csv"):
+            raise ConfigError(f"quoting: found {self.quoting!r}; allowed: none, csv")
+        names = [f"{role}_column {column!r}" for role, column in self.by_role() if isinstance(column, str)]
+        if names and not self.has_header:
+            raise ConfigError(f"{', '.join(names)}: has_header is false, so columns are known by number only")
+
+    def by_role(self) -> list[tuple[str, int | str | None]]:
+        return list(zip(_ROLES, (self.text_a, self.text_b, self.label), strict=True))
+
+    @property
+    def num_used(self) -> int:
+        """How many columns are read."""
+        return sum(column is not None for _, column in self.by_role())
+
+
+class Places(NamedTuple):
+    """The columns of one file as positions; `width`: cells of its first row."""
+
+    text_a: int
+    text_b: int | None
+    label: int | None
+    needed: int
+    width: int
+
+
+def locate_columns(columns: Columns, first: list[str], where: str) -> Places:
+    """Positions from the file's first row; DataError with everything that does not fit."""
+    faults: list[str] = []
+    positions: list[int | None] = []
+    for role, column in columns.by_role():
+        position = None if column is None else _position(column, first, columns.has_header)
+        if isinstance(position, str):
+            faults.append(f"{where}{role}_column {column!r} {position}")
+            position = None
+        elif position is not None and position in positions:
+            other = _ROLES[positions.index(position)]
+            hint = "; has this file no labels?" if role == "label" else ""
+            faults.append(f"{where}{role}_column {column!r} is the same column as {other}_column{hint}")
+        positions.append(position)
+    if not faults and columns.has_header and columns.checks_header:
+        faults = _header_faults(columns, first, where)
+    if faults:
+        raise DataError(list_faults(faults))
+    text_a, text_b, label = positions
+    assert text_a is not None
+    needed = max(p for p in positions if p is not None) + 1
+    return Places(text_a, text_b, label, needed, max(needed, len(first)))
+
+
+def other_format(row: Sequence[str], columns: Columns) -> str:
+    """What a row without a single tab seems to be instead of columns, and what to do; or ""."""
+    if len(row) != 1 or columns.num_used < 2:
+        return ""
+    line = row[0].strip()
+    if line.startswith(("{", "[")):
+        return "like JSON; write it as text with a tab between the columns"
+    if line.startswith("# "):
+        return "like a comment; remove it"
+    for mark, name, advice in _MARKS:
+        if len(re.findall(mark, line)) >= columns.num_used - 1:
+            return f"like columns with {name} between them; write a tab there instead{advice}"
+    return ""
+
+
+class Misfits:
+    """Rows that do not have the columns of their file's first row, by their number of cells."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+        self._first: Sequence[str] = ()
+
+    def note(self, cells: Sequence[str]) -> None:
+        self._first = self._first or cells
+        self._counts[len(cells)] += 1
+
+    def is_all_of(self, count: int) -> bool:
+        """Whether so many have one number of cells."""
+        return count in self._counts.values()
+
+    def message(self, places: Places, columns: Columns) -> str:
+        """What these rows have in common, and what to do."""
+        width, count = self._counts.most_common(1)[0]
+        found = f"expected {places.width} tab-separated columns, found {width} in each of {count:,} rows"
+        if width == 1:
+            other = other_format(self._first, columns)
+            return f"{found}; " + (f"they look {other}" if other else "write a tab between the columns")
+        if width > places.width:
+            return f"{found}; does the header lack a name, or do the rows have a tab too many?"
+        return found if columns.label is None else f"{found}; has this file no labels?"
+
+
+def used_names(columns: Columns, header: Sequence[str]) -> dict[str, tuple[int, str]]:
+    """Role → the column that is known by number, and its name in `header`; those beyond it are left out."""
+    found = {}
+    for role, column in columns.by_role():
+        if isinstance(column, int) and -len(header) <= column < len(header):
+            found[role] = column, header[column].strip()
+    return found
+
+
+def _header_faults(columns: Columns, first: list[str], where: str) -> list[str]:
+    """What a header says against reading its file by the numbers that fit the training file."""
+    here = [cell.strip().casefold() for cell in first]
+    used, there = used_names(columns, columns.header or ()), " in the training file; here that"
+    if columns.header is None:
+        named = [(role, column, columns.usual.get(role)) for role, column in columns.by_role()]
+        used, there = {role: (at, name) for role, at, name in named if name and isinstance(at, int)}, ""
+    faults, num_right = [], 0
+    for role, (column, name) in used.items():
+        if -len(here) <= column < len(here) and here[column] == name.casefold():
+            num_right += 1
+        elif name.casefold() in here:
+            faults.append(
+                f"{where}{role}_column {column} is {show(first[column].strip())} here, and "
+                f"{show(name)}{there} is column {here.index(name.casefold())}"
+            )
+    if columns.header is not None and used and not num_right and not faults:
+        names = listed([name for _, name in used.values()])
+        faults.append(f"{where}expected a header with {names} as in the training file, found {listed(first)}")
+    if faults:
+        names = " ".join(f"--{role}_column {shlex.quote(name)}" for role, (_, name) in used.items())
+        faults.append(
+            f"if this row is no header, set --has_header false; to read these columns all the same, set "
+            f"--has_header true; or name the columns, such as {names}"
+        )
+    return faults
+
+
+def _position(column: int | str, first: list[str], has_header: bool) -> int | str:
+    """The column's position in this file, or what is wrong with it."""
+    names = [cell.strip() for cell in first]
+    if isinstance(column, str):
+        hits = [position for position, name in enumerate(names) if name == column.strip()]
+        if len(hits) == 1:
+            return hits[0]
+        if hits:
+            return f"stands {len(hits)} times in the header; give its number instead (one of {listed(hits)})"
+        near = near_miss(column, names)
+        return f"is not in the header; {near}found: {listed(names)}"
+    position = column + len(first) if column < 0 else column
+    # Without a header, a first row that is too short is a bad row like any other.
+    if 0 <= position < len(first) or (column >= 0 and not has_header):
+        return position
+    return f"does not exist: the first row has {len(first)} columns, numbered from 0: {listed(names)}"
+
+
+def near_miss(word: str, words: Sequence[str]) -> str:
+    """`did you mean …? ` or nothing: the head of a message's second half."""
+    near = near_misses(word, words)
+    return f"did you mean {' or '.join(map(show, near))}? " if near else ""
+
+
+_TEXT_NAME = (  # the last word of a text column's name, in the presets' files and in people's own
+    "(answer|candidate|content|context|document|hypothesis|paragraph|passage|premise|query|question|reference"
+    "|response|sentence|string|text|title|utterance|句子?|文本|问题|答案|回答)"
+)
+_NUMBERED_NAME = re.compile(rf"{_TEXT_NAME}[ab12]|[12] string")  # nobody writes this as a text
+_PLAIN_NAME = re.compile(rf"(\w+[ _-]?)?{_TEXT_NAME}s?( [ab12])?|a|[qs][12]?")
+_LONE_NAMES = ("sentence", "text")  # of single texts
+_OTHER_NAME = re.compile(
+    r"(\w+[ _-]|pair|prompt)?(id|idx|index|label|labels|class|category|score|grade|quality|similarity"
+    "|is_?duplicate|标签|类别|分数|得分|序号|编号)"
+)
+_NUMBER = re.compile(r"[-+]?[0-9]+([.,][0-9]+)?")
+
+
+def check_header(where: str, cells: Sequence[str], quoting: str) -> None:
+    """DataError for a header that shows that its file is read in another way than it was written."""
+    if any("\r" in cell.strip() for cell in cells):
+        raise DataError(f"{where}a carriage return in the header; convert it: tr '\\r' '\\n' < OLD > NEW")
+    if quoting == "none" and cells[0].startswith('"') and cells[-1].rstrip().endswith('"') and len(cells) > 1:
+        if not is_quoted(cells[0]):
+            raise DataError(f"{where}the whole line is in quotes; write the lines without them")
+        raise DataError(f"{where}the names are in quotes; read the file with --quoting csv")
+
+
+def is_quoted(cell: str) -> bool:
+    """Whether a cell is written in double quotes."""
+    text = cell.strip()
+    return len(text) > 1 and text[0] == text[-1] == '"'
+
+
+class FirstRow:
+    """The first row of a file that is read without a header; further rows show whether it is one.
+
+    Its texts are known names of columns, or all its cells look like names and one beside the texts is neither
+    a number nor a label, where all further rows have one of these.
+    """
+
+    def __init__(self, cells: Sequence[str], places: Places, labels: Collection[str]) -> None:
+        self._labels = labels
+        self._texts = [place for place in (places.text_a, places.text_b) if place is not None]
+        names = [cell.strip(' "\t\r') for cell in cells]
+        filled = {place: name for place, name in enumerate(names) if name}
+        beside = {place: name for place, name in filled.items() if place not in self._texts}
+        are_names = len({*filled.values()}) == len(filled) and all(map(_may_be_name, filled.values()))
+        self._unlike = {p: name for p, name in beside.items() if name not in labels} if are_names else {}
+        self._named = [filled.get(place, "") for place in self._texts]
+        has_value = any(name in labels or _NUMBER.fullmatch(name) for name in beside.values())
+        self._is_sure = _is_header(self._named, () if has_value else beside.values())
+        self._is_likely = not has_value and _may_be_header(self._named)
+        self._num_rows = 0
+
+    def compare(self, cells: Sequence[str]) -> None:
+        """Take a further row into account."""
+        self._num_rows += 1
+        if self._unlike:
+            self._unlike = {
+                place: name for place, name in self._unlike.items() if self._differs(place, cells)
+            }
+        if self._is_likely:  # names stand above sentences; in a list of words they may be words
+            texts = [cells[place].strip() if place < len(cells) else "" for place in self._texts]
+            lengths = zip(texts, self._named, strict=True)
+            self._is_likely = any(" " in text or len(text) > 2 * len(name) for text, name in lengths)
+
+    def _differs(self, place: int, cells: Sequence[str]) -> bool:
+        cell = cells[place].strip() if place < len(cells) else ""
+        return cell in self._labels or _NUMBER.fullmatch(cell) is not None
+
+    def check(self, where: str, columns: Columns) -> bool:
+        """Whether it is a row; if not, a DataError, or a warning where it was to be read as one."""
+        sign = self._sign()
+        if not sign:
+            return True
+        if columns.has_header and self._is_sure:
+            raise DataError(
+                f"{where}looks like a header: it has {sign}; a header is the first line of its file"
+            )
+        if columns.checks_header and not columns.has_header:
+            raise DataError(
+                f"{where}looks like a header: it has {sign}; set --has_header true, or --has_header false if "
+                "it is a row"
+            )
+        logger.warning("%sread as a row, but it has %s; is it a header?", where, sign)
+        return False
+
+    def _sign(self) -> str:
+        """What shows that it is a header, or ""."""
+        if self._is_sure or (self._is_likely and self._num_rows > 1):
+            what = "names of columns" if len(self._named) > 1 else "the name of a column"
+            return f"{listed(self._named)} as {what}"
+        if self._unlike and self._num_rows > 1:  # a single row may differ by itself
+            place, name = next(iter(self._unlike.items()))
+            return f"{show(name)} in column {place}, where all other rows have a number or a label"
+        return ""
+
+
+def _is_header(texts: Sequence[str], beside: Collection[str]) -> bool:
+    """Whether these are names and no texts: numbered ones, or plain ones beside a label or an id."""
+    keys = [re.sub("[_#-]", "", text).casefold() for text in texts]
+    if all(map(_NUMBERED_NAME.fullmatch, keys)):
+        return True
+    has_other = any(_OTHER_NAME.fullmatch(other.casefold()) for other in beside)
+    return has_other and all(map(_PLAIN_NAME.fullmatch, keys))
+
+
+def _may_be_header(texts: Sequence[str]) -> bool:
+    """The same where nothing stands beside them, if further rows bear it out."""
+    keys = [text.casefold() for text in texts]
+    return keys[0] in _LONE_NAMES if len(keys) == 1 else all(map(_PLAIN_NAME.fullmatch, keys))
+
+
+def _may_be_name(cell: str) -> bool:
+    return len(cell) <= 40 and len(cell.split()) <= 4 and any(map(str.isalpha, cell))

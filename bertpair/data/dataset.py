@@ -1,0 +1,367 @@
+"""Pairs → token ids and targets: the labels in id order, what looks wrong with them, a cache of token ids.
+
+The cache keeps one file an entry, keyed by the content of the texts, the tokenizer and the settings. It is
+written beside its final name and renamed, with a checksum inside: an entry that is damaged, half-written or
+of another version is made anew, and a folder that cannot be written costs a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+import re
+import tempfile
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from bertpair.data.records import without_invisible
+from bertpair.data.source import Source
+from bertpair.data.tokenizer import Tokenizer, Tokens, check_texts
+from bertpair.data.tsv import Pairs, check_two_classes, find_labels
+from bertpair.errors import ConfigError, DataError, list_faults, listed, plain, show
+
+logger = logging.getLogger(__name__)
+
+MANY_UNKNOWN = 0.1  # of the tokens; real text in a vocabulary's own languages stays under 0.01
+
+Targets = npt.NDArray[np.int64] | npt.NDArray[np.float32]
+MAX_SHOWN = 20  # labels in one line
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?")
+_DECIMAL_COMMA = re.compile(r"([-+]?\d+),(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One data set, ready for the model: row i of `pairs`, `tokens` and `targets` are the same row."""
+
+    pairs: Pairs
+    tokens: Tokens
+    targets: Targets | None  # int64 label ids or float32 values; None for a file without labels
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """How texts become token ids: the tokenizer, the cut, and where finished work is kept."""
+
+    tokenizer: Tokenizer
+    max_length: int
+    cache_dir: Path | None
+    overwrite_cache: bool = False
+
+    def split(self, pairs: Pairs, labels: Sequence[str] | None, *, name: str) -> Split:
+        """Encode `pairs`; `labels` in id order, None for regression. Says how many rows were cut."""
+        tokens = encode_cached(
+            self.tokenizer,
+            pairs.text_a,
+            pairs.text_b,
+            self.max_length,
+            cache_dir=self.cache_dir,
+            overwrite=self.overwrite_cache,
+        )
+        self._report(name, tokens)
+        return Split(pairs, tokens, None if pairs.labels is None else targets(pairs, labels))
+
+    def _report(self, name: str, tokens: Tokens) -> None:
+        lengths = np.diff(tokens.offsets)
+        if not len(lengths):
+            return
+        cut = int(tokens.truncated.sum())
+        share = 100 * cut / len(lengths)
+        logger.info(
+            "%s: %d rows, %.1f tokens a row (longest %d); %d rows (%.1f %%) cut at %d",
+            name,
+            len(lengths),
+            lengths.mean(),
+            lengths.max(),
+            cut,
+            share,
+            self.max_length,
+        )
+        words = np.isin(tokens.ids, (self.tokenizer.cls_id, self.tokenizer.sep_id), invert=True).sum()
+        unknown = int((tokens.ids == self.tokenizer.unk_id).sum())
+        if unknown > MANY_UNKNOWN * words:
+            logger.warning(
+                "%s: %.0f %% of the tokens are [UNK], which tells the model nothing of the text: "
+                "the vocabulary is not one for these texts",
+                name,
+                100 * unknown / words,
+            )
+
+
+def training_labels(pairs: Pairs, source: Source) -> tuple[str, ...] | None:
+    """The classes in id order, None for a regression; DataError where only one class occurs in training."""
+    if source.regression:
+        return None
+    found = pairs.labels or []
+    if source.labels is None:
+        return find_labels(found)
+    check_two_classes(found)
+    absent = sorted(set(source.labels) - set(found))
+    if absent:
+        logger.warning("labels without a single training row: %s", ", ".join(absent))
+    return source.labels
+
+
+def resolve_positive_label(labels: Sequence[str] | None, source: Source, setting: str | None) -> str | None:
+    """The label that f1 is of: as set, else the task's, else the one with id 1; None where there are not two.
+
+    ConfigError where `setting` is none of two labels.
+    """
+    if labels is None or len(labels) != 2:
+        if setting is None:
+            return None
+        found = "a regression has none" if labels is None else f"here are {len(labels)}"
+        raise ConfigError(f"positive_label: found {setting!r}; f1 is measured with two labels, {found}")
+    if setting is None:
+        usual = source.task.positive_label
+        return usual if usual in labels else labels[1]
+    if setting not in labels:
+        raise ConfigError(f"positive_label: found {setting!r}; allowed: {listed(labels)}")
+    return setting
+
+
+def report_labels(name: str, pairs: Pairs, labels: Sequence[str] | None) -> None:
+    """Log how many rows each label has, in id order, and warn where only one occurs."""
+    if labels is None or pairs.labels is None:
+        return
+    counts = Counter(pairs.labels)
+    shown = [f"{plain(label)} {counts[label]:,}" for label in labels[:MAX_SHOWN]]
+    more = [f"and {len(labels) - MAX_SHOWN} more"] if len(labels) > MAX_SHOWN else []
+    logger.info("%s labels: %s", name, ", ".join([*shown, *more]))
+    if len(counts) == 1:
+        logger.warning(
+            "%s: all %s rows have the label %s", name, f"{len(pairs):,}", plain(next(iter(counts)))
+        )
+
+
+def label_warnings(labels: Sequence[str]) -> list[str]:
+    """Lines about labels that are probably meant to be one, and about scores taken for labels."""
+    alike: dict[str | float, list[str]] = {}
+    for label in labels:
+        alike.setdefault(_meant(label), []).append(label)
+    twins = [" and ".join(map(_spelt, group)) for group in alike.values() if len(group) > 1]
+    more = f"; and {len(twins) - MAX_SHOWN} more" if len(twins) > MAX_SHOWN else ""
+    warnings = []
+    if twins:
+        shown = "; ".join(twins[:MAX_SHOWN]) + more
+        warnings.append(f"labels that look alike and are trained apart: {shown}")
+    if missing := [label for label in labels if label.lower() == "nan"]:
+        warnings.append(f"the label {missing[0]!r} is how pandas writes a missing one; is it meant?")
+    numbers = [value for value in alike if isinstance(value, float)]
+    if len(numbers) == len(alike) and (len(numbers) > 10 or not all(n.is_integer() for n in numbers)):
+        warnings.append(
+            f"all {len(labels)} labels are numbers ({listed(labels, 5)}); "
+            "if they are scores, set problem_type: regression"
+        )
+    return warnings
+
+
+def _meant(label: str) -> str | float:
+    """Equal for labels that a person would take for the same."""
+    text = without_invisible(unicodedata.normalize("NFKC", label)).casefold()
+    text = _DECIMAL_COMMA.sub(r"\1.\2", text) if _DECIMAL_COMMA.fullmatch(text) else text
+    return float(text) if _NUMBER.fullmatch(text) else unicodedata.normalize("NFKC", text)
+
+
+def _spelt(label: str) -> str:
+    """A label so that it can be told from one that looks the same."""
+    is_seen = without_invisible(label) == label.replace(" ", "") and unicodedata.is_normalized("NFC", label)
+    return show(label) if is_seen else ascii(label)
+
+
+def targets(pairs: Pairs, labels: Sequence[str] | None) -> Targets:
+    """Class ids (int64) by the position in `labels`; with None, the labels as numbers (float32)."""
+    found = pairs.labels or []
+    if labels is None:
+        return np.array([float(label) for label in found], dtype=np.float32)
+    ids = {label: number for number, label in enumerate(labels)}
+    try:
+        return np.array([ids[label] for label in found], dtype=np.int64)
+    except KeyError:
+        unknown = [row for row, label in enumerate(found) if label not in ids]
+    faults = [
+        f"{pairs.where(row)}: unknown label {found[row]!r}; allowed: {', '.join(labels)}" for row in unknown
+    ]
+    raise DataError(list_faults(faults))
+
+
+def overlap_warnings(train: Pairs, dev: Pairs | None, *, regression: bool = False) -> list[str]:
+    """Lines that count dev rows that also stand in train, and texts that stand with two labels."""
+    known, warnings = _two_labels(train, "training", regression)
+    if dev is None:
+        return warnings
+    shared = [row for row, key in enumerate(_keys(dev)) if key in known]
+    if shared:
+        warnings.append(
+            f"dev rows that also stand in the training data: {len(shared):,} of {len(dev):,}, "
+            f"as at {dev.where(shared[0])}; the dev figures flatter the model"
+        )
+    return warnings + _two_labels(dev, "dev", regression)[1]
+
+
+def _keys(pairs: Pairs) -> list[tuple[str, str]]:
+    return list(zip(pairs.text_a, pairs.text_b or [""] * len(pairs), strict=True))
+
+
+def _two_labels(
+    pairs: Pairs, kind: str, regression: bool
+) -> tuple[dict[tuple[str, str], str | float], list[str]]:
+    """The first label of each row's texts, and a warning if some have another one later."""
+    labels: Sequence[str | float] = pairs.labels or [""] * len(pairs)
+    if regression and pairs.labels:
+        labels = [float(label) for label in pairs.labels]  # 5.0 and 5.000 are one score
+    first: dict[tuple[str, str], str | float] = {}
+    again: dict[tuple[str, str], int] = {}
+    for row, (key, label) in enumerate(zip(_keys(pairs), labels, strict=True)):
+        if first.setdefault(key, label) != label:
+            again.setdefault(key, row)
+    if not again:
+        return first, []
+    where = pairs.where(next(iter(again.values())))
+    return first, [f"texts with more than one label in the {kind} data: {len(again):,}, as at {where}"]
+
+
+# The token cache
+
+VERSION = "2"  # of the file's layout, part of the key
+MAX_BYTES = 2 * 2**30
+MIN_CHARS = 100_000
+ABANDONED_SECONDS = 24 * 3600  # a temporary file this old belongs to no living writer
+HASH_ROWS = 10_000
+ENTRY_PATTERN = "tokens-" + "[0-9a-f]" * 64 + ".safetensors"  # the folder may hold what is not ours
+TEMPORARY_PATTERN = "tokens-????????????????-*.tmp"
+FIELDS = ("ids", "offsets", "first_lengths", "truncated")
+
+
+def default_cache_dir() -> Path:
+    """`bertpair/tokens` under XDG_CACHE_HOME (if absolute, as its specification says) or ~/.cache."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:  # no home folder: nowhere to write, which is a warning when it comes to that
+            base = Path(os.devnull)
+    return base / "bertpair" / "tokens"
+
+
+def encode_cached(
+    tokenizer: Tokenizer,
+    text_a: Sequence[str],
+    text_b: Sequence[str] | None,
+    max_length: int,
+    *,
+    cache_dir: Path | None = None,
+    overwrite: bool = False,
+) -> Tokens:
+    """What `tokenizer.encode` gives, from the cache where it has it; `overwrite` makes the entry anew.
+
+    `cache_dir` None is the user's cache folder. Raises what `encode` raises.
+    """
+    check_texts(text_a, text_b)
+    columns = [text_a] if text_b is None else [text_a, text_b]
+    if sum(map(len, text_a)) + sum(map(len, text_b or ())) < MIN_CHARS:
+        return tokenizer.encode(text_a, text_b, max_length)
+    folder = default_cache_dir() if cache_dir is None else cache_dir
+    path = folder / f"tokens-{entry_key(tokenizer, columns, max_length)}.safetensors"
+    tokens = None if overwrite else read_entry(path, len(text_a))
+    if tokens is None:
+        tokens = tokenizer.encode(text_a, text_b, max_length)
+        write_entry(path, tokens)
+    return tokens
+
+
+def entry_key(tokenizer: Tokenizer, columns: Sequence[Sequence[str]], max_length: int) -> str:
+    """sha256 over all that the ids depend on: texts, tokenizer, version of the library, settings."""
+    settings = (VERSION, tokenizers.__version__, tokenizer.fingerprint, max_length, len(columns))
+    digest = hashlib.sha256(repr(settings).encode())
+    for column in columns:
+        digest.update(len(column).to_bytes(8, "little"))
+        for start in range(0, len(column), HASH_ROWS):
+            rows = column[start : start + HASH_ROWS]
+            # The lengths keep ("ab", "c") apart from ("a", "bc").
+            digest.update(np.fromiter(map(len, rows), "<i8", len(rows)).tobytes())
+            digest.update("".join(rows).encode())
+    return digest.hexdigest()
+
+
+def read_entry(path: Path, num_rows: int) -> Tokens | None:
+    """The entry's tokens; None if it is not there or not whole."""
+    try:
+        with safe_open(path, framework="np") as file:
+            said = (file.metadata() or {}).get("sha256")
+            arrays = {name: file.get_tensor(name) for name in FIELDS}
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, ValueError) as e:
+        logger.warning("%s: this token cache entry cannot be used (%s); it is made anew", path, e)
+        return None
+    tokens = Tokens(**arrays)
+    if said != checksum(tokens) or len(tokens) != num_rows:
+        logger.warning("%s: this token cache entry is damaged (wrong checksum); it is made anew", path)
+        return None
+    with contextlib.suppress(OSError):  # in a read-only cache an entry's age stays as it is
+        os.utime(path)
+    return tokens
+
+
+def write_entry(path: Path, tokens: Tokens) -> None:
+    """Store an entry whole or not at all, and prune the oldest; failing costs a warning."""
+    arrays = {name: np.ascontiguousarray(getattr(tokens, name)) for name in FIELDS}
+    if sum(array.nbytes for array in arrays.values()) > MAX_BYTES:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f"{path.stem[:23]}-", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        try:
+            save_file(arrays, name, metadata={"sha256": checksum(tokens)})
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        prune(path.parent, newest=path)
+    except (OSError, SafetensorError) as e:
+        logger.warning("token cache %s cannot be written (%s); going on without it", path.parent, e)
+
+
+def checksum(tokens: Tokens) -> str:
+    digest = hashlib.sha256()
+    for name in FIELDS:
+        array = getattr(tokens, name)
+        digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def prune(folder: Path, newest: Path) -> None:
+    """Remove the entries used longest ago beyond MAX_BYTES, and what killed writers left."""
+    for path in folder.glob(TEMPORARY_PATTERN):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()
+    found: list[tuple[bool, float, int, Path]] = []
+    for path in folder.glob(ENTRY_PATTERN):
+        with contextlib.suppress(OSError):  # other processes prune too
+            state = path.stat()
+            found.append((path == newest, state.st_mtime, state.st_size, path))
+    total = 0
+    for *_, size, path in sorted(found, reverse=True):
+        total += size
+        if total > MAX_BYTES:
+            with contextlib.suppress(OSError):
+                path.unlink()

@@ -1,0 +1,1 @@
+"""A model folder → labels, metrics, tables, pictures."""

@@ -1,0 +1,437 @@
+"""From model folders and a data set to metrics, tables and files: what `python evaluate.py` runs.
+
+`evaluate_split` measures one live model, in training too; `evaluate_models` opens folders and writes results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bertpair.checkpoints.checkpoint import (
+    COMPARED,
+    INPUT_FILE,
+    discard_parts,
+    final_folder,
+    is_model_folder,
+    list_checkpoints,
+    open_model,
+    output_dir_of,
+    run_of,
+    settings_folder,
+    write_results,
+)
+from bertpair.console import Progress
+from bertpair.data.columns import Columns
+from bertpair.data.dataset import Encoder, Split, Targets, report_labels, resolve_positive_label
+from bertpair.data.source import Source, columns_for, resolve_source
+from bertpair.data.tsv import Pairs, read_pairs
+from bertpair.errors import CheckpointError, ConfigError, listed
+from bertpair.evaluation.classifier import PairClassifier, Scorer, make_predictions
+from bertpair.evaluation.metrics import (
+    classification_metrics,
+    confusion_matrix,
+    finite_or_null,
+    per_class,
+    regression_metrics,
+)
+from bertpair.evaluation.plots import draw_confusion, draw_curves
+from bertpair.evaluation.report import (
+    class_table,
+    comparison_table,
+    confusion_table,
+    format_eval_results,
+    format_predictions,
+)
+from bertpair.model.pretrained import resolve_folder
+from bertpair.runtime import allowed_precisions, resolve_device, set_deterministic, set_threads
+from bertpair.settings.config import Config, check_config, model_settings
+
+logger = logging.getLogger(__name__)
+
+LAYOUT = {"has_header", "text_a_column", "text_b_column", "label_column"}
+POSITIVE = "positive_label"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One data set scored by one model."""
+
+    metrics: dict[str, float]  # empty for a file without labels
+    logits: npt.NDArray[np.float32]  # (rows, C), in the file's order
+    positive_label: str | None = None  # that f1 is of
+
+    @property
+    def figures(self) -> dict[str, float | str]:
+        """The metrics, and the label that f1 is of beside it."""
+        named = {} if self.positive_label is None or not self.metrics else {POSITIVE: self.positive_label}
+        return {**self.metrics, **named}
+
+
+def evaluate_split(
+    scorer: Scorer,
+    split: Split,
+    labels: Sequence[str] | None,
+    *,
+    positive_label: str | None = None,
+    label: str = "",
+) -> Evaluation:
+    """Score every row of `split`, and measure where it has labels.
+
+    `labels` in id order, None for regression; f1 is of `positive_label` (None: of id 1); `label` leads the
+    progress bar. Raises StoppedError when the stop flag is set.
+    """
+    with Progress(len(split), "row", label=label, transient=True) as progress:
+        logits = scorer.logits(split.tokens, progress.advance)
+    if split.targets is None:
+        return Evaluation({}, logits)
+    return Evaluation(measure(logits, split.targets, labels, positive_label), logits, positive_label)
+
+
+def measure(
+    logits: npt.NDArray[np.float32],
+    gold: Targets,
+    labels: Sequence[str] | None,
+    positive_label: str | None = None,
+) -> dict[str, float]:
+    """The metrics of logits (rows, C) against label ids, or against values where `labels` is None.
+
+    `loss` is the plain mean cross-entropy (no class weights, no smoothing) or mean squared error.
+    """
+    wide = logits.astype(np.float64)
+    if labels is None:
+        values = wide[:, 0]
+        return {"loss": float(np.mean((values - gold) ** 2)), **regression_metrics(gold, values)}
+    shifted = wide - wide.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(gold)), gold]
+    positive = 1 if positive_label is None else labels.index(positive_label)
+    return {
+        "loss": float(losses.mean()),
+        **classification_metrics(gold, wide.argmax(axis=1), len(labels), positive),
+    }
+
+
+def result_files(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> dict[str, bytes]:
+    """The files of an evaluation, by name: predictions.tsv; with gold labels eval_results.txt and .json;
+    for classes confusion_matrix.png."""
+    files = {"predictions.tsv": _predictions(evaluation, split, labels)}
+    if split.targets is None:
+        return files
+    files |= format_eval_results(evaluation.figures)
+    if labels is not None:
+        matrix = confusion_of(evaluation, split, labels)
+        files["confusion_matrix.png"] = draw_confusion(matrix, labels)
+    return files
+
+
+def confusion_of(evaluation: Evaluation, split: Split, labels: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Counts (C, C): gold classes down, predicted ones across."""
+    assert split.targets is not None
+    return confusion_matrix(split.targets, evaluation.logits.argmax(axis=1), len(labels))
+
+
+def _predictions(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> bytes:
+    predictions = make_predictions(evaluation.logits, split.tokens, labels)
+    pairs = split.pairs
+    return format_predictions(
+        lines=pairs.line_of_row,
+        files=[pairs.files[i] for i in pairs.file_of_row] if len(pairs.files) > 1 else None,
+        predicted=[p.score if p.label is None else p.label for p in predictions],
+        scores=[p.score for p in predictions],
+        truncated=split.tokens.truncated,
+        gold=pairs.labels,
+        labels=labels or (),
+        probabilities=[list(p.probabilities.values()) for p in predictions],
+    )
+
+
+def curves_file(records: Sequence[Mapping[str, Any]], metric: str) -> dict[str, bytes]:
+    """curves.png of the records of metrics.jsonl; no file where there is nothing to draw."""
+    return {"curves.png": draw_curves(records, metric)} if records else {}
+
+
+# Model folders
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """What evaluating one or several models on one data set gave."""
+
+    metrics: dict[str, float | str]  # of the model that was asked for; empty for a file without labels
+    by_model: dict[str, dict[str, float | str]]  # every model evaluated, in the table's order
+    folders: dict[str, str]  # where each one's files are
+    num_rows: int
+    text: str  # the tables
+
+    def summary(self) -> dict[str, float | str | None]:
+        """The values of evaluate.py's last line."""
+        return finite_or_null({"n": self.num_rows, **self.metrics})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """A model folder to evaluate, its name in the table, and what its results' folder is called after.
+
+    `prefix` is empty for the model that was asked for; `is_own`: that one or a checkpoint of it.
+    """
+
+    name: str
+    path: Path
+    prefix: str = ""
+    is_own: bool = True
+
+
+def evaluate(
+    model_dir: str | Path, data_file: str | Path | None = None, *, output_dir: str | Path | None = None
+) -> EvaluationResult:
+    """Evaluate the model in `model_dir` on `data_file` (default: the dev file it was trained with).
+
+    Columns and labels are those of the model's training; the files go to `output_dir`, by default
+    `eval/<data file>-<digest>/` in the model folder (for a checkpoint, in the folder above it). Raises
+    ConfigError, DataError or CheckpointError.
+    """
+    values: dict[str, Any] = {
+        **model_settings(settings_folder(Path(model_dir).expanduser())),
+        "model_dir": str(model_dir),
+    }
+    values["data_file"] = None if data_file is None else [str(data_file)]
+    values["eval_output_dir"] = None if output_dir is None else str(output_dir)
+    return evaluate_models(Config(**values))
+
+
+def evaluate_models(
+    config: Config, *, explicit: Collection[str] = (), notes: Sequence[str] = ()
+) -> EvaluationResult:
+    """Evaluate as `config` says: one model, all checkpoints of a folder, others beside it, or predict.
+
+    `explicit` names the settings that were given rather than taken from the model folder; `notes` are logged.
+    """
+    config = check_config(config)
+    for note in notes:
+        logger.info("%s", note)
+    set_threads(config.num_threads)
+    set_deterministic(config.deterministic)
+    model_dir = _model_folder(config)
+    candidates = _candidates(config, model_dir)  # a wrong model folder is said before a wrong data file
+    _check_place(config, candidates)
+    first = _open(candidates[0], config, explicit)
+    source, files = _resolve_files(config)
+    _check_task(config, first, source)
+    pairs = read_pairs(
+        files,
+        _columns(config, source, files[0], first, explicit),
+        labels=first.labels,
+        regression=first.labels is None,
+        on_bad_row=config.on_bad_row,
+        limit=config.max_eval_samples,
+        limit_name="max_eval_samples",
+    )
+    positive = resolve_positive_label(first.labels, source, config.positive_label)
+    if len(set(pairs.labels or ())) == 1:
+        report_labels(", ".join(pairs.files), pairs, first.labels)
+    data = _describe_data(pairs)
+    if config.eval_output_dir is not None:
+        discard_parts(Path(config.eval_output_dir))
+    by_model, folders, tables = {}, {}, []
+    for candidate in candidates:
+        model = first if candidate is candidates[0] else _open(candidate, config, explicit)
+        _check_same_labels(first, model, candidate)
+        output = _output_folder(config, model_dir, candidate, data)
+        evaluation, files_of_it, table = _evaluate_one(config, candidate, model, pairs, positive)
+        write_results(output, {**files_of_it, INPUT_FILE: _describe_input(config, candidate, data)})
+        by_model[candidate.name] = evaluation.figures
+        folders[candidate.name] = str(output)
+        tables.append(table)
+    asked = candidates[-1 - len(config.compare or ())].name
+    text = tables[0] if len(tables) == 1 else comparison_table(by_model, _watched(config, source))
+    return EvaluationResult(by_model[asked], by_model, folders, len(pairs), text)
+
+
+def _resolve_files(config: Config) -> tuple[Source, tuple[Path, ...]]:
+    """The data to score: data_file, else the dev file, or with `predict` the test file."""
+    kind = "test" if config.predict and not config.data_file else "dev"
+    named = dataclasses.replace(config, dev_file=config.data_file) if config.data_file else config
+    source = resolve_source(named, needs=(kind,))
+    for note in source.notes:
+        logger.info("%s", note)
+    return source, source.test_files if kind == "test" else source.dev_files
+
+
+def _candidates(config: Config, model_dir: Path) -> list[_Candidate]:
+    """The folders to evaluate: checkpoints in numeric order, then the model itself, then what it is
+    compared with. CheckpointError where one of these is no model folder."""
+    found = []
+    if config.all_checkpoints:
+        found = [_Candidate(p.name, p, p.name) for _, p in list_checkpoints(model_dir)]
+        if not found:
+            raise CheckpointError(f"{model_dir}: no checkpoint-N in it")
+    final = final_folder(model_dir)
+    if (final / "config.json").is_file() or not found:
+        is_checkpoint = output_dir_of(model_dir) != model_dir
+        prefix = model_dir.absolute().name if is_checkpoint else ""
+        found.append(_Candidate("final" if found else str(config.model_dir), final, prefix))
+    for other in config.compare or ():
+        path = resolve_folder(other, revision=config.revision, cache_dir=config.cache_dir)
+        where = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]  # x/m and y/m are two models
+        found.append(_Candidate(other, final_folder(path), f"{COMPARED}{path.name}-{where}", is_own=False))
+    for candidate in found:
+        open_model(candidate.path, verify=False)
+    return _named_apart(found)
+
+
+def _named_apart(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """The same, each with a name of its own in the table: a folder to compare with may be called `final`."""
+    apart: dict[str, _Candidate] = {}
+    for candidate in candidates:
+        more = (f"{candidate.name} ({i})" for i in itertools.count(2))
+        name = next(name for name in itertools.chain([candidate.name], more) if name not in apart)
+        apart[name] = dataclasses.replace(candidate, name=name)
+    return list(apart.values())
+
+
+def _model_folder(config: Config) -> Path:
+    if config.model_dir is None:
+        raise ConfigError("model_dir: not set; name a trained folder (or output_dir in config.yaml)")
+    return resolve_folder(config.model_dir, revision=config.revision, cache_dir=config.cache_dir)
+
+
+def _check_place(config: Config, candidates: Sequence[_Candidate]) -> None:
+    """ConfigError where results would go into a model folder, over files that its manifest names."""
+    if config.eval_output_dir is None:
+        return
+    root = Path(config.eval_output_dir)
+    for place in (root, *(root / candidate.prefix for candidate in candidates)):
+        if is_model_folder(place):
+            raise ConfigError(f"output_dir: {place} is a model folder; name another one for the results")
+
+
+def _describe_data(pairs: Pairs) -> list[dict[str, Any]]:
+    """Each data file by its path and content, and how many of its rows are scored."""
+    rows = np.bincount(pairs.file_of_row, minlength=len(pairs.files)).tolist()
+    described = []
+    for name, count in zip(pairs.files, rows, strict=True):
+        with open(name, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        described.append({"path": os.path.realpath(name), "sha256": digest, "rows": count})
+    return described
+
+
+def _describe_input(config: Config, candidate: _Candidate, data: list[dict[str, Any]]) -> bytes:
+    """input.json: which model was scored on which data."""
+    said = {
+        "model": os.path.realpath(candidate.path),
+        "run_id": run_of(candidate.path) or None,
+        "data": data,
+        "predict": config.predict,
+    }
+    return (json.dumps(said, indent=2, ensure_ascii=False) + "\n").encode(errors="surrogateescape")
+
+
+def _output_folder(
+    config: Config, model_dir: Path, candidate: _Candidate, data: list[dict[str, Any]]
+) -> Path:
+    """Where the files of one model's results on these data go; other data have another folder."""
+    if config.eval_output_dir is not None:
+        return Path(config.eval_output_dir) / candidate.prefix
+    digest = hashlib.sha256()
+    for file in data:
+        digest.update(os.fsencode(file["path"]) + b"\0" + file["sha256"].encode())
+    more = f"+{len(data) - 1}" if len(data) > 1 else ""
+    prefix = f"{candidate.prefix}-" if candidate.prefix else ""
+    name = f"{prefix}{os.path.basename(data[0]['path'])}{more}-{digest.hexdigest()[:8]}"
+    name += f"-first{config.max_eval_samples}" if config.max_eval_samples else ""
+    return output_dir_of(model_dir) / "eval" / (name + ("-predict" if config.predict else ""))
+
+
+def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> PairClassifier:
+    cut = config.max_seq_length if "max_seq_length" in explicit else None
+    budget = config.per_device_eval_batch_size * config.max_seq_length
+    amp = config.amp
+    if "amp" not in explicit and amp == "auto":
+        amp = "off"  # nothing says what it was trained in
+    if "amp" not in explicit and amp not in allowed_precisions(resolve_device(config.device)):
+        logger.warning("trained with amp %s, which this machine does not have: evaluated in float32", amp)
+        amp = "off"
+    return PairClassifier.from_pretrained(
+        candidate.path,
+        labels=config.labels if candidate.is_own or "labels" in explicit else None,
+        max_seq_length=cut,
+        device=config.device,
+        amp=amp,
+        max_batch_tokens=budget,
+        optimize=False,  # the figures are those of training's own evaluation, bit for bit
+    )
+
+
+def _columns(
+    config: Config, source: Source, path: Path, model: PairClassifier, explicit: Collection[str]
+) -> Columns:
+    """How to read the data files; what was given now is not held against the training file's header."""
+    columns = columns_for(source, path, with_labels=not config.predict, header=model.header)
+    by_number = [column for _, column in columns.by_role() if isinstance(column, int)]
+    if columns.has_header and by_number and model.header is None:
+        logger.info("no header of the training file is known: columns by number, %s", listed(by_number))
+    return dataclasses.replace(columns, checks_header=not LAYOUT & set(explicit))
+
+
+def _check_task(config: Config, model: PairClassifier, source: Source) -> None:
+    """ConfigError where the settings ask for another kind of task or other labels than the model has."""
+    kind = "regression" if model.labels is None else "classification"
+    if source.regression != (model.labels is None):
+        raise ConfigError(f"problem_type: {config.model_dir} is a {kind} model")
+    if model.takes_pairs is not None and model.takes_pairs != (source.columns.text_b is not None):
+        wanted = "pairs: name the column" if model.takes_pairs else "single texts: only null is allowed"
+        raise ConfigError(
+            f"text_b_column: found {source.columns.text_b!r}; {config.model_dir} takes {wanted}"
+        )
+    if config.predict or model.labels is None or source.labels is None:
+        return
+    if set(source.labels) != set(model.labels):
+        found, own = ", ".join(source.labels), ", ".join(model.labels)
+        raise ConfigError(f"labels: found {found}; {config.model_dir} was trained for {own}")
+
+
+def _check_same_labels(first: PairClassifier, model: PairClassifier, candidate: _Candidate) -> None:
+    if set(first.labels or ()) != set(model.labels or ()) or (first.labels is None) != (model.labels is None):
+        raise CheckpointError(
+            f"{candidate.path}: its labels are {', '.join(model.labels or ('a value',))}, the others' "
+            f"{', '.join(first.labels or ('a value',))}: they cannot be compared"
+        )
+
+
+def _evaluate_one(
+    config: Config, candidate: _Candidate, model: PairClassifier, pairs: Pairs, positive: str | None
+) -> tuple[Evaluation, dict[str, bytes], str]:
+    """Score `pairs`: the results, their files by name, and the tables for one model."""
+    cache = Path(config.token_cache_dir) if config.token_cache_dir else None
+    encoder = Encoder(model.tokenizer, model.max_seq_length, cache, config.overwrite_cache)
+    split = encoder.split(pairs, model.labels, name=candidate.name)
+    evaluation = evaluate_split(
+        model.scorer, split, model.labels, positive_label=positive, label=candidate.name
+    )
+    files = result_files(evaluation, split, model.labels)
+    if split.targets is None:
+        return evaluation, files, f"{len(split)} rows predicted"
+    figures = "\n".join(
+        f"{key} = {value if isinstance(value, str) else format(value, '.6g')}"
+        for key, value in sorted(evaluation.figures.items())
+    )
+    if model.labels is None:
+        return evaluation, files, figures
+    matrix = confusion_of(evaluation, split, model.labels)
+    tables = class_table(model.labels, per_class(matrix)), confusion_table(model.labels, matrix)
+    return evaluation, files, "\n\n".join((*tables, figures))
+
+
+def _watched(config: Config, source: Source) -> str:
+    return config.metric_for_best_model or source.metrics[0]

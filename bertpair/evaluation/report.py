@@ -1,0 +1,129 @@
+"""Results as a person reads them: the bytes of the evaluation files, and tables as text for the terminal.
+
+Nothing is written here: a caller puts these bytes, and those of the pictures, where they belong, durably.
+"""
+
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bertpair.evaluation.metrics import PerClass, finite_or_null, is_better
+
+MAX_TABLE_WIDTH = 110
+ESCAPES = {ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}
+
+
+def format_eval_results(metrics: Mapping[str, float | int | str]) -> dict[str, bytes]:
+    """`eval_results.txt`, sorted "key = value" lines, and `eval_results.json`, flat (null: not finite)."""
+    plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in metrics.items()}
+    text = "".join(f"{key} = {_one_line(plain[key])}\n" for key in sorted(plain))
+    flat = (
+        json.dumps(finite_or_null(plain), ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
+        + "\n"
+    )
+    return {"eval_results.txt": text.encode(), "eval_results.json": flat.encode()}
+
+
+def format_predictions(
+    *,
+    lines: Iterable[int],
+    files: Iterable[str] | None = None,
+    predicted: Iterable[str | float],
+    scores: Iterable[float],
+    truncated: Iterable[bool],
+    gold: Iterable[str | float] | None = None,
+    labels: Sequence[str] = (),
+    probabilities: ArrayLike | None = None,
+) -> bytes:
+    """`predictions.tsv`, a row per prediction: file (if given), line, gold (if given), predicted, score,
+    truncated (0 or 1), and a column `prob_<label>` for each of `labels`; none for regression, where the score
+    is the value."""
+    columns: dict[str, Iterable[str]] = {} if files is None else {"file": map(_cell, files)}
+    columns["line"] = map(str, lines)
+    if gold is not None:
+        columns["gold"] = map(_cell, gold)
+    columns["predicted"] = map(_cell, predicted)
+    columns["score"] = (format(score, ".6f" if labels else ".6g") for score in scores)
+    columns["truncated"] = (str(int(cut)) for cut in truncated)
+    if labels:
+        table = np.asarray(probabilities, dtype=np.float64).reshape(-1, len(labels))
+        for label, column in zip(labels, table.T, strict=True):
+            columns[f"prob_{label.translate(ESCAPES)}"] = (f"{value:.6f}" for value in column.tolist())
+    rows = ("\t".join(row) for row in zip(*columns.values(), strict=True))
+    return "".join(f"{line}\n" for line in ("\t".join(columns), *rows)).encode()
+
+
+def class_table(labels: Sequence[str], measures: PerClass) -> str:
+    """Precision, recall, F1 and number of gold rows of every class."""
+    columns = measures.precision, measures.recall, measures.f1, measures.support
+    rows = [[label, *values] for label, *values in zip(labels, *columns, strict=True)]
+    return text_table(["class", "precision", "recall", "f1", "rows"], rows)
+
+
+def confusion_table(labels: Sequence[str], matrix: ArrayLike) -> str:
+    """Counts, gold classes down and predicted ones across; ids head the columns where names are too wide."""
+    counts = np.asarray(matrix).tolist()
+    heads, names = list(labels), list(labels)
+    if sum(display_width(label) + 2 for label in labels) > MAX_TABLE_WIDTH:
+        heads = [str(k) for k in range(len(labels))]
+        names = [f"{k} {label}" for k, label in enumerate(labels)]
+    rows = [[name, *row] for name, row in zip(names, counts, strict=True)]
+    return text_table(["gold \\ predicted", *heads], rows)
+
+
+def comparison_table(results: Mapping[str, Mapping[str, Any]], metric: str | None = None) -> str:
+    """A line per checkpoint or run, in the order given; the best by `metric`, of equals the first, has a
+    star."""
+    keys = list(dict.fromkeys(key for metrics in results.values() for key in metrics))
+    best, best_value = None, None
+    for name, metrics in results.items():
+        value = metrics.get(metric) if metric else None
+        if metric and value is not None and is_better(metric, value, best_value):
+            best, best_value = name, value
+    rows = [
+        [f"{name} *" if name == best else name, *(metrics.get(key) for key in keys)]
+        for name, metrics in results.items()
+    ]
+    return text_table(["", *keys], rows)
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Columns aligned by display width, the first to the left, the rest to the right; None is a dash."""
+    cells = [[_table_cell(value) for value in row] for row in (header, *rows)]
+    widths = [max(map(display_width, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(_align(row, widths) for row in cells)
+
+
+def display_width(text: str) -> int:
+    """Columns in a terminal: two for a wide or full-width character, none for one that joins the last."""
+    return sum(
+        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in text
+    )
+
+
+def _align(row: Sequence[str], widths: Sequence[int]) -> str:
+    padding = [" " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True)]
+    rest = (space + cell for space, cell in zip(padding[1:], row[1:], strict=True))
+    return "  ".join((row[0] + padding[0], *rest)).rstrip()
+
+
+def _table_cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value.translate(ESCAPES)
+    return f"{value:,}" if isinstance(value, (int, np.integer)) else f"{value:.4f}"
+
+
+def _cell(value: str | float) -> str:
+    """A label as it is, but no tab or line break of its own; a number to six digits."""
+    return value.translate(ESCAPES) if isinstance(value, str) else format(value, ".6g")
+
+
+def _one_line(value: float | int | str) -> float | int | str:
+    return value.translate(ESCAPES) if isinstance(value, str) else value

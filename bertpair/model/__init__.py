@@ -1,0 +1,1 @@
+"""Token ids → logits: the network, its weights in and out."""

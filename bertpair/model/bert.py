@@ -1,0 +1,180 @@
+"""The whole network: BERT's embeddings, encoder and pooler over [CLS] (Devlin et al., 2018), a classifier.
+
+Shapes: B batch, L length, Q positions that are computed (L, in the last layer 1), D hidden size, N heads,
+H = D / N head size, F intermediate size, C classes (1: regression).
+
+The head reads [CLS] only, so `forward` computes the last layer for that one position: all positions are
+still looked at, and nothing is approximated. `last_hidden_state` computes every position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """What shapes the network: the names of config.json, and transformers' defaults."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"  # a key of ACTIVATIONS
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0  # this row of the word table starts at zero and is never trained
+    classifier_dropout: float | None = None  # None: hidden_dropout_prob
+    num_labels: int = 2  # C
+
+
+class Embeddings(nn.Module):
+    """Word, token type and position vectors, summed and normalised."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.words = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.types = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        types = self.types.weight[0] if token_type_ids is None else self.types(token_type_ids)
+        x = self.words(input_ids) + types  # (B, L, D)
+        x = x + self.positions.weight[: input_ids.shape[1]]  # (B, L, D)
+        out: Tensor = self.dropout(self.norm(x))
+        return out
+
+
+class Attention(nn.Module):
+    """Multi-head attention: each row of `x` looks at the rows of `context` that `mask` leaves visible."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.query = nn.Linear(D, D)
+        self.key = nn.Linear(D, D)
+        self.value = nn.Linear(D, D)
+        self.out = nn.Linear(D, D)
+        self.dropout = config.attention_probs_dropout_prob
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        q = self.split_heads(self.query(x))  # (B, N, Q, H)
+        k = self.split_heads(self.key(context))  # (B, N, L, H)
+        v = self.split_heads(self.value(context))  # (B, N, L, H)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, N, Q, H)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))  # (B, Q, D)
+        return out
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        B, L, D = x.shape
+        return x.view(B, L, self.num_heads, D // self.num_heads).transpose(1, 2)  # (B, N, L, H)
+
+
+class Layer(nn.Module):
+    """One encoder layer: attention, then two linear maps, each added to its input and normalised after."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.layer_norm_eps
+        self.attention = Attention(config)
+        self.attention_norm = nn.LayerNorm(D, eps=eps)
+        self.up = nn.Linear(D, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, D)
+        self.output_norm = nn.LayerNorm(D, eps=eps)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.attention_norm(self.dropout(self.attention(x, context, mask)) + x)  # (B, Q, D)
+        hidden = self.activation(self.up(x))  # (B, Q, F)
+        x = self.output_norm(self.dropout(self.down(hidden)) + x)  # (B, Q, D)
+        return x
+
+
+class BertClassifier(nn.Module):
+    """BERT with a classifier over [CLS]; freshly made, it is initialised as BERT is.
+
+    `input_ids` and `token_type_ids` (None: all 0) are int64 (B, L), `attention_mask` is bool (B, L), true
+    where there is a token. None means that no row is padded, which spares the attention its mask.
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        D = config.hidden_size
+        dropout = config.classifier_dropout
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
+        self.pooler = nn.Linear(D, D)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+        self.classifier = nn.Linear(D, config.num_labels)
+        self.init_weights()
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Logits, (B, C)."""
+        mask = broadcast_mask(attention_mask)
+        *body, last = self.layers
+        x = self.encode(self.embeddings(input_ids, token_type_ids), body, mask)  # (B, L, D)
+        cls = last(x[:, :1], x, mask).squeeze(1)  # (B, D)
+        pooled = torch.tanh(self.pooler(cls))  # (B, D)
+        logits: Tensor = self.classifier(self.dropout(pooled))  # (B, C)
+        return logits
+
+    def last_hidden_state(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """What the last layer says of every position, (B, L, D); at padding it means nothing."""
+        x = self.embeddings(input_ids, token_type_ids)
+        return self.encode(x, self.layers, broadcast_mask(attention_mask))
+
+    def encode(self, x: Tensor, layers: Iterable[nn.Module], mask: Tensor | None) -> Tensor:
+        for layer in layers:
+            x = layer(x, x, mask)  # (B, L, D)
+        return x
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Start afresh, from `generator` or torch's global one."""
+        init_module(self, self.config.initializer_range, generator)
+
+
+def broadcast_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """(B, L) of any type, true or 1 where there is a token, as the attention wants it: bool (B, 1, 1, L)."""
+    return None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+
+
+@torch.no_grad()
+def init_module(module: nn.Module, std: float, generator: torch.Generator | None = None) -> None:
+    """Initialise `module` as BERT is: weights from N(0, std), biases and the padding row 0, norms 1."""
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
+        elif isinstance(part, nn.Linear):
+            part.weight.normal_(0.0, std, generator=generator)
+            part.bias.zero_()
+        elif isinstance(part, nn.Embedding):
+            part.weight.normal_(0.0, std, generator=generator)
+            if part.padding_idx is not None:
+                part.weight[part.padding_idx].zero_()

@@ -1,0 +1,434 @@
+"""Many callers, one model: requests queue on the event loop, one daemon thread runs them in batches.
+
+A batch forms while the one before it runs: `MicroBatcher` decides on the loop who is admitted, in which order
+and until when, so there are no locks; `choose_batch` says which rows go together, `Pace` how long they will
+take, and `Worker` is the thread. Each request has a future of its own, and an answer is put into its request
+by the row that went in, so answers cannot change places.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from bertpair.runtime import is_out_of_memory, release_locals
+from bertpair.serving.requests import ClosedError, ExpiredError, NoMemoryError, QueueFullError
+
+Row = TypeVar("Row")
+Answer = TypeVar("Answer")
+
+SAFETY = 0.8  # of the deadline: an estimate errs, and to be admitted and then dropped is worse than refused
+WINDOW_BATCHES = 2  # rows are sorted by length within the oldest rows that fill so many batches; more are
+# hardly worth it, and every row that is passed over waits longer than it was admitted for
+ROUND_UP = 8  # a row counts as a multiple of so many tokens: what it is padded to, or costs anyhow
+RECENT = 5  # batches of one size that are remembered; the slowest of them counts
+
+
+@dataclass(frozen=True)
+class Answers(Generic[Answer]):
+    """A request's answers in the order of its rows, and how long it waited and ran (seconds)."""
+
+    values: list[Answer]
+    queue_seconds: float
+    run_seconds: float
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """One batch that ran: `padded_tokens` is rows × the longest; it may have `failed`."""
+
+    num_rows: int
+    padded_tokens: int
+    seconds: float
+    failed: bool
+
+
+@dataclass
+class QueueLimits:
+    """`max_batch_tokens` bounds rows × longest of a batch (one row always goes); `queue_deadline` is in
+    seconds and bounds both the estimated wait that is admitted and the wait itself."""
+
+    max_batch_tokens: int = 4096
+    max_queue_rows: int = 256
+    queue_deadline: float = 5.0
+
+
+@dataclass(eq=False)
+class _Request(Generic[Row, Answer]):
+    rows: Sequence[Row]
+    lengths: list[int]
+    future: asyncio.Future[Answers[Answer]]
+    submitted: float
+    answers: dict[int, Answer] = field(default_factory=dict)
+    started: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting(Generic[Row, Answer]):
+    """One row that waits: its request, and which of the request's rows it is."""
+
+    request: _Request[Row, Answer]
+    index: int
+
+    @property
+    def length(self) -> int:
+        return self.request.lengths[self.index]
+
+
+class MicroBatcher(Generic[Row, Answer]):
+    """Runs `run(rows) -> answers` for whoever awaits `submit`, many requests to a batch.
+
+    `run` is called on one daemon thread, never twice at a time. It returns an answer per row, in order; an
+    exception in an answer's place fails that row's request alone. `on_batch` is told of each batch, `on_drop`
+    of rows that were dropped unrun ("expired", "gone"), `on_error`, on the model's thread, of each exception.
+    All methods belong to the event loop's thread. `worker` may be given other calls, between batches, and
+    `pace` other measurements, such as the warm-up's.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Row]], Sequence[Answer | Exception]],
+        limits: QueueLimits,
+        *,
+        on_batch: Callable[[BatchReport], None] = lambda report: None,
+        on_drop: Callable[[str, int], None] = lambda reason, num_rows: None,
+        on_error: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        self.limits, self._run = limits, run
+        self._on_batch, self._on_drop, self._on_error = on_batch, on_drop, on_error
+        self._waiting: deque[_Waiting[Row, Answer]] = deque()
+        self._waiting_tokens = 0
+        self._running_tokens = 0
+        self._last_end: float | None = None  # of a batch behind which others waited: pauses count as work
+        self._wake = asyncio.Event()
+        self._closed = False
+        self._loop = asyncio.get_running_loop()
+        self._feeder = self._loop.create_task(self._feed())
+        self.pace = Pace()
+        self.worker = Worker("inference", self._on_raised)
+
+    # What callers see
+
+    async def submit(self, rows: Sequence[Row], lengths: Sequence[int]) -> Answers[Answer]:
+        """The answers for `rows`, whose `lengths` are in tokens.
+
+        The rows are admitted, fail and expire together, whichever batches they ride in. Raises QueueFullError
+        or ExpiredError, NoMemoryError, or what `run` raised for them. Cancelling drops what still waits.
+        """
+        if self._closed:
+            raise ClosedError
+        if len(rows) != len(lengths) or not rows:
+            raise ValueError(f"found {len(rows)} rows and {len(lengths)} lengths; as many, and one at least")
+        wait, limits = self.estimated_wait, self.limits
+        if len(self._waiting) + len(rows) > limits.max_queue_rows or wait > SAFETY * limits.queue_deadline:
+            raise QueueFullError(wait)
+        request = self._enqueue(rows, lengths)
+        try:
+            return await request.future
+        except asyncio.CancelledError:
+            self._drop(request, "gone")
+            raise
+
+    @property
+    def num_waiting(self) -> int:
+        """Rows that wait; those being run are not among them."""
+        return len(self._waiting)
+
+    @property
+    def estimated_wait(self) -> float:
+        """Seconds until a row that came now would be run, by the pace of late; 0 while that is unknown."""
+        running = self._running_tokens, self.worker.running_seconds
+        return self.pace.seconds(self._waiting_tokens, *running, self.limits.max_batch_tokens)
+
+    async def close(self, timeout: float = 0.0) -> bool:
+        """Take nothing any more, fail what waits, end the thread; whether it did within `timeout` seconds."""
+        self._closed = True
+        self._feeder.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._feeder
+        for waiting in list(self._waiting):
+            self._fail(waiting.request, ClosedError())
+        return await self.worker.end(timeout)
+
+    # The queue
+
+    def _enqueue(self, rows: Sequence[Row], lengths: Sequence[int]) -> _Request[Row, Answer]:
+        padded = [count_tokens(length) for length in lengths]
+        future: asyncio.Future[Answers[Answer]] = self._loop.create_future()
+        request = _Request(rows, padded, future, time.monotonic())
+        timer = self._loop.call_later(self.limits.queue_deadline, self._expire, request)
+        future.add_done_callback(lambda _: timer.cancel())
+        self._waiting.extend(_Waiting(request, index) for index in range(len(rows)))
+        self._waiting_tokens += sum(padded)
+        self._wake.set()
+        return request
+
+    def _expire(self, request: _Request[Row, Answer]) -> None:
+        """The deadline has come: if any row of the request still waits, all of it is over."""
+        if self._drop(request, "expired"):
+            self._fail(request, ExpiredError(self.estimated_wait))
+
+    def _drop(self, request: _Request[Row, Answer], reason: str | None = None) -> bool:
+        """Take the request's waiting rows out of the queue, and tell of them with the reason, if any."""
+        before = len(self._waiting)
+        self._waiting = deque(waiting for waiting in self._waiting if waiting.request is not request)
+        self._waiting_tokens = sum(waiting.length for waiting in self._waiting)
+        num_rows = before - len(self._waiting)
+        if num_rows and reason:
+            self._on_drop(reason, num_rows)
+        return num_rows > 0
+
+    def _fail(self, request: _Request[Row, Answer], error: Exception) -> None:
+        if not request.future.done():
+            request.future.set_exception(error)
+        self._drop(request)
+
+    # Batches
+
+    async def _feed(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while batch := self._take_batch():
+                await self._run_batch(batch)
+
+    def _take_batch(self) -> list[_Waiting[Row, Answer]]:
+        """The next batch: the oldest row, and those of the window that go best with it."""
+        overdue = time.monotonic() - self.limits.queue_deadline
+        while self._waiting and self._waiting[0].request.submitted < overdue:
+            self._expire(self._waiting[0].request)
+        if not self._waiting:
+            return []
+        size = window_size((waiting.length for waiting in self._waiting), self.limits.max_batch_tokens)
+        window = [self._waiting.popleft() for _ in range(size)]
+        chosen = choose_batch([waiting.length for waiting in window], self.limits.max_batch_tokens)
+        taken = set(chosen)
+        self._waiting.extendleft(window[i] for i in reversed(range(size)) if i not in taken)
+        batch = [window[i] for i in chosen]
+        self._waiting_tokens -= sum(waiting.length for waiting in batch)
+        return batch
+
+    async def _run_batch(self, batch: list[_Waiting[Row, Answer]]) -> None:
+        """Run it; where it fails, run its halves, so that a poisoned request fails alone.
+
+        A batch is halved between requests. One request that runs out of memory is halved once itself.
+        """
+        now = time.monotonic()
+        for waiting in batch:
+            waiting.request.started = waiting.request.started or now
+        error = await self._run_rows(batch)
+        if error is None:
+            return
+        requests = list(dict.fromkeys(waiting.request for waiting in batch))
+        if len(requests) > 1:
+            middle = len(requests) // 2
+            for half in (set(requests[:middle]), set(requests[middle:])):
+                await self._run_batch([w for w in batch if w.request in half and not w.request.future.done()])
+            return
+        if is_out_of_memory(error) and len(batch) > 1:
+            middle = len(batch) // 2
+            error = await self._run_rows(batch[:middle]) or await self._run_rows(batch[middle:])
+        if error is not None:
+            self._fail(batch[0].request, NoMemoryError() if is_out_of_memory(error) else error)
+
+    async def _run_rows(self, batch: list[_Waiting[Row, Answer]]) -> Exception | None:
+        """Run these rows and hand out their answers; the exception if there was one."""
+        if not batch:
+            return None
+        rows = [waiting.request.rows[waiting.index] for waiting in batch]
+        padded = max(waiting.length for waiting in batch) * len(batch)
+        self._running_tokens = sum(waiting.length for waiting in batch)
+        began = time.monotonic()
+        error: Exception | None = None
+        try:
+            answers = await self.worker.call(lambda: self._checked_run(rows))
+        except Exception as raised:
+            error = raised
+        finally:
+            tokens, self._running_tokens = self._running_tokens, 0
+        ended = time.monotonic()
+        self._on_batch(BatchReport(len(rows), padded, ended - began, failed=error is not None))
+        if error is None:
+            self.pace.note(tokens, ended - (self._last_end or began))
+            self._hand_out(batch, answers)
+        self._last_end = ended if self._waiting else None
+        return error
+
+    def _on_raised(self, error: BaseException) -> None:
+        self._on_error(error)
+        release_locals(error)  # its halves are run while the error is kept
+
+    def _checked_run(self, rows: list[Row]) -> Sequence[Answer | Exception]:
+        answers = self._run(rows)
+        if len(answers) != len(rows):
+            raise RuntimeError(f"the model gave {len(answers)} answers to {len(rows)} rows")
+        return answers
+
+    def _hand_out(self, batch: list[_Waiting[Row, Answer]], answers: Sequence[Answer | Exception]) -> None:
+        for waiting, answer in zip(batch, answers, strict=True):
+            request = waiting.request
+            if isinstance(answer, Exception):
+                self._fail(request, answer)
+                continue
+            request.answers[waiting.index] = answer
+            if len(request.answers) == len(request.rows) and not request.future.done():
+                values = [request.answers[index] for index in range(len(request.rows))]
+                started = request.started or request.submitted
+                seconds = time.monotonic() - started
+                request.future.set_result(Answers(values, started - request.submitted, seconds))
+
+
+def count_tokens(length: int) -> int:
+    """A row of `length` tokens as budgets count it."""
+    return -(-length // ROUND_UP) * ROUND_UP
+
+
+def window_size(lengths: Iterable[int], max_batch_tokens: int) -> int:
+    """How many of the oldest rows (their `lengths` in the order they came) are looked at; one at least."""
+    totals = itertools.accumulate(lengths)
+    limit = WINDOW_BATCHES * max_batch_tokens
+    return max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= limit, totals)))
+
+
+def choose_batch(lengths: Sequence[int], max_batch_tokens: int) -> list[int]:
+    """Positions in the window (oldest first) of the rows to run, by length; 0, the oldest, is among them."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    first, last = best_slice([lengths[i] for i in order], order.index(0), max_batch_tokens)
+    return order[first : last + 1]
+
+
+def best_slice(lengths: Sequence[int], must: int, max_tokens: int) -> tuple[int, int]:
+    """First and last of the neighbours to run, `lengths` being sorted; `must` is always among them.
+
+    Of the slices that hold `must` and whose longest × count is within `max_tokens`, the one with the most
+    tokens that are no padding; `must` alone where none is.
+    """
+    totals = [0, *itertools.accumulate(lengths)]
+    best, most = (must, must), 0
+    for last in range(must, len(lengths)):
+        first = max(0, last + 1 - max_tokens // max(1, lengths[last]))
+        if first > must:
+            break
+        if totals[last + 1] - totals[first] > most:
+            best, most = (first, last), totals[last + 1] - totals[first]
+    return best
+
+
+class Pace:
+    """Seconds a token takes, kept apart by the size of the batch: in a small batch tokens cost more.
+
+    The slowest of the recent batches counts and not their mean: who is let in on a mean is too late half the
+    time. The more the batches differ, the larger the margin grows by itself.
+    """
+
+    def __init__(self) -> None:
+        self._recent: dict[int, deque[float]] = {}  # by bit length: of one size within a factor of 2
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """A batch of so many tokens, without padding, took so long."""
+        size = tokens.bit_length()
+        self._recent.setdefault(size, deque(maxlen=RECENT)).append(seconds / max(1, tokens))
+
+    def seconds_per_token(self, tokens: int) -> float:
+        """In batches of `tokens`, or of the size nearest to it that was ever seen; 0 before any."""
+        if not self._recent:
+            return 0.0
+        nearest = min(self._recent, key=lambda size: abs(size - tokens.bit_length()))
+        return max(self._recent[nearest])
+
+    def seconds(self, waiting: int, running: int, running_seconds: float, largest: int) -> float:
+        """Until `waiting` tokens, and those `running` for `running_seconds`, are done; 0 if there are none.
+
+        They go in batches of at most `largest` tokens. Where more waits than one holds, the window lets rows
+        of another length pass: a batch more. A running batch much smaller than those is all overhead and
+        says nothing of them.
+        """
+        ahead = waiting + running
+        batch = min(ahead, largest)
+        pace = self.seconds_per_token(batch)
+        if running and 2 * running >= batch:  # of like size, and late: that tells more than those before it
+            pace = max(pace, running_seconds / running)
+        passed_over = largest if waiting > largest else 0
+        return (ahead + passed_over) * pace
+
+
+class Worker:
+    """Made and used on the event loop's thread. A daemon: a function that hangs cannot hold up the exit.
+
+    `on_error` is called on the thread with each exception that a function raised, before anybody else.
+    """
+
+    def __init__(self, name: str, on_error: Callable[[BaseException], None] = lambda error: None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_error = on_error
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._began: float | None = None
+        self._ended = False
+        self._free = asyncio.Lock()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns or raises (a SystemExit as a RuntimeError), once the thread is free for it.
+
+        Cancelled while it runs, the caller is let go; the thread still finishes, and others wait for that.
+        """
+        await self._free.acquire()
+        done: asyncio.Future[Any] = self._loop.create_future()
+
+        def settle(value: Any, error: Exception | None) -> None:
+            self._began = None
+            self._free.release()
+            if done.cancelled():
+                return
+            if error is None:
+                done.set_result(value)
+            else:
+                done.set_exception(error)
+
+        def job() -> None:
+            value, error = None, None
+            try:
+                value = function()
+            except BaseException as raised:
+                self._on_error(raised)
+                error = raised if isinstance(raised, Exception) else RuntimeError(repr(raised))
+            with contextlib.suppress(RuntimeError):  # the loop may be closed by now
+                self._loop.call_soon_threadsafe(settle, value, error)
+
+        self._began = time.monotonic()
+        self._jobs.put(job)
+        return await done
+
+    @property
+    def running_seconds(self) -> float:
+        """For how long it has been at what it is at: 0 between calls, endless if the thread is dead."""
+        if not self._thread.is_alive() and not self._ended:
+            return math.inf
+        return 0.0 if self._began is None else time.monotonic() - self._began
+
+    async def end(self, timeout: float) -> bool:
+        """Let the thread end after what it is at; whether it did within `timeout` seconds.
+
+        A daemon that is inside a library when the interpreter goes is killed there, which may abort it all.
+        """
+        self._ended = True
+        self._jobs.put(None)
+        deadline = time.monotonic() + timeout
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job  # not kept until the next one comes: it holds a batch and its answers

@@ -1,0 +1,267 @@
+"""The model as a server wants it: rows of token ids in, predictions out, and what a client may know of it.
+
+No HTTP and no queue here: `encode` and `check_agreement` may run on any thread, `run` and `time_batch` belong
+to the one thread that runs the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bertpair.checkpoints.checkpoint import open_model
+from bertpair.checkpoints.manifest import MANIFEST_NAME, read_manifest
+from bertpair.data.source import columns_for, resolve_source
+from bertpair.data.tokenizer import Tokens, check_max_length, offsets_of
+from bertpair.data.tsv import read_pairs
+from bertpair.errors import ConfigError, DataError, first_line
+from bertpair.evaluation.classifier import PairClassifier, Prediction
+from bertpair.model.config import ModelFolder
+from bertpair.model.packed import fill_up
+from bertpair.model.pretrained import find_weights, weight_files
+from bertpair.runtime import set_threads
+from bertpair.serving.batcher import ROUND_UP
+from bertpair.serving.requests import BadNumberError
+from bertpair.settings.config import DataSettings, model_settings
+from bertpair.settings.serve import RequestLimits, ServeConfig, settle_limits
+
+logger = logging.getLogger(__name__)
+
+CHECK_ROWS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRow:
+    """One row's token ids, special tokens included."""
+
+    ids: npt.NDArray[np.int32]
+    first_length: int
+    truncated: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How predictions compare with float32's on `num_rows` rows of a file."""
+
+    num_rows: int
+    agreement: float  # part of the rows with the same label; for a regression, 1 within rounding of 0.01
+    largest_change: float  # of a probability, or of the value
+
+    @property
+    def is_enough(self) -> bool:
+        return self.agreement >= 0.98
+
+
+@dataclasses.dataclass
+class Predictor:
+    """A loaded model. `agreement` is filled in by `check_agreement`."""
+
+    classifier: PairClassifier
+    name: str
+    version: str  # the first 12 hex digits of the weights' sha256
+    takes_pairs: bool
+    limits: RequestLimits
+    precision: str  # float32, bf16, fp16 or int8
+    settings: Mapping[str, Any]  # those it was trained with
+    num_threads: int
+    agreement: Agreement | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        return self.classifier.labels
+
+    @property
+    def cut(self) -> int:
+        return self.classifier.max_seq_length
+
+    def encode(self, text_a: Sequence[str], text_b: Sequence[str] | None) -> list[TokenRow]:
+        """The rows' token ids, cut where the model's texts are cut."""
+        tokens = self.classifier.tokenizer.encode(text_a, text_b, self.cut)
+        bounds = tokens.offsets.tolist()
+        return [
+            TokenRow(tokens.ids[bounds[i] : bounds[i + 1]], int(first), bool(cut))
+            for i, (first, cut) in enumerate(zip(tokens.first_lengths, tokens.truncated, strict=True))
+        ]
+
+    def run(self, rows: list[TokenRow]) -> list[Prediction | Exception]:
+        """A prediction per row, in order; an error in the place of one that is not finite."""
+        predictions = self.classifier.predict_tokens(join_rows(rows))
+        return [p if math.isfinite(p.score) else BadNumberError() for p in predictions]
+
+    def time_batch(self, lengths: Sequence[int]) -> float:
+        """Seconds of one batch of rows of these lengths, the better of two runs: the first may still be
+        preparing something."""
+        sep = self.classifier.tokenizer.sep_id
+        tokens = join_rows([TokenRow(np.full(n, sep, np.int32), n, False) for n in lengths])
+        seconds = math.inf
+        for _ in range(2):
+            began = time.perf_counter()
+            self.classifier.predict_tokens(tokens)
+            seconds = min(seconds, time.perf_counter() - began)
+        return seconds
+
+    def warm_shapes(self, max_tokens: int, max_rows: int) -> Iterator[list[int]]:
+        """Lengths of batches that bring every number of tokens and of rows that a kernel is kept for."""
+        for count in _filled(max_tokens):
+            yield [self.cut] * (count // self.cut) + ([count % self.cut] if count % self.cut else [])
+        for count in _filled(min(max_rows, max_tokens // ROUND_UP)):  # of the shortest that the queue counts
+            yield [ROUND_UP] * min(count, max_rows)
+
+    def check_agreement(self, path: str, folder: str | Path) -> Agreement:
+        """Compare with float32 on the first CHECK_ROWS rows of `path`, whose columns are the training's.
+
+        What comes out is kept in `agreement`, and said in one line.
+        """
+        pairs = _read_rows(path, self.settings, self.classifier)
+        exact = PairClassifier.from_pretrained(folder, max_seq_length=self.cut, device="cpu", optimize=False)
+        rows = pairs if self.takes_pairs else [a for a, _ in pairs]
+        self.agreement = found = compare(self.classifier.predict(rows), exact.predict(rows))
+        logger.log(
+            logging.INFO if found.is_enough else logging.WARNING,
+            "%s agrees with float32 on %.1f %% of %d rows; largest change %.4f",
+            self.precision,
+            100 * found.agreement,
+            found.num_rows,
+            found.largest_change,
+        )
+        return found
+
+
+def _filled(most: int) -> Iterator[int]:
+    """The sizes that batches of 1 to `most` are filled up to."""
+    count = 0
+    while count < most:
+        count = fill_up(count + 1)
+        yield count
+
+
+def join_rows(rows: Sequence[TokenRow]) -> Tokens:
+    """Rows as the classifier takes them."""
+    return Tokens(
+        ids=np.concatenate([row.ids for row in rows]),
+        offsets=offsets_of(np.array([len(row) for row in rows], np.int64)),
+        first_lengths=np.array([row.first_length for row in rows], np.int32),
+        truncated=np.array([row.truncated for row in rows], np.bool_),
+    )
+
+
+def compare(found: Sequence[Prediction], exact: Sequence[Prediction]) -> Agreement:
+    """Two models' predictions for the same rows."""
+    same, change = 0, 0.0
+    for ours, theirs in zip(found, exact, strict=True):
+        if theirs.label is None:
+            changes = [abs(ours.score - theirs.score)]
+            same += changes[0] <= 0.01
+        else:
+            changes = [abs(ours.probabilities[label] - p) for label, p in theirs.probabilities.items()]
+            same += ours.label == theirs.label
+        change = max(change, *changes)
+    return Agreement(len(exact), same / max(1, len(exact)), change)
+
+
+def _read_rows(path: str, settings: Mapping[str, Any], classifier: PairClassifier) -> list[tuple[str, str]]:
+    """The first texts of a file laid out like the training data; labels are not looked at."""
+    names = {field.name for field in dataclasses.fields(DataSettings)}
+    known = {name: value for name, value in settings.items() if name in names}
+    source = resolve_source(DataSettings(**{**known, "dev_file": [path]}), needs=("dev",))
+    columns = columns_for(source, path, with_labels=False, header=classifier.header)
+    columns = dataclasses.replace(columns, checks_header=True)  # nobody can say here that a file is another
+    try:
+        pairs = read_pairs([path], columns, labels=classifier.labels, limit=CHECK_ROWS)
+    except DataError as error:  # whose advice is for scripts that can be told another layout
+        reason = first_line(error).partition("; ")[0]
+        raise DataError(f"quantize_check: {reason}; it must be laid out like the training data") from error
+    if not len(pairs):
+        raise ConfigError(f"quantize_check: {path} holds no rows")
+    return list(zip(pairs.text_a, pairs.text_b or [""] * len(pairs), strict=True))
+
+
+def load_predictor(config: ServeConfig) -> Predictor:
+    """The model of `config`, verified and loaded. Raises CheckpointError or ConfigError."""
+    assert config.model_dir is not None
+    threads = set_threads(config.num_threads)
+    folder = open_model(config.model_dir, verify=False)  # it is verified when its weights are read
+    settings = model_settings(folder.path)
+    classifier = _load_classifier(config, folder, settings)
+    takes_pairs = classifier.takes_pairs = classifier.takes_pairs is not False  # where nothing says so, pairs
+    limits = _fit_limits(config, classifier.max_seq_length, num_texts=2 if takes_pairs else 1)
+    if config.quantize_check is not None:
+        _read_rows(config.quantize_check, settings, classifier)  # a wrong file is said at once
+    precision = classifier.scorer.precision
+    name = config.quantize or {"off": "float32"}.get(precision.name, precision.name)
+    logger.info(
+        "%s: %s, device %s, %d threads, %s (%s), cut at %d tokens",
+        config.model_dir,
+        f"{len(classifier.labels)} labels" if classifier.labels else "regression",
+        classifier.scorer.device,
+        threads,
+        name,
+        "as set" if config.quantize else precision.reason,
+        classifier.max_seq_length,
+    )
+    return Predictor(
+        classifier,
+        Path(config.model_dir).resolve().name,
+        weights_digest(folder.path)[:12],
+        takes_pairs=takes_pairs,
+        limits=limits,
+        precision=name,
+        settings=settings,
+        num_threads=threads,
+    )
+
+
+def _load_classifier(config: ServeConfig, folder: ModelFolder, settings: Mapping[str, Any]) -> PairClassifier:
+    trained = settings.get("max_seq_length")
+    if isinstance(trained, int):
+        trained = min(trained, folder.config.max_position_embeddings)
+    return PairClassifier.from_pretrained(
+        folder.path,
+        labels=config.labels,
+        max_seq_length=config.max_seq_length or trained,
+        device=config.device,
+        amp="off" if config.quantize else config.amp,
+        quantize=config.quantize,
+        max_batch_tokens=2**31,  # the queue cuts batches, not the scorer
+    )
+
+
+def _fit_limits(config: ServeConfig, cut: int, num_texts: int) -> RequestLimits:
+    """What a request to this model may hold; ConfigError where the settings do not fit the model."""
+    check_max_length(cut, num_texts=num_texts)
+    limits = settle_limits(config, cut, num_texts)
+    if config.max_batch_tokens is not None and config.max_batch_tokens < cut:
+        raise ConfigError(
+            f"max_batch_tokens {config.max_batch_tokens} is below the cut of {cut} tokens: a row must fit"
+        )
+    return limits
+
+
+def weights_digest(folder: Path) -> str:
+    """The sha256 of the weight file; of several shards, of their digests in the order of their names.
+
+    A manifest's are taken from it: it was held against the files when the model was loaded.
+    """
+    found = find_weights(folder)
+    assert found is not None  # the model was loaded from it
+    entries = read_manifest(folder).files if (folder / MANIFEST_NAME).is_file() else ()
+    known = {entry.name: entry.sha256 for entry in entries}
+    digests = [known.get(path.name) or _sha256(path) for path in weight_files(found)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,292 @@
+"""A server's life: bind, load, listen, warm up, serve, drain.
+
+In that order, so that a busy port or a wrong folder is one line before anything listens, and a load balancer
+sees livez answer while readyz does not yet. uvicorn is handed a bound socket and no signals: SIGTERM first
+only makes readyz say no and answers end their connections, because whoever routes to us must see that before
+the listener goes. Then whoever has begun to connect gets in, and what has come is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, NoReturn, TextIO
+
+import uvicorn
+
+from bertpair.console import LogWriter
+from bertpair.errors import first_line
+from bertpair.runtime import is_device_lost, is_out_of_memory, set_threads, stop_flag
+from bertpair.serving.app import Service
+from bertpair.serving.batcher import MicroBatcher, QueueLimits
+from bertpair.serving.listening import (
+    BACKLOG,
+    TcpListener,
+    UnixListener,
+    allowed_hosts,
+    bind,
+    check_descriptors,
+    is_local,
+    read_key,
+    trusted_proxies,
+)
+from bertpair.serving.metrics import DroppedLines, ServeMetrics
+from bertpair.serving.middleware import Shell, access_logger
+from bertpair.serving.predictor import Predictor, load_predictor
+from bertpair.serving.protocol import GuardedProtocol
+from bertpair.settings.serve import ServeConfig
+
+logger = logging.getLogger(__name__)
+
+TARGET_SECONDS = 0.3  # of the largest batch, where max_batch_tokens is left to the warm-up
+CONNECT_SECONDS = 0.2  # once new clients are refused: those on their way are in by then
+
+
+def serve(config: ServeConfig) -> int:
+    """Serve until a signal says stop. 0: drained; 1: work was left over after `grace_seconds`.
+
+    Raises ConfigError or CheckpointError before anything listens.
+    """
+    check_descriptors(config.max_connections)
+    key = read_key(config.api_key_file, config.max_header_bytes // 2) if config.api_key_file else None
+    listener = bind(config)
+    try:
+        predictor = load_predictor(config)
+        if not is_local(config) and key is None:
+            logger.warning("%s is reachable from other machines and no api_key_file is set", config.host)
+
+        async def run() -> int:
+            return await _Server(make_service(config, predictor, key), listener).run()
+
+        return asyncio.run(run())
+    finally:
+        listener.close()
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn's server without handlers for signals: those are `_Server`'s."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Server:
+    """One run of the event loop, on which it is made."""
+
+    def __init__(self, service: Service, listener: TcpListener | UnixListener) -> None:
+        self.service, self.config, self.listener = service, service.config, listener
+        self.stopping = asyncio.Event()
+
+    async def run(self) -> int:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(signum, self._stop, signum)
+        stop_flag.raise_if_set()  # a signal that came while the model was loaded
+        self.service.metrics.registry.register(DroppedLines(count_dropped_lines))
+        server = make_uvicorn(self.service)
+        self.listener.listen()
+        serving = asyncio.create_task(server.serve(sockets=[self.listener.socket]))
+        warming = asyncio.create_task(self._warm(server))
+        stopped = asyncio.create_task(self.stopping.wait())
+        await asyncio.wait({serving, warming, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if warming.done():
+            warming.result()  # a defect in it ends the server
+        await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        warming.cancel()
+        return await self._drain(server, serving)
+
+    def _stop(self, signum: int) -> None:
+        """The first signal drains; from now on the next one ends the process at once."""
+        for each in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(each)
+            signal.signal(each, signal.SIG_DFL)
+        logger.info("%s: draining for %g s", signal.Signals(signum).name, self.config.drain_seconds)
+        self.service.is_draining = True
+        self.listener.hand_over()
+        self.stopping.set()
+
+    async def _drain(self, server: uvicorn.Server, serving: asyncio.Task[None]) -> int:
+        await asyncio.wait({serving}, timeout=self.config.drain_seconds)
+        self.listener.refuse()
+        await asyncio.sleep(CONNECT_SECONDS)
+        server.should_exit = True
+        end = time.monotonic() + self.config.grace_seconds
+        done, _ = await asyncio.wait({serving}, timeout=self.config.grace_seconds)
+        connections: Any = server.server_state.connections
+        if not done and not any(connection.is_busy for connection in connections):
+            for connection in list(connections):  # idle ones, whose clients do not close
+                connection.transport.abort()
+            done, _ = await asyncio.wait({serving}, timeout=1)
+        # A client may have left while its rows ran: nobody waits for those, but the thread is at them.
+        if not done or not await self.service.batcher.close(max(end - time.monotonic(), 0.5)):
+            logger.error("work was left over after %g s", self.config.grace_seconds)
+            end_process()
+        serving.result()
+        self.service.tokenizing.shutdown(wait=False)
+        logger.info("drained")
+        return 0
+
+    async def _warm(self, server: uvicorn.Server) -> None:
+        while not server.started:
+            await asyncio.sleep(0.01)
+        logger.info("listening on %s", self.listener)
+        config, batcher, predictor = self.config, self.service.batcher, self.service.predictor
+        if config.quantize_check and config.model_dir:
+            await asyncio.to_thread(predictor.check_agreement, config.quantize_check, config.model_dir)
+        await warm_up(predictor, batcher, config.max_batch_tokens)
+        self.service.is_warm = True
+        logger.info("ready: batches of up to %d tokens", batcher.limits.max_batch_tokens)
+
+
+def make_service(config: ServeConfig, predictor: Predictor, key: bytes | None) -> Service:
+    """The service with its queue and its figures; called on the event loop."""
+    metrics = ServeMetrics()
+    max_batch_tokens = config.max_batch_tokens or QueueLimits.max_batch_tokens  # until the warm-up finds it
+    limits = QueueLimits(max_batch_tokens, config.max_queue_rows, config.queue_deadline)
+    batcher = MicroBatcher(
+        predictor.run,
+        limits,
+        on_batch=metrics.count_batch,
+        on_drop=metrics.count_drop,
+        on_error=end_if_device_lost,
+    )
+    service = Service(config, predictor, batcher, metrics, key)
+    metrics.inflight_bytes.set_function(lambda: service.inflight_bytes)
+    metrics.queue_depth.set_function(lambda: batcher.num_waiting)
+    metrics.running.set_function(lambda: batcher.worker.running_seconds)
+    return service
+
+
+def end_if_device_lost(error: BaseException) -> None:
+    """A device that answers every call with the same error comes back with a new process only."""
+    if is_device_lost(error):
+        logger.critical("the device is lost, the server ends: %s", first_line(error))
+        end_process()
+
+
+def end_process() -> NoReturn:
+    """End although a thread hangs in the model: it cannot be waited for."""
+    logging.shutdown()
+    os._exit(1)
+
+
+def make_uvicorn(service: Service) -> uvicorn.Server:
+    """uvicorn with our protocol and our shell around the service's routes."""
+    config, metrics = service.config, service.metrics
+    shell = Shell(service.routes(), metrics, hosts=allowed_hosts(config), origins=config.cors_origin or ())
+    protocol: Any = functools.partial(
+        GuardedProtocol,
+        settings=config,
+        on_event=metrics.count_event,
+        is_draining=lambda: service.is_draining,
+    )
+    return _QuietServer(
+        uvicorn.Config(
+            shell,
+            http=protocol,
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # a fraction does as well
+            root_path=config.root_path or "",
+            proxy_headers=config.forwarded_allow_ips is not None,
+            forwarded_allow_ips=trusted_proxies(config.forwarded_allow_ips or ""),
+        )
+    )
+
+
+async def warm_up(
+    predictor: Predictor, batcher: MicroBatcher[Any, Any], max_batch_tokens: int | None
+) -> None:
+    """Find the budget and the speed, then run every shape once, each batch on the model's thread.
+
+    A batch that runs out of memory is too large, as one that is too slow; also where the budget was given.
+    """
+    limits, cut = batcher.limits, predictor.cut
+    most_rows = limits.max_queue_rows
+    await batcher.worker.call(lambda: set_threads(predictor.num_threads))  # a setting of each thread
+
+    async def is_fast(num_rows: int) -> bool:
+        seconds = await _time_batch(predictor, batcher, [cut] * num_rows)
+        if seconds < math.inf:
+            batcher.pace.note(num_rows * cut, seconds)
+        return seconds <= TARGET_SECONDS
+
+    num_rows = await find_most((max_batch_tokens or 0) // cut or most_rows, is_fast)
+    limits.max_batch_tokens = min(max_batch_tokens or num_rows * cut, most_rows * cut)
+    for lengths in predictor.warm_shapes(limits.max_batch_tokens, most_rows):
+        tokens = sum(lengths)
+        if tokens <= limits.max_batch_tokens and await _time_batch(predictor, batcher, lengths) == math.inf:
+            limits.max_batch_tokens = max(cut, tokens // 2)
+            logger.warning("out of memory: batches have at most %d tokens", limits.max_batch_tokens)
+
+
+async def find_most(most: int, is_good: Callable[[int], Awaitable[bool]]) -> int:
+    """The largest number of 1 to `most` that is good, to an eighth; 1 where none is.
+
+    Doubles until a number is not good, then halves the gap.
+    """
+    good, bad = 0, 0
+    while (bad - good > max(1, good // 8)) if bad else (good < most):
+        number = (good + bad) // 2 if bad else min(most, max(1, 2 * good))
+        if await is_good(number):
+            good = number
+        else:
+            bad = number
+    return max(1, good)
+
+
+async def _time_batch(predictor: Predictor, batcher: MicroBatcher[Any, Any], lengths: list[int]) -> float:
+    """Seconds of one batch on the model's thread; endless where it runs out of memory."""
+    try:
+        seconds: float = await batcher.worker.call(lambda: predictor.time_batch(lengths))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return math.inf
+    return seconds
+
+
+def configure_serve_logging() -> None:
+    """The access log, a JSON line per answer, goes to standard output, all else to standard error.
+
+    Both are written by threads of their own. uvicorn's remarks are left out.
+    """
+    access_logger.propagate = False
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+            root.removeHandler(handler)
+            _add_writer(root, sys.stderr, "standard error", handler.formatter)
+    if sys.stdout is None:
+        logger.warning("standard output is closed: there is no access log")
+    else:
+        _add_writer(access_logger, sys.stdout, "standard output", None)
+
+
+def _add_writer(
+    target: logging.Logger, stream: TextIO, place: str, formatter: logging.Formatter | None
+) -> None:
+    stream.flush()
+    writer = LogWriter(stream.fileno(), place)
+    writer.setFormatter(formatter)
+    target.addHandler(writer)
+
+
+def count_dropped_lines() -> int:
+    """Log lines that nobody took, of both streams."""
+    handlers = [*access_logger.handlers, *logging.getLogger().handlers]
+    return sum(handler.num_dropped for handler in handlers if isinstance(handler, LogWriter))

@@ -1,0 +1,127 @@
+"""Presets: where the texts, the label and the files of a task are, and what is measured on it.
+
+Ten GLUE tasks in their published layouts, and the four-column default for everybody's own pairs.
+Columns count from 0, from the end if negative. GLUE test files have no labels and often other columns.
+"""
+
+from dataclasses import dataclass
+
+from bertpair.errors import ConfigError, near_misses
+
+CLASS_METRICS = ("acc", "f1", "macro_f1", "mcc")
+SCORE_METRICS = ("pearson", "spearmanr", "corr")
+METRICS = (*CLASS_METRICS, *SCORE_METRICS, "loss")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One layout. `labels` None: found in the training data. The first of `metrics` is the one to watch."""
+
+    name: str
+    text_a: int | str = 1
+    text_b: int | str | None = 2
+    label: int | str = -1
+    labels: tuple[str, ...] | None = None
+    regression: bool = False
+    has_header: bool = True
+    train_file: str = "train.tsv"
+    dev_file: str = "dev.tsv"
+    test_file: str = "test.tsv"
+    test_text_a: int | str = 1
+    test_text_b: int | str | None = 2
+    test_has_header: bool = True
+    metrics: tuple[str, ...] = ("acc",)
+    positive_label: str | None = None  # that f1 is of, where it is measured
+    text_names: tuple[str, ...] = ("sentence1", "sentence2")  # in the published headers
+
+
+def _mnli(name: str, suffix: str) -> Task:
+    return Task(
+        name,
+        text_a=8,
+        text_b=9,
+        labels=("contradiction", "entailment", "neutral"),
+        dev_file=f"dev_{suffix}.tsv",
+        test_file=f"test_{suffix}.tsv",
+        test_text_a=8,
+        test_text_b=9,
+    )
+
+
+_YES_NO = ("0", "1")
+_ENTAILMENT = ("entailment", "not_entailment")
+
+FOUR_COLUMN = Task("four-column", label=3, metrics=("acc", "macro_f1"))  # index sentence1 sentence2 label
+
+GLUE_TASKS = (
+    Task(
+        "cola",
+        text_a=3,
+        text_b=None,
+        label=1,
+        labels=_YES_NO,
+        has_header=False,
+        test_text_b=None,
+        metrics=("mcc",),
+        text_names=("sentence",),
+    ),
+    _mnli("mnli", "matched"),
+    _mnli("mnli-mm", "mismatched"),
+    Task(
+        "mrpc",
+        text_a=3,
+        text_b=4,
+        label=0,
+        labels=_YES_NO,
+        test_text_a=3,
+        test_text_b=4,
+        metrics=("acc", "f1"),
+        positive_label="1",
+        text_names=("#1 String", "#2 String"),
+    ),
+    Task("sst-2", 0, None, label=1, labels=_YES_NO, test_text_b=None, text_names=("sentence",)),
+    Task("sts-b", 7, 8, regression=True, test_text_a=7, test_text_b=8, metrics=SCORE_METRICS),
+    Task(
+        "qqp",
+        text_a=3,
+        text_b=4,
+        label=5,
+        labels=_YES_NO,
+        metrics=("acc", "f1"),
+        positive_label="1",
+        text_names=("question1", "question2"),
+    ),
+    Task("qnli", labels=_ENTAILMENT, text_names=("question", "sentence")),
+    Task("rte", labels=_ENTAILMENT),
+    Task("wnli", labels=_YES_NO),
+)
+
+
+def measured_metrics(num_labels: int | None) -> list[str]:
+    """What is measured with so many labels, None for a regression; the loss is always."""
+    if num_labels is None:
+        return [*SCORE_METRICS, "loss"]
+    return [name for name in (*CLASS_METRICS, "loss") if name != "f1" or num_labels == 2]
+
+
+def _key(name: str) -> str:
+    """Case, hyphens and underscores do not matter: `SST-2`, `sst2` and `mnli_mm` are understood."""
+    return name.strip().lower().replace("-", "").replace("_", "")
+
+
+_BY_KEY = {_key(task.name): task for task in GLUE_TASKS}
+
+
+def find_task(name: str | None) -> Task:
+    """The preset of that name, the four-column default for None; ConfigError lists what there is."""
+    if name is None:
+        return FOUR_COLUMN
+    task = _BY_KEY.get(_key(name))
+    if task is not None:
+        return task
+    near = near_misses(_key(name), _BY_KEY)
+    hint = f"did you mean {' or '.join(_BY_KEY[key].name for key in near)}? " if near else ""
+    names = ", ".join(task.name for task in GLUE_TASKS)
+    raise ConfigError(
+        f"task_name: found {name!r}; {hint}allowed: {names}, or null for four columns of your own"
+    )

@@ -1,0 +1,394 @@
+"""The training loop: which step comes next, what happens after it, and what a checkpoint must remember.
+
+At a shared step the order is log, evaluate, save. A stop flag seen after a step, or during an evaluation,
+becomes a checkpoint and a StoppedError; an evaluation cut short is noted and runs first on resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bertpair.checkpoints.run_folder import RunFolder, WriteCheckpoint
+from bertpair.console import Progress
+from bertpair.data.batching import BatchStream, pad_batch, slice_batch
+from bertpair.data.tokenizer import Tokens
+from bertpair.errors import StoppedError, TrainingError, plain
+from bertpair.evaluation.evaluate import Evaluation
+from bertpair.evaluation.metrics import finite_or_null, is_better
+from bertpair.runtime import peak_memory_gb, stop_flag
+from bertpair.training.step import SkippedStep, Stepper, loss_weight
+
+logger = logging.getLogger(__name__)
+
+READ_VERDICTS_EVERY = 1000  # steps whose masked failures may wait on the device at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """When things happen, in optimizer steps."""
+
+    total_steps: int
+    steps_per_epoch: int
+    learning_rate: Callable[[int], float]  # updates done before → the next one's rate
+    logging_steps: int  # 0: only the last step
+    save_steps: int  # 0: none but what evaluation asks for
+    eval_steps: int  # 0: no evaluation within training
+    metric: str
+    patience: int | None
+    max_skipped_steps: int
+
+    def logs_at(self, step: int) -> bool:
+        return step == self.total_steps or (self.logging_steps > 0 and step % self.logging_steps == 0)
+
+    def evaluates_at(self, step: int) -> bool:
+        return self.eval_steps > 0 and (step == self.total_steps or step % self.eval_steps == 0)
+
+    def saves_at(self, step: int) -> bool:
+        return self.save_steps > 0 and step % self.save_steps == 0
+
+    def checkpoints_kept(self, limit: int | None) -> int:
+        """How many checkpoints the run is sure to keep: those of save_steps up to `limit`, and a best one."""
+        regular = -(-self.total_steps // self.save_steps) if self.save_steps else 0  # the last step's too
+        if not self.eval_steps:
+            return regular if limit is None else min(limit, regular)
+        return max(1, regular) if limit is None else min(limit, regular) + 1
+
+
+@dataclasses.dataclass
+class TrainState:
+    """How far a run has come; kept in trainer_state.json."""
+
+    global_step: int = 0
+    best_metric: float | None = None
+    best_step: int | None = None
+    evaluations_without_improvement: int = 0
+    evaluation_pending: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRows:
+    """The training set as the loop needs it."""
+
+    tokens: Tokens
+    targets: npt.NDArray[np.int64] | npt.NDArray[np.float32]
+    where: Callable[[int], str]  # row number → file and line
+    pad_id: int
+    max_length: int
+    pad_to_multiple_of: int
+    micro_batch_size: int
+
+
+class Loop:
+    """Drives a `Stepper` over a `BatchStream` according to a `Plan`, and keeps the run's folder."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        stepper: Stepper,
+        stream: BatchStream,
+        rows: TrainingRows,
+        folder: RunFolder,
+        *,
+        evaluate: Callable[[], Evaluation],
+        write_checkpoint: WriteCheckpoint,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.plan = plan
+        self.stepper = stepper
+        self.stream = stream
+        self.rows = rows
+        self.folder = folder
+        self.evaluate = evaluate
+        self.write_checkpoint = write_checkpoint
+        self.identity = identity  # what else trainer_state.json keeps
+        self.progression = TrainState()
+        self._last_evaluation: tuple[int, Evaluation] | None = None
+        self._saved_step: int | None = None  # this step is on disk already
+        self._unlogged: list[int] = []  # skipped steps that metrics.jsonl does not have yet
+        weights = stepper.objective.class_weights
+        self._class_weights = None if weights is None else weights.cpu().numpy()
+        self._clock = _Clock()
+
+    @property
+    def is_done(self) -> bool:
+        return self.progression.global_step >= self.plan.total_steps or self._is_out_of_patience
+
+    @property
+    def _is_out_of_patience(self) -> bool:
+        patience, waited = self.plan.patience, self.progression.evaluations_without_improvement
+        return patience is not None and waited >= patience
+
+    def log_end(self) -> None:
+        """Say why no step is left to do."""
+        done, total = self.progression.global_step, self.plan.total_steps
+        if done >= total:
+            logger.info("step %d of %d: nothing is left to train", done, total)
+        else:
+            logger.info(
+                "step %d of %d: early stopping ended the run after %d evaluations without a better one; "
+                "a larger early_stopping_patience than %d goes on",
+                done,
+                total,
+                self.progression.evaluations_without_improvement,
+                self.plan.patience,
+            )
+
+    def run(self) -> None:
+        """Train to the end of the plan, or until patience runs out.
+
+        Raises StoppedError after a checkpoint, TrainingError after too many skipped steps in a row.
+        """
+        first = self.progression.global_step
+        with Progress(self.plan.total_steps, "step", initial=first) as progress:
+            self._progress = progress
+            try:
+                if self.progression.evaluation_pending:
+                    self._evaluate()
+                self._clock.restart()
+                if self.is_done:
+                    self.log_end()
+                while not self.is_done:
+                    stop_flag.raise_if_set()
+                    self._step()
+                    self._after_step()
+                self._check_trained()
+                if self.plan.save_steps:  # early stopping may end the run at any evaluation
+                    self._save()
+            except StoppedError as stopped:
+                raise self.kept(stopped) from None
+
+    def kept(self, stopped: StoppedError) -> StoppedError:
+        """Save the weights as they are, and return `stopped` with how that went."""
+        step = self.progression.global_step
+        if step == 0:
+            return StoppedError(stopped.signum, "before the first step, so there is nothing to keep")
+        self._save()
+        if self._saved_step is None:
+            lost = "the last save failed, and what came after the newest checkpoint is lost"
+            return StoppedError(stopped.signum, lost, save_failed=True)
+        place = shlex.quote(str(self.folder.path))
+        go_on = f"saved at step {step}; continue with --resume --output_dir {place}"
+        return StoppedError(stopped.signum, go_on)
+
+    def _step(self) -> None:
+        _, _, batch_rows = next(self.stream)
+        done = self.progression.global_step
+        targets = self.rows.targets[batch_rows]
+        slices = slice_batch(batch_rows, rank=0, world_size=1, micro_batch_size=self.rows.micro_batch_size)
+        micro_batches = [
+            pad_batch(
+                self.rows.tokens,
+                rows,
+                pad_id=self.rows.pad_id,
+                targets=self.rows.targets,
+                pad_to_multiple_of=self.rows.pad_to_multiple_of,
+                max_length=self.rows.max_length,
+            )
+            for rows in slices
+        ]
+        self.stepper.step(
+            done + 1,
+            batch_rows,
+            micro_batches,
+            denominator=loss_weight(targets, self._class_weights),
+            learning_rate=self.plan.learning_rate(done),
+        )
+        self.progression.global_step = done + 1
+        self._clock.count(len(batch_rows), sum(batch.num_tokens for batch in micro_batches))
+        self._progress.advance()
+
+    def _after_step(self) -> None:
+        step = self.progression.global_step
+        if self.plan.logs_at(step):
+            self._log()
+        elif self.stepper.meter.num_pending >= READ_VERDICTS_EVERY:
+            self._check_verdicts()
+        improved = False
+        if self.plan.evaluates_at(step):
+            improved = self._evaluate()
+        if improved or self.plan.saves_at(step):
+            self._save()
+
+    def _log(self) -> None:
+        reading = self.stepper.meter.read()
+        self._clock.add_wait()
+        step = self.progression.global_step
+        rate = self.plan.learning_rate(step - 1)
+        record: dict[str, object] = {
+            "step": step,
+            "epoch": self.epoch,
+            "loss": reading.loss,
+            "lr": rate,
+            "grad_norm": reading.grad_norm,
+            **self._clock.rates(),
+            "memory": round(peak_memory_gb(self.stepper.device), 3),
+        }
+        self._report_skipped(reading.skipped)
+        if self._unlogged:
+            record["skipped_steps"], self._unlogged = self._unlogged, []
+        self.folder.append_metrics(record)
+        loss = "-" if reading.loss is None else f"{reading.loss:.4f}"
+        self._progress.show(loss=loss, lr=f"{rate:.2g}")
+        self._progress.line(
+            f"step {step}/{self.plan.total_steps}  epoch {self.epoch:.2f}  loss {loss}  lr {rate:.3g}  "
+            f"{record['pairs_per_s']} pairs/s"
+        )
+        self._clock.restart()
+
+    def last_evaluation_of(self, step: int | None) -> Evaluation | None:
+        """The last evaluation, if it was that of the weights after `step`."""
+        return (
+            self._last_evaluation[1] if self._last_evaluation and self._last_evaluation[0] == step else None
+        )
+
+    def _check_verdicts(self) -> None:
+        """Wait for the device and read them; the wait is the steps' time."""
+        skipped = self.stepper.meter.verdicts()
+        self._clock.add_wait()
+        self._report_skipped(skipped)
+
+    def _report_skipped(self, skipped: Sequence[SkippedStep]) -> None:
+        for one in skipped:
+            rows = ", ".join(self.rows.where(row) for row in one.rows)
+            self._unlogged.append(one.step)
+            logger.warning("step %d skipped: its loss or gradient is not finite; rows: %s", one.step, rows)
+        longest = self.stepper.meter.longest
+        if longest > self.plan.max_skipped_steps:
+            raise TrainingError(
+                f"{longest} steps in a row had a loss or gradient that is not finite "
+                f"(max_skipped_steps {self.plan.max_skipped_steps}); {self._skipping_advice()}"
+            )
+
+    def _check_trained(self) -> None:
+        """TrainingError where no step of the whole run counted: the weights are those of its start."""
+        self._check_verdicts()
+        if self.stepper.meter.mean_loss is None:
+            raise TrainingError(
+                "nothing was trained: every step had a loss or gradient that is not finite; "
+                + self._skipping_advice()
+            )
+
+    def _skipping_advice(self) -> str:
+        return "lower learning_rate" + ("" if self.stepper.precision.name == "off" else ", or try amp off")
+
+    def _evaluate(self) -> bool:
+        """Evaluate now; True where the watched metric improved."""
+        state, step = self.progression, self.progression.global_step
+        self._check_verdicts()  # or the steps that are queued would count as time of the evaluation
+        state.evaluation_pending = True
+        started = time.monotonic()
+        evaluation = self.evaluate()
+        state.evaluation_pending = False
+        self._last_evaluation = (step, evaluation)
+        figures = {f"eval_{name}": value for name, value in evaluation.figures.items()}
+        seconds = round(time.monotonic() - started, 3)
+        record = {"step": step, "epoch": self.epoch, **finite_or_null(figures), "eval_seconds": seconds}
+        self.folder.append_metrics(record)
+        metric = self.plan.metric
+        value = evaluation.metrics[metric]
+        improved = is_better(metric, value, state.best_metric)
+        if improved:
+            state.best_metric, state.best_step = value, step
+            state.evaluations_without_improvement = 0
+        else:
+            state.evaluations_without_improvement += 1
+        best = "best so far" if improved else "not finite"
+        if not improved and state.best_metric is not None:
+            best = f"best {state.best_metric:.4f} at step {state.best_step}"
+        of = f" of {plain(evaluation.positive_label or '')}" if metric == "f1" else ""
+        self._progress.line(f"step {step}  evaluation: {metric}{of} {value:.4f} ({best})")
+        self._clock.restart_timer()
+        return improved
+
+    def _save(self) -> None:
+        step = self.progression.global_step
+        self._check_verdicts()
+        if step != self._saved_step:
+            saved = self.folder.save_checkpoint(step, self.write_checkpoint, self.progression.best_step)
+            self._saved_step = step if saved else None
+        self._clock.restart_timer()
+
+    @property
+    def epoch(self) -> float:
+        return round(self.progression.global_step / self.plan.steps_per_epoch, 4)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What trainer_state.json keeps: everything a resume needs beside tensors."""
+        return {
+            **self.identity,
+            **dataclasses.asdict(self.progression),
+            "metric": self.plan.metric,
+            "epoch": self.epoch,
+            "position": self.stream.state_dict(),
+            "meter": self.stepper.meter.state_dict(),
+            "scaler": self.stepper.scaler.state_dict(),
+            "unlogged_skips": self._unlogged,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave; weights, optimizer and random states are the caller's."""
+        names = [field.name for field in dataclasses.fields(TrainState)]
+        self.progression = TrainState(**{name: state[name] for name in names})
+        self._saved_step = self.progression.global_step
+        self.stream.load_state_dict(state["position"])
+        self.stepper.meter.load_state_dict(state["meter"])
+        self.stepper.scaler.load_state_dict(state["scaler"])
+        self._unlogged = list(state.get("unlogged_skips", []))
+        self._check_watched(state)
+
+    def _check_watched(self, state: Mapping[str, Any]) -> None:
+        """Forget the best evaluation where it is of another metric, or on other rows, than those to come."""
+        if self.progression.best_step is None or self.identity["dev_sha256"] is None:
+            return
+        watched = {"metric": self.plan.metric, "dev_sha256": self.identity["dev_sha256"]}
+        if self.plan.metric == "f1":
+            watched["positive_label"] = self.identity["positive_label"]
+        if any(state.get(name, value) != value for name, value in watched.items()):
+            logger.warning("another metric or dev set is watched from here on: the best so far starts anew")
+            fresh = TrainState(self.progression.global_step)
+            fresh.evaluation_pending = self.progression.evaluation_pending
+            self.progression = fresh
+
+
+class _Clock:
+    """Rates since the last log line, without what evaluations and saves took."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._steps = self._pairs = self._tokens = 0
+        self._seconds = 0.0
+        self.restart_timer()
+
+    def restart_timer(self) -> None:
+        """Leave out the time since the last step."""
+        self._last = time.monotonic()
+
+    def add_wait(self) -> None:
+        """Count the time since the last step too: it was spent waiting for the device to do the steps."""
+        now = time.monotonic()
+        self._seconds += now - self._last
+        self._last = now
+
+    def count(self, pairs: int, tokens: int) -> None:
+        self.add_wait()
+        self._steps += 1
+        self._pairs += pairs
+        self._tokens += tokens
+
+    def rates(self) -> dict[str, float]:
+        seconds = max(self._seconds, 1e-9)
+        return {
+            "step_seconds": round(seconds / max(self._steps, 1), 4),
+            "pairs_per_s": round(self._pairs / seconds, 1),
+            "tokens_per_s": round(self._tokens / seconds, 1),
+        }

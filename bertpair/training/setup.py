@@ -1,0 +1,293 @@
+"""Everything a run needs, loaded and checked before the first file is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bertpair.checkpoints.checkpoint import open_model
+from bertpair.checkpoints.run_folder import RunState
+from bertpair.data.dataset import (
+    Encoder,
+    Split,
+    label_warnings,
+    overlap_warnings,
+    report_labels,
+    resolve_positive_label,
+    training_labels,
+)
+from bertpair.data.source import Source, resolve_source
+from bertpair.data.tokenizer import Tokenizer
+from bertpair.data.tsv import Pairs, read_pairs
+from bertpair.errors import ConfigError
+from bertpair.model.bert import BertClassifier
+from bertpair.model.compact_vocabulary import (
+    CompactTable,
+    compact_id,
+    compact_model,
+    remap,
+)
+from bertpair.model.config import ModelFolder, check_pairs, label_order, read_folder
+from bertpair.model.pretrained import load_model, resolve_folder
+from bertpair.runtime import (
+    Precision,
+    explain_memory,
+    keep_freed_memory,
+    reset_peak_memory,
+    resolve_device,
+    resolve_precision,
+    seed_everything,
+    set_deterministic,
+    set_threads,
+)
+from bertpair.settings.config import Config
+from bertpair.settings.tasks import measured_metrics
+from bertpair.training.loop import Plan
+from bertpair.training.optim import learning_rate_at, num_warmup_steps
+from bertpair.training.step import Objective
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run with everything loaded."""
+
+    config: Config  # with amp, num_threads and positive_label as they turned out
+    model: BertClassifier  # on the device
+    folder: ModelFolder  # where the weights came from
+    tokenizer: Tokenizer
+    labels: tuple[str, ...] | None  # in id order; None: regression
+    train: Split
+    dev: Split | None
+    metrics: tuple[str, ...]  # the task's; the first is the one to watch
+    device: torch.device
+    precision: Precision
+    objective: Objective
+    data_digest: str  # sha256 of the training rows as the tokenizer gives them, order included
+    pad_id: int
+    table: CompactTable | None  # with compact_vocabulary: ids count its rows in use, as does `pad_id`
+
+
+def prepare(config: Config, resumed_from: RunState | None) -> Job:
+    """Load data and model as `config` says; on a resume the model is the checkpoint's.
+
+    Raises ConfigError, DataError or CheckpointError for whatever does not fit; writes nothing but the
+    token cache.
+    """
+    device = _set_up_machine(config)
+    source = resolve_source(config)
+    folder = _open_model(config) if resumed_from is None else read_folder(resumed_from.folder)
+    train_pairs, dev_pairs, labels = _read_pairs(config, source, folder)
+    if train_pairs.text_b is not None:
+        check_pairs(folder, " (text_b_column: null)")
+    positive = resolve_positive_label(labels, source, config.positive_label)
+    _check_watched(config, labels, has_dev=dev_pairs is not None)
+    tokenizer = _read_tokenizer(config, folder, resumed_from)
+    encoder = _make_encoder(config, folder, tokenizer)
+    train = encoder.split(train_pairs, labels, name="train")
+    dev = None if dev_pairs is None else encoder.split(dev_pairs, labels, name="dev")
+    seed_everything(config.seed)
+    digest, pad_id, table = digest_of(train), tokenizer.pad_id, None
+    weights = class_weight_tensor(config.class_weights, labels, train)
+    with explain_memory(device):
+        model, notes = load_model(
+            folder,
+            num_labels=1 if labels is None else len(labels),
+            new_head=config.new_head and resumed_from is None,
+            from_scratch=config.from_scratch,
+        )
+        _log((*source.notes, *notes))
+        precision = _resolve_precision(config, folder, device)
+        if config.compact_vocabulary:
+            table = compact_model(model, [each.tokens for each in (train, dev) if each is not None], pad_id)
+            train, pad_id = _renumbered(train, table), compact_id(pad_id, table.used)
+            dev = None if dev is None else _renumbered(dev, table)
+        model = model.to(device)
+        weights = None if weights is None else weights.to(device)
+    return Job(
+        config=dataclasses.replace(
+            config, amp=precision.name, num_threads=torch.get_num_threads(), positive_label=positive
+        ),
+        model=model,
+        folder=folder,
+        tokenizer=tokenizer,
+        labels=labels,
+        train=train,
+        dev=dev,
+        metrics=source.metrics,
+        device=device,
+        precision=precision,
+        objective=Objective(labels is None, weights, config.label_smoothing),
+        data_digest=digest,
+        pad_id=pad_id,
+        table=table,
+    )
+
+
+def digest_of(split: Split) -> str:
+    """sha256 of token ids and targets, in order."""
+    digest = hashlib.sha256()
+    assert split.targets is not None
+    for array in (split.tokens.ids, split.tokens.offsets, split.tokens.first_lengths, split.targets):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _renumbered(split: Split, table: CompactTable) -> Split:
+    return dataclasses.replace(split, tokens=remap(split.tokens, table.used, len(table.full)))
+
+
+def _log(lines: Sequence[str]) -> None:
+    for line in lines:
+        logger.info("%s", line)
+
+
+def _set_up_machine(config: Config) -> torch.device:
+    set_threads(config.num_threads)
+    keep_freed_memory()
+    set_deterministic(config.deterministic)
+    device = resolve_device(config.device)
+    reset_peak_memory(device)
+    return device
+
+
+def _open_model(config: Config) -> ModelFolder:
+    assert config.model_name_or_path is not None
+    revision, cache_dir = config.revision, config.cache_dir
+    named = config.config_name and resolve_folder(config.config_name, revision=revision, cache_dir=cache_dir)
+    name = config.model_name_or_path
+    return open_model(name, revision=revision, cache_dir=cache_dir, config_name=named)
+
+
+def _read_pairs(
+    config: Config, source: Source, folder: ModelFolder
+) -> tuple[Pairs, Pairs | None, tuple[str, ...] | None]:
+    """Training pairs, dev pairs and the labels in the model's order; says what the two sets share."""
+    train = _read(config, source, source.train_files, source.labels, "max_train_samples")
+    labels = training_labels(train, source)
+    if labels is not None:
+        labels = label_order(folder, labels, new_head=config.new_head, given=config.labels is not None)
+        for warning in label_warnings(labels):
+            logger.warning("%s", warning)
+    dev = None
+    if source.dev_files and config.runs_evaluation:
+        source = dataclasses.replace(source, columns=dataclasses.replace(source.columns, header=train.header))
+        dev = _read(config, source, source.dev_files, labels, "max_eval_samples")
+    report_labels("train", train, labels)
+    if dev is not None:
+        report_labels("dev", dev, labels)
+    for warning in overlap_warnings(train, dev, regression=source.regression):
+        logger.warning("%s", warning)
+    return train, dev, labels
+
+
+def _check_watched(config: Config, labels: Sequence[str] | None, *, has_dev: bool) -> None:
+    """ConfigError for a metric that is never measured; a warning for settings that need a dev file."""
+    metric, measured = config.metric_for_best_model, measured_metrics(None if labels is None else len(labels))
+    if metric is not None and metric not in measured:
+        kind = "a regression" if labels is None else f"{len(labels)} labels"
+        raise ConfigError(
+            f"metric_for_best_model: {metric} is not measured with {kind}; allowed: {', '.join(measured)}"
+        )
+    for name in () if has_dev else ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(config, name):
+            logger.warning("%s has no effect: there is no dev file to evaluate on", name)
+
+
+def _read(
+    config: Config, source: Source, files: Sequence[Path], labels: Sequence[str] | None, limit_name: str
+) -> Pairs:
+    return read_pairs(
+        files,
+        source.columns,
+        labels=labels,
+        regression=source.regression,
+        on_bad_row=config.on_bad_row,
+        limit=getattr(config, limit_name),
+        limit_name=limit_name,
+    )
+
+
+def _read_tokenizer(config: Config, folder: ModelFolder, resumed_from: RunState | None) -> Tokenizer:
+    path = folder.path
+    if config.tokenizer_name is not None and resumed_from is None:
+        path = resolve_folder(config.tokenizer_name, revision=config.revision, cache_dir=config.cache_dir)
+    return Tokenizer.from_folder(
+        path, do_lower_case=config.do_lower_case, word_table=folder.config.vocab_size
+    )
+
+
+def _make_encoder(config: Config, folder: ModelFolder, tokenizer: Tokenizer) -> Encoder:
+    positions = folder.config.max_position_embeddings
+    if config.max_seq_length > positions:
+        raise ConfigError(
+            f"max_seq_length: found {config.max_seq_length}; {folder.path} has {positions} positions"
+        )
+    cache = Path(config.token_cache_dir) if config.token_cache_dir else None
+    return Encoder(tokenizer, config.max_seq_length, cache, config.overwrite_cache)
+
+
+def _resolve_precision(config: Config, folder: ModelFolder, device: torch.device) -> Precision:
+    precision = resolve_precision(config.amp, device, hidden_size=folder.config.hidden_size)
+    logger.info(
+        "device %s, %d threads, amp %s (%s)",
+        device,
+        torch.get_num_threads(),
+        precision.name,
+        precision.reason,
+    )
+    return precision
+
+
+def class_weight_tensor(
+    setting: str | dict[str, float] | None, labels: Sequence[str] | None, train: Split
+) -> Tensor | None:
+    """`class_weights` as a tensor (C,): by label, or `balanced`, rows / (C × rows of the class)."""
+    if setting is None:
+        return None
+    if labels is None:
+        raise ConfigError("class_weights: a regression has no classes")
+    if setting == "balanced":
+        assert train.targets is not None
+        counts = torch.bincount(torch.from_numpy(train.targets), minlength=len(labels)).double()
+        if not counts.all():
+            raise ConfigError("class_weights balanced: a label without a training row has no weight")
+        return (len(train) / (len(labels) * counts)).float()
+    assert isinstance(setting, dict)
+    if set(setting) != set(labels):
+        raise ConfigError(
+            f"class_weights: found weights for {', '.join(setting)}; the labels are {', '.join(labels)}"
+        )
+    return torch.tensor([setting[label] for label in labels], dtype=torch.float32)
+
+
+def make_plan(config: Config, steps_per_epoch: int, metrics: Sequence[str], *, has_dev: bool) -> Plan:
+    """When the run logs, evaluates, saves and ends, in optimizer steps."""
+    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+    warmup = num_warmup_steps(config.warmup_steps, config.warmup_ratio, total)
+    every = {"no": 0, "epoch": steps_per_epoch, "steps": config.eval_interval or 0}[config.eval_strategy]
+    return Plan(
+        total_steps=total,
+        steps_per_epoch=steps_per_epoch,
+        learning_rate=lambda step: learning_rate_at(
+            step,
+            scheduler=config.lr_scheduler_type,
+            learning_rate=config.learning_rate,
+            warmup_steps=warmup,
+            total_steps=total,
+        ),
+        logging_steps=max(0, config.logging_steps),
+        save_steps=max(0, config.save_steps),
+        eval_steps=every if has_dev else 0,
+        metric=config.metric_for_best_model or metrics[0],
+        patience=config.early_stopping_patience,
+        max_skipped_steps=config.max_skipped_steps,
+    )

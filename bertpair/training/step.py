@@ -1,0 +1,223 @@
+"""One optimizer step: micro-batches forward and backward, clipping, the update; and what it measured.
+
+Nothing here waits for the device. A step whose loss or gradient is not finite is masked there: the
+weights, the moments and Adam's counter stay as they are, while data and schedule move on. The verdicts
+are read with the running sums, at logging steps and before saves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bertpair.data.batching import Batch
+from bertpair.model.bert import BertClassifier
+from bertpair.runtime import LossScaler, Precision
+from bertpair.training.optim import AdamW, clip_scale, gradient_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised: cross-entropy, or squared error where `regression`, which knows neither class
+    weights nor label smoothing."""
+
+    regression: bool
+    class_weights: Tensor | None = None  # (C,), on the device
+    label_smoothing: float = 0.0
+
+    def loss_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Loss summed over rows, a float32 scalar; divided by `loss_weight` of the same rows it is torch's
+        mean. `logits` are (B, C), `targets` (B,) class ids, or values."""
+        logits = logits.float()  # bf16 and fp16 are too coarse to sum in
+        if self.regression:
+            return F.mse_loss(logits.squeeze(1), targets.float(), reduction="sum")
+        weight, smoothing = self.class_weights, self.label_smoothing
+        return F.cross_entropy(logits, targets, weight=weight, reduction="sum", label_smoothing=smoothing)
+
+
+def loss_weight(targets: npt.NDArray[np.generic], class_weights: npt.ArrayLike | None = None) -> float:
+    """What these rows weigh in a mean of their losses: their number, or the sum of their class weights."""
+    if class_weights is None:
+        return float(len(targets))
+    return float(np.asarray(class_weights, dtype=np.float64)[targets].sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class SkippedStep:
+    """A step whose loss or gradient was not finite, and the row numbers of its pairs."""
+
+    step: int
+    rows: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What the steps since the last reading did."""
+
+    loss: float | None  # mean over the steps that counted; None where none did
+    grad_norm: float | None  # of the last step, before clipping; None where it was not finite
+    skipped: tuple[SkippedStep, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A step whose verdict is still on the device."""
+
+    step: int
+    rows: npt.NDArray[np.int64]
+    learning_rate: float
+    skipped: Tensor  # bool: to be counted and named
+    unchanged: Tensor  # bool: the weights stayed as they were, for that reason or an fp16 overflow
+
+
+class Meter:
+    """Running sums that live on the device until somebody reads them."""
+
+    def __init__(self, device: torch.device) -> None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.window = torch.zeros(2, dtype=dtype, device=device)  # sum of losses, steps: since the last log
+        self.total = torch.zeros(2, dtype=dtype, device=device)  # the same over the whole run
+        self.in_a_row = 0  # skipped steps up to now, without one that counted
+        self.longest = 0  # the longest row of skipped steps in the last verdicts
+        self.num_skipped = 0
+        self.applied_rates: list[float] = []  # of the steps that changed the weights; their user clears it
+        self._pending: list[_Pending] = []
+        self._norm: Tensor | None = None
+
+    def add(self, pending: _Pending, loss: Tensor, norm: Tensor) -> None:
+        """Note one step; `loss` and `norm` are scalars on the device."""
+        counted = ~(pending.skipped | ~torch.isfinite(loss))
+        one = torch.stack([torch.where(counted, loss, torch.zeros_like(loss)), counted.to(loss.dtype)])
+        self.window += one
+        self.total += one
+        self._norm = norm
+        self._pending.append(pending)
+
+    @property
+    def num_pending(self) -> int:
+        """Steps whose verdict nobody has read yet."""
+        return len(self._pending)
+
+    def verdicts(self) -> tuple[SkippedStep, ...]:
+        """Wait for the device and return the steps skipped since the last call; keeps `in_a_row` true."""
+        if not self._pending:
+            return ()
+        flags = torch.stack([torch.stack([p.skipped, p.unchanged]) for p in self._pending]).tolist()
+        skipped = []
+        self.longest = self.in_a_row
+        for pending, (is_skipped, is_unchanged) in zip(self._pending, flags, strict=True):
+            self.in_a_row = self.in_a_row + 1 if is_skipped else 0
+            self.longest = max(self.longest, self.in_a_row)
+            if is_skipped:
+                skipped.append(SkippedStep(pending.step, tuple(pending.rows.tolist())))
+            if not is_unchanged:
+                self.applied_rates.append(pending.learning_rate)
+        self._pending.clear()
+        self.num_skipped += len(skipped)
+        return tuple(skipped)
+
+    def read(self) -> Reading:
+        """Wait for the device, return the window's figures and start a new window."""
+        skipped = self.verdicts()
+        loss, steps = self.window.tolist()
+        norm = float("nan") if self._norm is None else self._norm.item()
+        self.window.zero_()
+        return Reading(loss / steps if steps else None, norm if np.isfinite(norm) else None, skipped)
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Mean training loss over the run so far; waits for the device."""
+        loss, steps = self.total.tolist()
+        return loss / steps if steps else None
+
+    def state_dict(self) -> dict[str, object]:
+        """Numbers that JSON keeps exactly. Call `verdicts` first."""
+        return {
+            "window": self.window.tolist(),
+            "total": self.total.tolist(),
+            "in_a_row": self.in_a_row,
+            "num_skipped": self.num_skipped,
+        }
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.window.copy_(torch.tensor(state["window"], dtype=self.window.dtype))
+        self.total.copy_(torch.tensor(state["total"], dtype=self.total.dtype))
+        self.in_a_row = int(str(state["in_a_row"]))
+        self.num_skipped = int(str(state["num_skipped"]))
+
+
+class Stepper:
+    """Runs optimizer steps on a model. The gradient of a step is that of the mean over all its rows."""
+
+    def __init__(
+        self,
+        model: BertClassifier,
+        optimizer: AdamW,
+        objective: Objective,
+        *,
+        device: torch.device,
+        precision: Precision,
+        max_grad_norm: float,
+        reduce_gradients: Callable[[list[Tensor]], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.objective = objective
+        self.device = device
+        self.precision = precision
+        self.scaler = LossScaler(precision.name == "fp16", device)
+        self.meter = Meter(device)
+        self._max_grad_norm = max_grad_norm
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._reduce = reduce_gradients  # sums gradients (and the loss) over processes
+
+    def step(
+        self,
+        number: int,
+        rows: npt.NDArray[np.int64],
+        micro_batches: Iterable[Batch],
+        *,
+        denominator: float,
+        learning_rate: float,
+    ) -> None:
+        """Do step `number` on `rows`, cut into `micro_batches`; `denominator` is the weight of all rows."""
+        loss = self._backward(micro_batches, denominator)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if self._reduce is not None:
+            self._reduce([loss, *gradients])
+        norm = gradient_norm(self._parameters) / self.scaler.scale
+        finite = torch.isfinite(norm)
+        found_inf = (~(finite & torch.isfinite(loss))).to(torch.float32)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        divisor = clip_scale(norm, self._max_grad_norm, self.scaler.scale)
+        self.optimizer.step(grad_scale=divisor, found_inf=found_inf)
+        for parameter in self._parameters:
+            parameter.grad = None
+        # An overflow of scaled fp16 gradients is the scaler's business, unless it can do no more.
+        helpless = self.scaler.scale <= self.scaler.FLOOR
+        skipped = ~torch.isfinite(loss) | (found_inf.bool() & helpless)
+        self.scaler.update(found_inf)
+        pending = _Pending(number, rows, learning_rate, skipped, found_inf.bool())
+        self.meter.add(pending, loss, norm)
+
+    def _backward(self, micro_batches: Iterable[Batch], denominator: float) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        # One context a step: it keeps the converted weights for all micro-batches.
+        with self.precision.autocast(self.device):
+            for host_batch in micro_batches:
+                batch = host_batch.to(self.device)
+                assert batch.targets is not None
+                logits = self.model(batch.input_ids, batch.token_type_ids, batch.attention_mask)
+                with self.precision.paused(self.device):
+                    loss = self.objective.loss_sum(logits, batch.targets) / denominator
+                    scaled = loss * self.scaler.scale if self.scaler.enabled else loss
+                    scaled.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+        return total

@@ -1,0 +1,149 @@
+"""One run per folder: the second is told who has it; the dead, and only they, lose it."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bertpair.checkpoints import lock
+from bertpair.checkpoints.lock import RunLock, is_alive
+from bertpair.errors import CheckpointError
+
+HOLD = """
+import pathlib, sys, types
+package = types.ModuleType("bertpair")  # the lock alone: importing torch would take seconds
+package.__path__ = ["bertpair"]
+sys.modules["bertpair"] = package
+from bertpair.checkpoints.lock import RunLock
+RunLock(pathlib.Path(sys.argv[1])).acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock of tmp_path."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    root = Path(__file__).resolve().parents[2]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=root) as process:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without flock."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+
+
+def write_holder(folder: Path, pid: int, host: str) -> None:
+    (folder / ".lock").write_text(json.dumps({"pid": pid, "host": host}))
+
+
+def test_the_second_run_is_told_who_has_the_folder(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    with pytest.raises(CheckpointError, match=rf"process {holder.pid} on host '{socket.gethostname()}'"):
+        RunLock(tmp_path).acquire()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_is_given_back(tmp_path: Path) -> None:
+    with RunLock(tmp_path) as held:
+        with pytest.raises(CheckpointError, match="running in this folder"):
+            RunLock(tmp_path).acquire()
+    assert (tmp_path / ".lock").read_bytes() == b""
+    held.release()
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_lock_is_given_back_after_an_exception(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), RunLock(tmp_path):
+        _ = 1 / 0
+    with RunLock(tmp_path):
+        pass
+
+
+def test_what_a_crash_left_in_the_file_does_not_matter(tmp_path: Path) -> None:
+    for junk in (b"", b"{", b"\xff", b"[]", b'{"pid": "x"}', b'{"pid": 1, "host": "elsewhere"}', b"9" * 9000):
+        (tmp_path / ".lock").write_bytes(junk)
+        with RunLock(tmp_path):
+            pass
+
+
+def test_a_folder_that_cannot_be_locked_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be opened: No such file"):
+        RunLock(tmp_path / "missing").acquire()
+    (tmp_path / ".lock").symlink_to(tmp_path / "target")
+    with pytest.raises(CheckpointError, match="cannot be opened"):
+        RunLock(tmp_path).acquire()
+    assert not (tmp_path / "target").exists()
+
+
+def test_an_unexpected_fault_of_flock_is_not_taken_for_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int, operation: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(lock.fcntl, "flock", fail)
+    with pytest.raises(CheckpointError, match="cannot be locked: Input/output error"):
+        RunLock(tmp_path).acquire()
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_without_flock_another_host_is_refused_and_the_way_out_named(tmp_path: Path) -> None:
+    write_holder(tmp_path, 2**31 - 1, "elsewhere")  # no such process here: that says nothing of there
+    with pytest.raises(CheckpointError, match=r"process \d+ on host 'elsewhere'.*delete .*\.lock"):
+        RunLock(tmp_path).acquire()
+    (tmp_path / ".lock").unlink()
+    with RunLock(tmp_path):
+        pass
+    with RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_without_flock_only_a_living_process_of_this_host_is_refused(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    with pytest.raises(CheckpointError, match=f"process {holder.pid} on host"):
+        RunLock(tmp_path).acquire()
+    holder.kill()
+    holder.wait()
+    with RunLock(tmp_path):
+        pass
+    write_holder(tmp_path, os.getpid(), socket.gethostname())  # a restarted container: same name, same number
+    with RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_without_flock_hosts_cannot_put_lines_into_the_message(tmp_path: Path) -> None:
+    write_holder(tmp_path, 7, "a\nb" * 999)
+    with pytest.raises(CheckpointError) as caught:
+        RunLock(tmp_path).acquire()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_who_is_alive() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    assert is_alive(os.getpid()) and is_alive(1)
+    assert not is_alive(process.pid) and not is_alive(0) and not is_alive(-1) and not is_alive(10**30)

@@ -1,0 +1,156 @@
+"""The bytes of the evaluation files, and the tables for the terminal."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from bertpair.evaluation.metrics import confusion_matrix, per_class
+from bertpair.evaluation.report import (
+    class_table,
+    comparison_table,
+    confusion_table,
+    display_width,
+    format_eval_results,
+    format_predictions,
+    text_table,
+)
+
+
+def test_eval_results_are_sorted_lines_and_flat_json() -> None:
+    files = format_eval_results({"n": np.int64(3), "acc": np.float64(0.1), "loss": 0.25, "split": "开发集"})
+    assert files == {
+        "eval_results.txt": "acc = 0.1\nloss = 0.25\nn = 3\nsplit = 开发集\n".encode(),
+        "eval_results.json": files["eval_results.json"],
+    }
+    assert json.loads(files["eval_results.json"]) == {"acc": 0.1, "loss": 0.25, "n": 3, "split": "开发集"}
+    assert list(json.loads(files["eval_results.json"])) == ["acc", "loss", "n", "split"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan")])
+def test_a_loss_that_is_not_finite_is_null_in_json(value: float) -> None:
+    files = format_eval_results({"loss": value})
+    assert json.loads(files["eval_results.json"], parse_constant=pytest.fail) == {"loss": None}
+    assert files["eval_results.txt"].decode() == f"loss = {float(value)}\n"
+
+
+def test_predictions_have_a_row_each_in_the_order_given() -> None:
+    table = format_predictions(
+        lines=np.array([2, 5], dtype=np.int32),
+        gold=["对", "错"],
+        predicted=["对", "对"],
+        scores=np.array([0.75, 0.5], dtype=np.float32),
+        truncated=np.array([True, False]),
+        labels=("错", "对"),
+        probabilities=np.array([[0.25, 0.75], [0.5, 0.5]], dtype=np.float32),
+    )
+    assert table.decode() == (
+        "line\tgold\tpredicted\tscore\ttruncated\tprob_错\tprob_对\n"
+        "2\t对\t对\t0.750000\t1\t0.250000\t0.750000\n"
+        "5\t错\t对\t0.500000\t0\t0.500000\t0.500000\n"
+    )
+
+
+def test_predictions_without_gold_leave_the_column_out() -> None:
+    table = format_predictions(lines=[1], predicted=["a"], scores=[1.0], truncated=[False])
+    assert table.decode() == "line\tpredicted\tscore\ttruncated\n1\ta\t1\t0\n"
+
+
+def test_predictions_of_a_regression_are_values() -> None:
+    values = np.array([4.25, -1e-7], dtype=np.float32)
+    table = format_predictions(
+        lines=[1, 2], gold=["4.0", "1"], predicted=values, scores=values, truncated=[0, 0]
+    )
+    assert table.decode().splitlines()[1:] == ["1\t4.0\t4.25\t4.25\t0", "2\t1\t-1e-07\t-1e-07\t0"]
+
+
+def test_no_predictions_are_a_header_alone() -> None:
+    table = format_predictions(
+        lines=[], predicted=[], scores=[], truncated=[], gold=[], labels=("a", "b"), probabilities=[]
+    )
+    assert table == b"line\tgold\tpredicted\tscore\ttruncated\tprob_a\tprob_b\n"
+
+
+def test_tabs_and_line_breaks_in_labels_cannot_break_a_row() -> None:
+    label = "a\tb\r\nc"
+    table = format_predictions(
+        lines=[1],
+        gold=[label],
+        predicted=[label],
+        scores=[1.0],
+        truncated=[False],
+        labels=[label],
+        probabilities=[[1.0]],
+    )
+    rows = list(csv.reader(table.decode().splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+    assert [len(row) for row in rows] == [6, 6]
+    assert rows[1][1] == "a\\tb\\r\\nc" and rows[0][5] == "prob_a\\tb\\r\\nc"
+
+
+def test_columns_of_unequal_length_are_a_defect() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        format_predictions(lines=[1, 2], predicted=["a"], scores=[1.0], truncated=[False])
+
+
+def test_display_width_counts_terminal_columns() -> None:
+    assert display_width("abc") == 3
+    assert display_width("正确\uff0c") == 6  # wide letters and a full-width comma
+    assert display_width("e\u0301\u200d") == 1  # a combining accent and a joiner
+    assert display_width("\uff76") == 1  # half-width katakana
+
+
+def test_tables_align_by_display_width() -> None:
+    table = text_table(
+        ["名", "value", "n"], [["正确", 0.5, 12345], ["right", None, 1], ["e\u0301", 0.25, "x"]]
+    )
+    assert table.split("\n") == [
+        "名      value       n",
+        "正确   0.5000  12,345",
+        "right       -       1",
+        "e\u0301      0.2500       x",
+    ]
+    assert len({display_width(line) for line in table.split("\n")}) == 1
+
+
+def test_class_table_shows_every_class() -> None:
+    measures = per_class(confusion_matrix([0, 0, 1, 1], [0, 1, 1, 1], 3))
+    assert class_table(["对", "wrong", "half"], measures).split("\n") == [
+        "class  precision  recall      f1  rows",
+        "对        1.0000  0.5000  0.6667     2",
+        "wrong     0.6667  1.0000  0.8000     2",
+        "half      0.0000  0.0000  0.0000     0",
+    ]
+
+
+def test_confusion_table_has_gold_down_and_predicted_across() -> None:
+    matrix = confusion_matrix([0, 0, 1], [1, 1, 1], 2)
+    assert confusion_table(["no", "yes"], matrix).split("\n") == [
+        "gold \\ predicted  no  yes",
+        "no                 0    2",
+        "yes                0    1",
+    ]
+
+
+def test_confusion_table_heads_many_columns_with_ids() -> None:
+    labels = [f"a long class name {k}" for k in range(12)]
+    first, second, *_ = confusion_table(labels, np.eye(12, dtype=int)).split("\n")
+    assert first.split() == ["gold", "\\", "predicted", *map(str, range(12))]
+    assert second.startswith("0 a long class name 0 ")
+
+
+def test_comparison_marks_the_best_and_keeps_the_order() -> None:
+    results = {
+        "checkpoint-2": {"acc": 0.5, "loss": 0.75, "n": 1500},
+        "checkpoint-10": {"acc": 0.75, "loss": 1.0, "n": 1500},
+        "final": {"acc": 0.75, "loss": 0.875},
+    }
+    assert comparison_table(results, "acc").split("\n") == [
+        "                    acc    loss      n",
+        "checkpoint-2     0.5000  0.7500  1,500",
+        "checkpoint-10 *  0.7500  1.0000  1,500",
+        "final            0.7500  0.8750      -",
+    ]
+    assert "checkpoint-2 *" in comparison_table(results, "loss")
+    assert "*" not in comparison_table(results)
+    assert "*" not in comparison_table(results, "pearson")

@@ -1,0 +1,283 @@
+"""The settings as one dataclass: documented, checked, written and read back, compared on a resume."""
+
+import inspect
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bertpair.errors import ConfigError
+from bertpair.settings.config import (
+    SETTINGS,
+    Config,
+    changed_settings,
+    check_config,
+    dump_yaml,
+    make_config,
+    resume_rule,
+    settle,
+    to_dict,
+    validate,
+)
+from bertpair.settings.files import parse_settings, read_settings
+from bertpair.settings.tasks import METRICS
+from bertpair.settings.values import convert
+
+DESIGNED = {
+    "data": """data_dir train_file dev_file test_file task_name text_a_column text_b_column
+        label_column has_header quoting labels positive_label problem_type on_bad_row max_seq_length
+        max_train_samples max_eval_samples token_cache_dir overwrite_cache""",
+    "model": """model_name_or_path revision cache_dir config_name tokenizer_name do_lower_case
+        from_scratch new_head compact_vocabulary""",
+    "optimisation": """learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+        lr_scheduler_type warmup_steps warmup_ratio num_train_epochs max_steps per_device_train_batch_size
+        per_device_eval_batch_size gradient_accumulation_steps group_by_length pad_to_multiple_of
+        label_smoothing class_weights max_skipped_steps seed""",
+    "device": "device amp deterministic num_threads",
+    "run": """do_train do_eval output_dir overwrite_output_dir resume resume_anyway logging_steps
+        save_steps eval_strategy eval_steps evaluate_during_training save_total_limit
+        metric_for_best_model load_best_model_at_end early_stopping_patience report_to""",
+    "evaluate": "model_dir data_file predict all_checkpoints compare eval_output_dir",
+}
+RUN_GLUE_DEFAULTS = {
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "num_train_epochs": 3.0,
+    "max_steps": -1,
+    "warmup_steps": 0,
+    "gradient_accumulation_steps": 1,
+    "max_seq_length": 128,
+    "logging_steps": 500,
+    "save_steps": 500,
+    "save_total_limit": None,
+    "seed": 42,
+    "weight_decay": 0.01,  # run_glue: 0.0
+    "learning_rate": 2e-5,  # run_glue: 5e-5
+    "per_device_train_batch_size": 16,  # run_glue: 8
+    "per_device_eval_batch_size": 16,
+    "eval_strategy": "epoch",
+    "do_train": None,
+    "do_eval": None,
+    "resume": False,
+}
+OWN_DEFAULTS = {
+    "quoting": "none",
+    "on_bad_row": "error",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.0,
+    "group_by_length": True,
+    "pad_to_multiple_of": 8,
+    "label_smoothing": 0.0,
+    "max_skipped_steps": 10,
+    "report_to": ["none"],
+}
+
+
+def refusal(**values: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_config(Config(**values))
+    return str(caught.value)
+
+
+def test_every_designed_setting_is_there_in_its_group() -> None:
+    found: dict[str, list[str]] = {}
+    for name, item in SETTINGS.items():
+        found.setdefault(item.group, []).append(name)
+        assert item.help and item.name == name
+    assert found == {group: names.split() for group, names in DESIGNED.items()}
+    assert list(SETTINGS) == [field.name for field in fields(Config)]
+
+
+@pytest.mark.parametrize(("name", "value"), RUN_GLUE_DEFAULTS.items())
+def test_defaults_are_run_glues_but_for_those_known_better(name: str, value: object) -> None:
+    assert SETTINGS[name].default == value and type(SETTINGS[name].default) is type(value)
+
+
+def test_of_the_other_defaults_those_that_decide_something_are_known() -> None:
+    others = {name: item.default for name, item in SETTINGS.items() if name not in RUN_GLUE_DEFAULTS}
+    assert {k: v for k, v in others.items() if v not in (None, "auto") and v is not False} == OWN_DEFAULTS
+    torchs = inspect.signature(torch.optim.AdamW).parameters
+    assert torchs["betas"].default == (OWN_DEFAULTS["adam_beta1"], OWN_DEFAULTS["adam_beta2"])
+
+
+def test_defaults_are_sound_and_of_their_own_kind() -> None:
+    assert validate(Config()) == [] and check_config(Config()) == Config()
+    for item in SETTINGS.values():
+        assert convert(item.kind, item.default) == item.default
+    assert Config().report_to is not Config().report_to
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluate", "runs"),
+    [
+        (None, None, (True, True)),
+        (True, None, (True, False)),
+        (None, True, (False, True)),
+        (True, True, (True, True)),
+        (False, None, (False, True)),
+        (None, False, (True, False)),
+    ],
+)
+def test_neither_given_means_both_else_only_those_given(
+    train: bool | None, evaluate: bool | None, runs: tuple[bool, bool]
+) -> None:
+    config = Config(do_train=train, do_eval=evaluate)
+    assert (config.runs_training, config.runs_evaluation) == runs
+
+
+def test_the_interval_of_evaluations() -> None:
+    assert Config().eval_interval is None
+    assert Config(eval_strategy="steps", logging_steps=7).eval_interval == 7
+    assert Config(eval_strategy="steps", logging_steps=7, eval_steps=3).eval_interval == 3
+
+
+def test_all_faults_come_at_once() -> None:
+    message = refusal(
+        learning_rate=-1, seed="x", labels=["a", True], amp="fp32", warmup_steps=1, warmup_ratio=0.5
+    )
+    lines = message.splitlines()
+    assert [line.split(":")[0] for line in lines[:4]] == ["labels", "learning_rate", "seed", "amp"]
+    assert "quote it" in lines[0] and "two warm-ups" in lines[4] and len(lines) == 5
+
+
+def test_checking_gives_values_their_own_types() -> None:
+    given = Config(
+        data_dir=Path("d"), train_file="t.tsv", learning_rate="2e-5", resume=True, num_train_epochs=3
+    )  # type: ignore[arg-type]
+    config = check_config(given)
+    assert (config.data_dir, config.train_file, config.learning_rate) == ("d", ["t.tsv"], 2e-5)
+    assert config.resume == "auto" and isinstance(config.num_train_epochs, float)
+
+
+def test_training_needs_more_than_an_evaluation() -> None:
+    faults = validate(Config(), training=True)
+    assert len(faults) == 3 and "training needs a model" in faults[0]
+    assert validate(Config(model_name_or_path="m", data_dir="d", output_dir="o"), training=True) == []
+
+
+def test_a_task_that_is_none_is_refused_with_a_suggestion() -> None:
+    message = refusal(task_name="mnly")
+    assert message.startswith("task_name: found 'mnly'; did you mean mnli?")
+    assert check_config(Config(task_name="MNLI-MM")).task_name == "MNLI-MM"
+
+
+def test_settings_by_name_make_a_config() -> None:
+    config = make_config({"learning_rate": "3e-5", "eval_steps": 10})
+    assert (config.learning_rate, config.eval_strategy, config.eval_interval) == (3e-5, "steps", 10)
+    with pytest.raises(ConfigError) as caught:
+        make_config({"learing_rate": 1, "save_step": 2, "seed": None})
+    assert str(caught.value).splitlines() == [
+        "unknown setting learing_rate; did you mean learning_rate?",
+        "unknown setting save_step; did you mean save_steps?",
+        "seed: expected a whole number from 0 to 4294967295, found null",
+    ]
+
+
+def test_eval_strategy_follows_from_the_others_unless_it_is_given() -> None:
+    assert settle({"evaluate_during_training": True})["eval_strategy"] == "steps"
+    assert settle({"do_train": True})["eval_strategy"] == "no"
+    assert "eval_strategy" not in settle({"do_train": True, "do_eval": True})
+    assert settle({"do_train": True, "eval_strategy": "epoch"})["eval_strategy"] == "epoch"
+
+
+def test_written_settings_read_back_the_same(tmp_path: Path) -> None:
+    files = ["a.tsv", "b\u0085\ufeff\x01.tsv"]
+    config = Config(
+        train_file=files,
+        dev_file=files,  # the same list twice: YAML must not write an alias
+        labels=["yes", "no", "010", "1:30", "null", "正 ", "=", "2020-01-01", "1_000", "😀", "# x"],
+        class_weights={"yes": 1e-5, "no": 3.0},
+        amp="off",
+        eval_strategy="no",
+        resume="auto",
+        label_column="3",
+        text_b_column=None,
+        text_a_column=0,
+        learning_rate=1e-5,
+        output_dir="on",
+    )
+    path = tmp_path / "training_args.yaml"
+    path.write_text(dump_yaml(config), encoding="utf-8")
+    found = read_settings(path)
+    assert not found.faults and make_config(found.values) == config
+    assert yaml.safe_load(path.read_text()) == found.values
+    assert "model_dir" not in found.values and found.values.keys() == {
+        name for name, item in SETTINGS.items() if item.group != "evaluate"
+    }
+
+
+words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30)
+file_names = words.filter(lambda text: not text.isspace() and text[0] != "~")  # that is the home folder
+labels = st.lists(words.filter(str.strip), min_size=2, max_size=5, unique=True)
+
+
+@settings(max_examples=60, deadline=2000)
+@given(
+    words,
+    st.lists(file_names, min_size=1, max_size=3),
+    labels,
+    st.floats(1e-300, 1),
+    st.floats(0, 100),
+    st.floats(1e-6, 1e6),
+    st.integers(0, 2**32 - 1),
+)
+@example("\u2028", ["\x85b", "a\r\n b"], ["\ufeff", "x \t\u2029"], 1e-5, 0.0, 1.0, 0)
+def test_any_sound_settings_read_back_the_same(
+    word: str, paths: list[str], names: list[str], rate: float, decay: float, weight: float, seed: int
+) -> None:
+    config = Config(
+        data_dir=paths[0],
+        train_file=paths,
+        labels=names,
+        class_weights={name: weight for name in names},
+        text_a_column=word,
+        learning_rate=rate,
+        weight_decay=decay,
+        seed=seed,
+    )
+    found = parse_settings(dump_yaml(config), "training_args.yaml")
+    assert not found.faults and make_config(found.values) == config
+
+
+def test_a_resume_knows_what_may_change() -> None:
+    rules = {name: resume_rule(name) for name in SETTINGS}
+    anyway = """learning_rate weight_decay lr_scheduler_type warmup_steps warmup_ratio
+        num_train_epochs max_steps amp""".split()
+    never = """labels label_column max_seq_length task_name model_name_or_path do_lower_case
+        compact_vocabulary seed per_device_train_batch_size gradient_accumulation_steps max_train_samples
+        group_by_length""".split()
+    free = """output_dir train_file logging_steps save_steps save_total_limit per_device_eval_batch_size
+        token_cache_dir resume resume_anyway do_train""".split()
+    end = """data_dir dev_file max_eval_samples do_eval eval_strategy eval_steps positive_label
+        metric_for_best_model load_best_model_at_end early_stopping_patience""".split()
+    warn = ["device", "num_threads"]
+    rule_of = {"anyway": anyway, "never": never, "free": free, "end": end, "warn": warn}
+    for expected, names in rule_of.items():
+        assert {name: rules[name] for name in names} == dict.fromkeys(names, expected)
+
+
+def test_changed_settings_are_listed_with_both_values() -> None:
+    old = to_dict(Config(seed=1, labels=["a", "b"]))
+    new = to_dict(replace(Config(seed=1, labels=["b", "a"]), learning_rate=1e-4))
+    assert changed_settings(old, new) == [("labels", ["a", "b"], ["b", "a"]), ("learning_rate", 2e-5, 1e-4)]
+    del new["learning_rate"]
+    assert [name for name, _, _ in changed_settings(old, new)] == ["labels"], "absent counts as the default"
+
+
+def test_a_dictionary_of_settings_shares_no_list_with_its_config() -> None:
+    config = Config(labels=["a", "b"])
+    to_dict(config)["labels"].append("c")
+    assert config.labels == ["a", "b"]
+
+
+def test_metrics_to_watch_are_those_that_are_measured() -> None:
+    for metric in METRICS:
+        assert check_config(Config(metric_for_best_model=metric)).metric_for_best_model == metric
+    assert "metric_for_best_model: expected one of acc, f1" in refusal(metric_for_best_model="accuracy")

@@ -1,0 +1,120 @@
+"""Flags: words sorted by name, nothing guessed, every fault found."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from bertpair.settings.command_line import Flags, help_lines, read_flags
+from bertpair.settings.values import LABELS, PATH, RESUME, SWITCH, number, whole
+
+KINDS = {
+    "data_dir": PATH,
+    "labels": LABELS,
+    "learning_rate": number(above=0),
+    "max_steps": whole(1, also=-1),
+    "do_train": SWITCH,
+    "resume": RESUME,
+}
+
+
+def read(*argv: str) -> Flags:
+    return read_flags(argv, KINDS)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--data_dir", "d", "--do_train", "--max_steps", "-1", "--labels", "a", "b"),
+        ("--data_dir=d", "--do_train=true", "--max_steps=-1", "--labels=a", "b"),
+    ],
+)
+def test_a_value_follows_its_flag_or_an_equals_sign(argv: Sequence[str]) -> None:
+    flags = read(*argv)
+    assert flags.values == {"data_dir": "d", "do_train": True, "max_steps": -1, "labels": ["a", "b"]}
+    assert not (flags.faults or flags.notes or flags.bad)
+
+
+def test_a_value_may_hold_an_equals_sign_or_begin_with_dashes() -> None:
+    assert read("--data_dir=a=b").values == {"data_dir": "a=b"}
+    assert read("--data_dir=--x").values == {"data_dir": "--x"}
+    assert read("--data_dir=-x").values == {"data_dir": "-x"}
+    assert read("--labels=-x", "y").values == {"labels": ["-x", "y"]}
+    assert read("--data_dir=").values == {"data_dir": ""}
+    assert read("--labels", "-", "+", "—").values == {"labels": ["-", "+", "—"]}
+
+
+@pytest.mark.parametrize("word", ["-o", "-5x", "--o", "—output", "–o", "-_"])
+def test_a_flag_is_not_taken_as_the_value_of_the_one_before(word: str) -> None:
+    for name in ("data_dir", "labels", "max_steps"):
+        found = read(f"--{name}", word, "out", "--do_train")
+        assert found.values == {"do_train": True} and found.bad == {name}
+        expected = f"--{name}: expected {KINDS[name].expected}, found "
+        assert found.faults[0].startswith(expected)
+        assert word == "--o" or found.faults == [f"{expected}the flag {word}"]
+    for before in (["--do_train"], ["--data_dir", "d"], ["--labels", "a", "b"]):
+        found = read(*before, word, "out")
+        assert len(found.faults) == 1 and word in found.faults[0] and not found.bad
+
+
+def test_a_flag_with_one_dash_is_told_its_name() -> None:
+    (fault,) = read("--data_dir", "-max_steps", "3").faults
+    assert fault == "--data_dir: expected a path, or null, found the flag -max_steps; did you mean max_steps?"
+
+
+@pytest.mark.parametrize("number", ["-1", "-1.5", "-.5", "-2e-5", "-1."])
+def test_a_negative_number_is_a_value(number: str) -> None:
+    assert read("--labels", number, "0").values == {"labels": [number, "0"]}
+    assert not read("--learning_rate", number).faults
+
+
+def test_bare_flags_are_switches_and_resume() -> None:
+    assert read("--do_train", "--resume").values == {"do_train": True, "resume": True}
+    assert read("--resume", "out/checkpoint-2", "--do_train", "FALSE").values == {
+        "resume": "out/checkpoint-2",
+        "do_train": False,
+    }
+
+
+def test_all_faults_are_found() -> None:
+    flags = read(
+        "x",
+        "--data_dir",
+        "--do_train",
+        "true",
+        "false",
+        "--labels",
+        "--learning",
+        "3",
+        "--max_steps",
+        "1",
+        "2",
+    )
+    assert flags.faults == [
+        "expected a flag such as --model_dir, found 'x'",
+        "--data_dir: expected a path, or null, found nothing",
+        "--do_train: expected true or false, found 2 words, 'true false'",
+        "--labels: expected a list of at least two labels, or null, found nothing",
+        "unknown setting --learning; did you mean learning_rate?",
+        "--max_steps: expected a whole number of at least 1, or -1, found 2 words, '1 2'",
+    ]
+    assert flags.bad == {"data_dir", "do_train", "labels", "max_steps"} and not flags.values
+
+
+@pytest.mark.parametrize("flag", ["--max_step", "--max", "--max-steps", "--MAX_STEPS"])
+def test_beginnings_and_other_spellings_are_only_suggested(flag: str) -> None:
+    (fault,) = read(flag, "3").faults
+    assert fault == f"unknown setting {flag}; did you mean max_steps?"
+
+
+def test_a_flag_given_again_with_another_value_is_said() -> None:
+    flags = read("--max_steps", "1", "--max_steps", "2")
+    assert flags.values == {"max_steps": 2}
+    assert flags.notes == ["--max_steps is given more than once: the last, 2, counts"]
+    assert read("--do_train", "--do_train").notes == []
+
+
+def test_help_shows_name_meaning_range_and_default() -> None:
+    text = " ".join(help_lines("learning_rate", KINDS["learning_rate"], 2e-5, "how fast").split())
+    assert text == "--learning_rate how fast (a number above 0; default 2e-5)"
+    assert "default none" in help_lines("report_to", PATH, ["none"], "")
+    assert "default false" in help_lines("do_train", SWITCH, False, "")
