@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared out already
 import pytest
 import torch
 
+from bertpair.data.tokenizer import Tokenizer
 from bertpair.runtime import stop_flag
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -99,6 +100,12 @@ def write_hf_folder(folder: Path) -> Path:
     assert len(tokenizer) == len(vocabulary)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+    """Its files, as a run writes them into a model folder."""
+    for name, content in tokenizer.files(max_length).items():
+        (folder / name).write_bytes(content)
 
 
 @pytest.fixture

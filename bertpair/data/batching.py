@@ -6,7 +6,8 @@ what else drew random numbers.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,18 +38,11 @@ def epoch_batches(
     # The rest, a batch of its own, is cut off before sorting: it should not be the longest rows of a pool.
     full, rest = np.split(order, [num_full * batch_size])
     if group_by_length:
-        full = _sort_within_pools(full, np.asarray(lengths), batch_size)
+        pool = batch_size * max(1, min(POOL_BATCHES, num_full // MIN_POOLS))
+        pools = [_sort_by_length(full[start : start + pool], lengths) for start in range(0, len(full), pool)]
+        full, rest = np.concatenate([full[:0], *pools]), _sort_by_length(rest, lengths)
     batches = list(full.reshape(num_full, batch_size)[generator.permutation(num_full)])
-    if len(rest):
-        batches.append(_sort_by_length(rest, np.asarray(lengths)) if group_by_length else rest)
-    return batches
-
-
-def _sort_within_pools(order: Rows, lengths: NDArray[np.integer[Any]], batch_size: int) -> Rows:
-    num_batches = len(order) // batch_size
-    pool = batch_size * max(1, min(POOL_BATCHES, num_batches // MIN_POOLS))
-    pools = [_sort_by_length(order[start : start + pool], lengths) for start in range(0, len(order), pool)]
-    return np.concatenate([order[:0], *pools])
+    return [*batches, rest] if len(rest) else batches
 
 
 def _sort_by_length(rows: Rows, lengths: NDArray[np.integer[Any]]) -> Rows:
@@ -88,19 +82,13 @@ class Batch:
         """On `device`; the copy to a CUDA device runs beside the computation, from pinned memory."""
         if device.type == "cpu":
             return self
-        return replace(
-            self,
-            input_ids=_copy(self.input_ids, device),
-            token_type_ids=_copy(self.token_type_ids, device),
-            attention_mask=None if self.attention_mask is None else _copy(self.attention_mask, device),
-            targets=None if self.targets is None else _copy(self.targets, device),
-        )
-
-
-def _copy(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+        is_cuda = device.type == "cuda"
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: (value.pin_memory() if is_cuda else value).to(device, non_blocking=is_cuda)
+            for name, value in tensors.items()
+        }
+        return replace(self, **moved)
 
 
 def pad_batch(
@@ -134,18 +122,10 @@ def pad_batch(
     )
 
 
-@dataclass(frozen=True)
-class Position:
-    """The next batch to be trained on."""
-
-    epoch: int = 0
-    batch: int = 0
-
-
 class BatchStream:
     """Global batches for ever, epoch after epoch: `next` gives (epoch, batch index, rows).
 
-    `position` is that of the batch to come; set it, or load a saved state, to go on from there.
+    `position` is (epoch, batch index) of the batch to come.
     """
 
     def __init__(
@@ -155,50 +135,31 @@ class BatchStream:
         *,
         seed: int,
         group_by_length: bool = True,
-        position: Position | None = None,
     ) -> None:
-        if len(lengths) == 0 or batch_size < 1:
-            raise ValueError(f"found {len(lengths)} rows in batches of {batch_size}; at least 1 of each")
-        self.position = position or Position()
-        self._lengths = np.asarray(lengths)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._group_by_length = group_by_length
-        self._epoch = -1
-        self._batches: list[Rows] = []
-
-    @property
-    def num_batches(self) -> int:
-        """Batches of one epoch."""
-        return -(-len(self._lengths) // self._batch_size)
+        self.num_batches = -(-len(lengths) // batch_size)  # of one epoch
+        self.position = 0, 0
+        self._draw = partial(epoch_batches, lengths, batch_size, seed=seed, group_by_length=group_by_length)
+        self._drawn: tuple[int, list[Rows]] = -1, []
 
     def __iter__(self) -> Iterator[tuple[int, int, Rows]]:
         return self
 
     def __next__(self) -> tuple[int, int, Rows]:
-        epoch, batch = self.position.epoch, self.position.batch
-        if epoch != self._epoch:
-            self._batches = epoch_batches(
-                self._lengths,
-                self._batch_size,
-                seed=self._seed,
-                epoch=epoch,
-                group_by_length=self._group_by_length,
-            )
-            self._epoch = epoch
-        is_last = batch + 1 == self.num_batches
-        self.position = Position(epoch + 1, 0) if is_last else Position(epoch, batch + 1)
-        return epoch, batch, self._batches[batch]
+        epoch, batch = self.position
+        if epoch != self._drawn[0]:
+            self._drawn = epoch, self._draw(epoch=epoch)
+        self.position = (epoch + 1, 0) if batch + 1 == self.num_batches else (epoch, batch + 1)
+        return epoch, batch, self._drawn[1][batch]
 
     def state_dict(self) -> dict[str, int]:
-        return asdict(self.position)
+        return dict(zip(("epoch", "batch"), self.position, strict=True))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """ValueError for a position that these data do not have."""
-        position = Position(**state)
-        if position.epoch < 0 or not 0 <= position.batch < self.num_batches:
-            raise ValueError(f"position: found {position}; an epoch has {self.num_batches} batches")
-        self.position = position
+        epoch, batch = state["epoch"], state["batch"]
+        if epoch < 0 or not 0 <= batch < self.num_batches:
+            raise ValueError(f"position: found {state}; an epoch has {self.num_batches} batches")
+        self.position = epoch, batch
 
 
 def token_budget_batches(

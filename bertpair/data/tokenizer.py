@@ -26,13 +26,8 @@ from tokenizers import normalizers
 
 from bertpair.data.wordpiece import (
     MASK_TOKEN,
-    NORMALIZER_SETTINGS,
-    RESERVED,
-    WordPiece,
-    check_size,
-    entries_by_number,
+    entries_of,
     is_standard,
-    read_if_there,
     read_wordpiece,
 )
 from bertpair.errors import CheckpointError, ConfigError, DataError, half_character, list_faults
@@ -40,9 +35,12 @@ from bertpair.runtime import stop_flag
 
 logger = logging.getLogger(__name__)
 
+Ints = NDArray[np.int64]
+
 CHUNK_ROWS = 20_000
 CHUNK_CHARS = 4_000_000  # the library needs some 100 bytes a token while it works
 HEAD_CHARS = 10  # per token of max_length: what is tokenized of a text that is far too long
+MAX_SPARE_ROWS = 127  # rows of the word table beyond the vocabulary: padding to a round number
 MAX_MODEL_LENGTH = 1_000_000  # transformers writes 1e30 for "none"
 
 
@@ -66,19 +64,18 @@ class Tokens:
 class Tokenizer:
     """WordPiece as BERT uses it; ids equal transformers' BertTokenizerFast's, but typed [SEP] stays text."""
 
-    def __init__(self, wordpiece: WordPiece) -> None:
-        backend = wordpiece.backend
+    def __init__(self, backend: tokenizers.Tokenizer, lower_case: bool, settings: Mapping[str, Any]) -> None:
         self.backend = backend
-        self.lower_case = wordpiece.lower_case
+        self.lower_case = lower_case
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.pad_id, self.cls_id, self.sep_id, self.unk_id = (
             vocabulary[token] for token in ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
         )
-        length = wordpiece.settings.get("model_max_length")
-        if not isinstance(length, int | float) or not 0 < length <= MAX_MODEL_LENGTH:
-            length = None
-        self.model_max_length = None if length is None else int(length)
+        length = settings.get("model_max_length")
+        self.model_max_length = (
+            int(length) if isinstance(length, int | float) and 0 < length <= MAX_MODEL_LENGTH else None
+        )
         self._is_standard = is_standard(backend)
         self._boundary = boundary_pattern(backend)
 
@@ -90,10 +87,15 @@ class Tokenizer:
 
         Raises CheckpointError on a tokenizer that is missing, damaged, contradictory or of another size.
         """
-        settings = read_settings(folder)
-        tokenizer = cls(read_wordpiece(folder, settings, added_tokens(folder, settings), do_lower_case))
-        if word_table is not None:
-            check_size(tokenizer.vocab_size, word_table, folder)
+        tokenizer = cls(*read_wordpiece(folder, do_lower_case))
+        size = tokenizer.vocab_size
+        if word_table is not None and size != word_table:
+            what = f"{folder}: a vocabulary of {size} entries for a word table of {word_table} rows"
+            if not 0 <= word_table - size <= MAX_SPARE_ROWS:
+                raise CheckpointError(
+                    f"{what}; it may not be longer, and it may be at most {MAX_SPARE_ROWS} shorter"
+                )
+            logger.info("%s", what)
         return tokenizer
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -197,45 +199,12 @@ class Tokenizer:
         if isinstance(normalizer, normalizers.BertNormalizer):
             settings["strip_accents"] = normalizer.strip_accents
             settings["tokenize_chinese_chars"] = normalizer.handle_chinese_chars
-        by_number = entries_by_number(self.backend)
-        entries = [by_number.get(number, "") for number in range(max(by_number) + 1)]
         return {
             "tokenizer.json": self.backend.to_str().encode(),
-            "tokenizer_config.json": to_json(settings),
-            "special_tokens_map.json": to_json(specials | ({"mask_token": mask} if mask else {})),
-            "vocab.txt": "".join(entry + "\n" for entry in entries).encode(),
+            "tokenizer_config.json": _to_json(settings),
+            "special_tokens_map.json": _to_json(specials | ({"mask_token": mask} if mask else {})),
+            "vocab.txt": "".join(entry + "\n" for entry in entries_of(self.backend)).encode(),
         }
-
-    def save(self, folder: Path, max_length: int) -> None:
-        """Write `files(max_length)` into a folder that exists."""
-        for name, content in self.files(max_length).items():
-            (folder / name).write_bytes(content)
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, {} without one; what the pipeline takes from it is checked."""
-    path = folder / "tokenizer_config.json"
-    settings = read_if_there(path)
-    for name in NORMALIZER_SETTINGS:
-        if not isinstance(settings.get(name), bool | None):
-            raise CheckpointError(f"{path}: {name} is {settings[name]!r}; true, false or null is allowed")
-    return settings
-
-
-def added_tokens(folder: Path, settings: Mapping[str, Any]) -> set[str]:
-    """Tokens beside BERT's own five that the folder's small files say texts may hold whole."""
-    is_ours = (folder / "manifest.json").is_file()  # which never names such a file, so it is not read
-    found = set() if is_ours else set(read_if_there(folder / "added_tokens.json"))
-    try:
-        found |= {token["content"] for token in settings.get("added_tokens_decoder", {}).values()}
-        for said in (settings, read_if_there(folder / "special_tokens_map.json")):
-            for name in ("additional_special_tokens", "extra_special_tokens"):
-                extra = said.get(name) or []
-                tokens = extra.values() if isinstance(extra, dict) else extra
-                found |= {token if isinstance(token, str) else token["content"] for token in tokens}
-    except (AttributeError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{folder}: its added tokens cannot be read ({e!r})") from e
-    return found - set(RESERVED)
 
 
 def boundary_pattern(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:
@@ -248,6 +217,10 @@ def boundary_pattern(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:
         return None
     chinese = "\u4e00-\u9fff" if backend.normalizer.handle_chinese_chars else ""
     return re.compile(f"[ \n{chinese}]")
+
+
+def _to_json(value: object) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def check_texts(text_a: Sequence[str], text_b: Sequence[str] | None) -> None:
@@ -263,20 +236,20 @@ def check_texts(text_a: Sequence[str], text_b: Sequence[str] | None) -> None:
         try:
             deque(map(str.encode, column), maxlen=0)
         except (TypeError, UnicodeEncodeError):
-            faults += [f"{name}[{i}]: {fault}" for i, t in enumerate(column) if (fault := text_fault(t))]
+            faults += [f"{name}[{i}]: {fault}" for i, t in enumerate(column) if (fault := _text_fault(t))]
     if faults:
         raise DataError(list_faults(faults))
 
 
-def text_fault(text: object) -> str | None:
+def _text_fault(text: object) -> str:
     if not isinstance(text, str):
         return f"{type(text).__name__} {text!r}; a string is expected"
-    if (at := half_character(text)) is None:
-        return None
-    return f"character {at} is {text[at]!r}, half of a surrogate pair; Unicode text is expected"
+    at = half_character(text)
+    return "" if at is None else f"character {at} is {text[at]!r}, half of a surrogate pair"
 
 
 def check_max_length(max_length: int, num_texts: int) -> None:
+    """ConfigError where it leaves no token for each text."""
     least = 1 + 2 * num_texts
     if max_length < least:
         what = "a pair ([CLS] a [SEP] b [SEP])" if num_texts == 2 else "a single text ([CLS] a [SEP])"
@@ -296,13 +269,6 @@ def chunks(columns: Sequence[Sequence[str]]) -> Iterator[slice]:
         stop = min(max(fitting, start + 1), start + CHUNK_ROWS, num_rows)
         yield slice(start, stop)
         start = max(stop, 1)
-
-
-def to_json(value: object) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
-
-
-Ints = NDArray[np.int64]
 
 
 def longest_first(first: Ints, second: Ints, room: int) -> list[Ints]:

@@ -7,16 +7,14 @@ BertTokenizer does so, and a model trained there saw those ids.
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from bertpair.errors import CheckpointError, list_faults
+from bertpair.errors import CheckpointError, list_faults, show
 from bertpair.settings.files import read_json
 
 logger = logging.getLogger(__name__)
@@ -42,74 +40,78 @@ STANDARD = {  # what the folder may say of the pipeline; anything else would cha
 }
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # there tokenizer.json alone rules
 MOJIBAKE_SHARE = 0.1  # of the entries that are not ASCII; 0 in Google's vocabularies, 0.98 in a broken copy
-MAX_SPARE_ROWS = 127  # rows of the word table beyond the vocabulary: padding to a round number
-
-
-@dataclass(frozen=True)
-class WordPiece:
-    """A pipeline ready to encode, and what the folder says about it."""
-
-    backend: tokenizers.Tokenizer
-    lower_case: bool
-    settings: Mapping[str, Any]  # tokenizer_config.json, empty without one
 
 
 def read_wordpiece(
-    folder: Path, settings: Mapping[str, Any], added: Collection[str], do_lower_case: bool | None = None
-) -> WordPiece:
-    """Read and check the folder's tokenizer; raises CheckpointError.
+    folder: Path, do_lower_case: bool | None = None
+) -> tuple[tokenizers.Tokenizer, bool, dict[str, Any]]:
+    """The folder's pipeline, whether it lower-cases, and its tokenizer_config.json; raises CheckpointError.
 
-    `settings` is its tokenizer_config.json, `added` the tokens that its texts may hold whole. `do_lower_case`
-    None follows the settings, then tokenizer.json's normalizer, then the vocabulary: cased if an entry
-    outside brackets has an upper-case letter.
+    `do_lower_case` None follows tokenizer_config.json, then tokenizer.json's normalizer, then the vocabulary:
+    cased if an entry outside brackets has an upper-case letter.
     """
+    settings = _read_settings(folder)
     path = folder / "tokenizer.json"
-    declared = check_declared(settings, folder, has_json=path.is_file())
+    declared = _check_declared(settings, folder, has_json=path.is_file())
     if path.is_file():
-        backend = read_tokenizer_json(path)
+        backend = _read_tokenizer_json(path)
         if (folder / "vocab.txt").is_file():
-            compare_vocabularies(backend, folder)
-        refuse_unknown_tokens(backend, added, path)
-        if declared in BERT_CLASSES and not is_standard(backend):
-            raise CheckpointError(
-                f"{path}: its pipeline is another than that of {declared}, which the folder names as "
-                "tokenizer_class; PreTrainedTokenizerFast there means tokenizer.json as it stands"
-            )
-        if declared in GENERIC_CLASSES:
-            settings = {name: value for name, value in settings.items() if name not in NORMALIZER_SETTINGS}
+            _compare_vocabularies(backend, folder)
     else:
         path = folder / "vocab.txt"
-        vocabulary = read_vocabulary(path)
-        check_vocabulary(vocabulary, path)
-        refuse_added_tokens(added, path)
-        backend = build_backend(vocabulary)
-    lower_case = set_casing(backend, path, settings, do_lower_case)
-    finish_backend(backend, path)
-    return WordPiece(backend, lower_case, settings)
+        backend = _build_backend(_read_vocabulary(path), path)
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if missing := sorted(_added_tokens(folder, settings) - known):
+        raise CheckpointError(
+            f"{folder}: {len(missing)} tokens are added to {path.name} ({show(missing[0])}, …) by other "
+            "files; save_pretrained of transformers' AutoTokenizer writes a tokenizer.json that has them"
+        )
+    if declared in BERT_CLASSES and not is_standard(backend):
+        raise CheckpointError(
+            f"{path}: its pipeline is another than that of {declared}, which the folder names as "
+            "tokenizer_class; PreTrainedTokenizerFast there means tokenizer.json as it stands"
+        )
+    if declared in GENERIC_CLASSES:
+        settings = {name: value for name, value in settings.items() if name not in NORMALIZER_SETTINGS}
+    lower_case = _set_casing(backend, path, settings, do_lower_case)
+    _finish_backend(backend, path)
+    return backend, lower_case, settings
 
 
-def check_declared(settings: Mapping[str, Any], folder: Path, *, has_json: bool) -> str | None:
-    """The tokenizer class that the folder names, if any; CheckpointError where it declares another pipeline
-    than BERT's WordPiece."""
-    place = folder / "tokenizer_config.json"
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json; what the pipeline takes from it is checked."""
+    path = folder / "tokenizer_config.json"
+    settings = _read_if_there(path)
+    for name in NORMALIZER_SETTINGS:
+        if not isinstance(settings.get(name), bool | None):
+            raise CheckpointError(f"{path}: {name} is {show(settings[name])}; true, false or null is allowed")
+    return settings
+
+
+def _check_declared(settings: Mapping[str, Any], folder: Path, *, has_json: bool) -> str | None:
+    """The tokenizer class that the folder names, if any; CheckpointError for another than BERT's pipeline."""
+    place, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    faults = _other_pipeline(settings, place) + _other_pipeline(_read_if_there(special), special)
     declared = settings.get("tokenizer_class")
-    special = folder / "special_tokens_map.json"
-    faults = _other_pipeline(settings, place) + _other_pipeline(read_if_there(special), special)
     if declared is None:
         place = folder / "config.json"
-        config = read_if_there(place)
+        config = _read_if_there(place)
         declared = config.get("tokenizer_class")
         faults += _own_code(config, place)
         network = config.get("model_type")
         if declared is None and network is not None and network not in NETWORKS:
             faults.append(
-                f"{place}: model_type: found {network!r:.80}, whose tokenizer is not BERT's WordPiece"
+                f"{place}: model_type: found {show(network)}, whose tokenizer is not BERT's WordPiece"
             )
     allowed = (*BERT_CLASSES, *GENERIC_CLASSES) if has_json else BERT_CLASSES
     if declared is not None and declared not in allowed:
         needs = ", which needs a tokenizer.json" if declared in GENERIC_CLASSES else ""
         faults.append(
-            f"{place}: tokenizer_class: found {declared!r:.80}{needs}; only BERT's WordPiece is supported "
+            f"{place}: tokenizer_class: found {show(declared)}{needs}; only BERT's WordPiece is supported "
             f"({', '.join(allowed)})"
         )
     if faults:
@@ -124,7 +126,7 @@ def _other_pipeline(said: Mapping[str, Any], place: Path) -> list[str]:
         value = said.get(name)
         value = value.get("content") if isinstance(value, dict) else value
         if value is not None and value not in usual:
-            faults.append(f"{place}: {name}: found {value!r:.80}; only {usual[0]!r} is supported")
+            faults.append(f"{place}: {name}: found {show(value)}; only {usual[0]!r} is supported")
     inputs = said.get("model_input_names")
     if inputs is not None and not (isinstance(inputs, list) and "token_type_ids" in inputs):
         faults.append(
@@ -141,83 +143,72 @@ def _own_code(said: Mapping[str, Any], place: Path) -> list[str]:
     return [f"{place}: auto_map: names a tokenizer in code of its own, which is never run"]
 
 
-def read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
-def read_bytes(path: Path) -> bytes:
+def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> set[str]:
+    """Tokens beside BERT's own five that the folder's small files say texts may hold whole."""
+    is_ours = (folder / "manifest.json").is_file()  # which never names such a file, so it is not read
+    found = set() if is_ours else set(_read_if_there(folder / "added_tokens.json"))
     try:
-        return path.read_bytes()
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
+        found |= {token["content"] for token in settings.get("added_tokens_decoder", {}).values()}
+        for said in (settings, _read_if_there(folder / "special_tokens_map.json")):
+            for name in ("additional_special_tokens", "extra_special_tokens"):
+                extra = said.get(name) or []
+                tokens = extra.values() if isinstance(extra, dict) else extra
+                found |= {token if isinstance(token, str) else token["content"] for token in tokens}
+    except (AttributeError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{folder}: its added tokens cannot be read ({e!r})") from e
+    return found - set(RESERVED)
 
 
-def read_vocabulary(path: Path) -> list[str]:
+def _read_vocabulary(path: Path) -> list[str]:
     """The lines of a vocab.txt, in id order; blank lines at the end are not entries."""
     if not path.exists():
         raise CheckpointError(f"{path.parent}: no tokenizer.json and no vocab.txt; one of them is needed")
-    raw = read_bytes(path)
     try:
+        raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
     except UnicodeDecodeError as e:
         line = raw.count(b"\n", 0, e.start) + 1
         raise CheckpointError(f"{path}:{line}: not UTF-8 ({e.reason}); save the vocabulary as UTF-8") from e
     # Only \n ends a line: bert-base-chinese has U+2028 as an entry, which str.splitlines would break.
-    entries = [strip_entry(line) for line in text.rstrip("\r\n").split("\n")]
+    entries = [_strip_entry(line) for line in text.rstrip("\r\n").split("\n")]
     if entries == [""]:
         raise CheckpointError(f"{path}: empty; a vocabulary with one entry a line is expected")
     return entries
 
 
-def strip_entry(line: str) -> str:
+def _strip_entry(line: str) -> str:
     """Blanks at a line's end are no part of an entry, unless the entry is nothing else."""
     stripped = line.rstrip()
     return line.rstrip("\r") if stripped in ("", "##") else stripped
 
 
-def check_vocabulary(entries: Sequence[str], path: Path) -> None:
+def _check_vocabulary(entries: Sequence[str], path: Path) -> None:
     """Refuse a list of entries that cannot be what a BERT was trained with."""
-    refuse_missing_specials(entries, path)
-    broken = find_mojibake(entries)
-    if broken:
-        example, meant = broken
-        raise CheckpointError(
-            f"{path}: UTF-8 read as Windows-1252 and saved again: {example!r} was {meant!r}; "
-            "get an undamaged copy of the vocabulary"
-        )
-    repeated = {entry for entry, count in Counter(entries).items() if count > 1}
-    if not repeated:
-        return
     first: dict[str, int] = {}
-    faults = []
-    for line, entry in enumerate(entries, start=1):
-        if entry in repeated and first.setdefault(entry, line) != line:
-            faults.append(f"{path}:{line}: {entry!r} stands already in line {first[entry]}")
-    raise CheckpointError(list_faults(faults) + "\neach entry of a vocabulary may stand there once")
-
-
-def refuse_missing_specials(entries: Sequence[str], path: Path) -> None:
-    present = set(entries)
-    missing = [token for token in SPECIAL_TOKENS if token not in present]
-    if not missing:
-        return
-    lowered = [token.lower() for token in missing if token.lower() in present]
-    hint = f" (it has {', '.join(lowered)}: a lower-cased copy?)" if lowered else ""
-    raise CheckpointError(
-        f"{path}: {', '.join(missing)} not in the vocabulary{hint}; "
-        "a BERT vocabulary has [PAD], [UNK], [CLS] and [SEP], spelt like this"
-    )
-
-
-def find_mojibake(entries: Sequence[str]) -> tuple[str, str] | None:
-    """One (entry, what it was) if many entries look like UTF-8 bytes read in a one-byte encoding."""
+    again = [each for each in enumerate(entries, start=1) if first.setdefault(each[1], each[0]) != each[0]]
+    if missing := [token for token in SPECIAL_TOKENS if token not in first]:
+        lowered = [token.lower() for token in missing if token.lower() in first]
+        hint = f" (it has {', '.join(lowered)}: a lower-cased copy?)" if lowered else ""
+        raise CheckpointError(
+            f"{path}: {', '.join(missing)} not in the vocabulary{hint}; "
+            "a BERT vocabulary has [PAD], [UNK], [CLS] and [SEP], spelt like this"
+        )
     foreign = [entry for entry in entries if not entry.isascii()]
     sample = foreign[:: len(foreign) // 4000 + 1]
-    pairs = [(entry, meant) for entry in sample if (meant := undo_mojibake(entry)) is not None]
-    return pairs[0] if len(pairs) >= max(3, MOJIBAKE_SHARE * len(sample)) else None
+    broken = [(entry, meant) for entry in sample if (meant := _undo_mojibake(entry)) is not None]
+    if len(broken) >= max(3, MOJIBAKE_SHARE * len(sample)):
+        raise CheckpointError(
+            f"{path}: UTF-8 read as Windows-1252 and saved again: {broken[0][0]!r} was {broken[0][1]!r}; "
+            "get an undamaged copy of the vocabulary"
+        )
+    if again:
+        faults = [f"{path}:{line}: {entry!r} stands already in line {first[entry]}" for line, entry in again]
+        raise CheckpointError(list_faults(faults) + "\neach entry of a vocabulary may stand there once")
 
 
-def undo_mojibake(text: str) -> str | None:
+def _undo_mojibake(text: str) -> str | None:
     for encoding in ("cp1252", "latin-1"):
         try:
             return text.encode(encoding).decode("utf-8")
@@ -226,27 +217,8 @@ def undo_mojibake(text: str) -> str | None:
     return None
 
 
-def refuse_added_tokens(added: Collection[str], path: Path) -> None:
-    """Tokens that a tokenizer adds to vocab.txt: leaving them out would change ids silently."""
-    if added:
-        raise CheckpointError(
-            f"{path.parent}: {len(added)} tokens are added to vocab.txt ({min(added)!r}, …), which "
-            "only a tokenizer.json says in full; save_pretrained of transformers' AutoTokenizer writes one"
-        )
-
-
-def refuse_unknown_tokens(backend: tokenizers.Tokenizer, added: Collection[str], path: Path) -> None:
-    """Tokens that the folder adds in another file, and tokenizer.json does not."""
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    missing = sorted(set(added) - known)
-    if missing:
-        raise CheckpointError(
-            f"{path}: lacks {len(missing)} tokens that other files of the folder add ({missing[0]!r}, …); "
-            "save_pretrained of transformers' AutoTokenizer writes one that has them"
-        )
-
-
-def build_backend(vocabulary: Sequence[str]) -> tokenizers.Tokenizer:
+def _build_backend(vocabulary: Sequence[str], path: Path) -> tokenizers.Tokenizer:
+    _check_vocabulary(vocabulary, path)
     numbers = {entry: number for number, entry in enumerate(vocabulary)}
     backend = tokenizers.Tokenizer(models.WordPiece(numbers, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
@@ -255,36 +227,28 @@ def build_backend(vocabulary: Sequence[str]) -> tokenizers.Tokenizer:
     return backend
 
 
-def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    """Its pipeline; the folder's own special tokens (<e1>) become plain added ones: texts may hold them."""
     try:
-        backend = read_markers(tokenizers.Tokenizer.from_buffer(read_bytes(path)))
-    except CheckpointError:
-        raise
+        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        content = json.loads(backend.to_str())
+        own = [t for t in content["added_tokens"] if t["special"] and t["content"] not in RESERVED]
+        for token in own:
+            token["special"] = False
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content)) if own else backend
     except Exception as e:  # the library raises bare Exception for whatever it cannot parse
         raise CheckpointError(f"{path}: not a tokenizer: {e}") from e
     model = backend.model
     if not isinstance(model, models.WordPiece) or model.unk_token != "[UNK]":
         kind = type(model).__name__
         raise CheckpointError(f"{path}: a {kind} model; WordPiece with the unknown token [UNK] is expected")
-    by_number = entries_by_number(backend)
-    entries = [by_number.get(number, "") for number in range(max(by_number, default=-1) + 1)]
-    check_vocabulary([entry for entry in entries if entry], path)
-    refuse_other_template(backend, path)
+    _check_vocabulary([entry for entry in entries_of(backend) if entry], path)
+    _check_template(backend, path)
     return backend
 
 
-def read_markers(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same with special tokens of the folder's own (<e1>) as plain added ones: texts may hold them."""
-    content = json.loads(backend.to_str())
-    own = [t for t in content["added_tokens"] if t["special"] and t["content"] not in RESERVED]
-    for token in own:
-        token["special"] = False
-    return tokenizers.Tokenizer.from_str(json.dumps(content)) if own else backend
-
-
-def refuse_other_template(backend: tokenizers.Tokenizer, path: Path) -> None:
-    """CheckpointError where tokenizer.json cuts at the left, or joins texts otherwise than
-    [CLS] a [SEP] b [SEP]."""
+def _check_template(backend: tokenizers.Tokenizer, path: Path) -> None:
+    """CheckpointError where it cuts at the left, or joins texts otherwise than [CLS] a [SEP] b [SEP]."""
     if (backend.truncation or {}).get("direction", "right") != "right":
         raise CheckpointError(f"{path}: its truncation cuts texts at the left; only right is supported")
     if backend.post_processor is None:
@@ -293,34 +257,35 @@ def refuse_other_template(backend: tokenizers.Tokenizer, path: Path) -> None:
     backend.no_padding()
     cls, sep = (backend.token_to_id(token) for token in ("[CLS]", "[SEP]"))
     a, b = (backend.encode(text, add_special_tokens=False) for text in "ab")
-    types = [0] * (len(a) + 2) + [1] * (len(b) + 1)
-    single, pair = backend.encode("a"), backend.encode("a", "b")
-    for found, ids in ((pair, [cls, *a.ids, sep, *b.ids, sep]), (single, [cls, *a.ids, sep])):
-        if (found.ids, found.type_ids) != (ids, types[: len(ids)]):
-            names = ["[CLS]", *a.tokens, "[SEP]", *b.tokens, "[SEP]"]
-            expected = " ".join(names[: len(ids)])
+    ids, types = [cls, *a.ids, sep, *b.ids, sep], [0] * (len(a) + 2) + [1] * (len(b) + 1)
+    names = ["[CLS]", *a.tokens, "[SEP]", *b.tokens, "[SEP]"]
+    for found, size in ((backend.encode("a", "b"), len(ids)), (backend.encode("a"), len(a) + 2)):
+        if (found.ids, found.type_ids) != (ids[:size], types[:size]):
             raise CheckpointError(
                 f"{path}: its post_processor makes {' '.join(found.tokens)} (ids {found.ids}, types "
-                f"{found.type_ids}); only BERT's is supported: {expected} (ids {ids}, types "
-                f"{types[: len(ids)]})"
+                f"{found.type_ids}); only BERT's is supported: {' '.join(names[:size])} (ids {ids[:size]}, "
+                f"types {types[:size]})"
             )
 
 
-def entries_by_number(backend: tokenizers.Tokenizer) -> dict[int, str]:
+def entries_of(backend: tokenizers.Tokenizer) -> list[str]:
+    """The vocabulary in id order, without added tokens; "" for an id that no entry has."""
     vocabulary = backend.get_vocab(with_added_tokens=False)
-    return {number: entry for entry, number in vocabulary.items()}
+    entries = [""] * (max(vocabulary.values(), default=-1) + 1)
+    for entry, number in vocabulary.items():
+        entries[number] = entry
+    return entries
 
 
-def compare_vocabularies(backend: tokenizers.Tokenizer, folder: Path) -> None:
+def _compare_vocabularies(backend: tokenizers.Tokenizer, folder: Path) -> None:
     """vocab.txt beside tokenizer.json must list the same entries (blanks at their ends aside)."""
-    listed = read_vocabulary(folder / "vocab.txt")
-    by_number = entries_by_number(backend)
+    ours, theirs = entries_of(backend), _read_vocabulary(folder / "vocab.txt")
     faults = []
-    if len(listed) != max(by_number) + 1:
-        faults.append(f"vocab.txt has {len(listed)} entries, tokenizer.json has {max(by_number) + 1}")
-    for number, entry in sorted(by_number.items()):
-        if number < len(listed) and listed[number].strip() != entry.strip():
-            faults.append(f"id {number}: vocab.txt has {listed[number]!r}, tokenizer.json has {entry!r}")
+    if len(theirs) != len(ours):
+        faults.append(f"vocab.txt has {len(theirs)} entries, tokenizer.json has {len(ours)}")
+    for number, (entry, line) in enumerate(zip(ours, theirs, strict=False)):
+        if entry and line.strip() != entry.strip():
+            faults.append(f"id {number}: vocab.txt has {line!r}, tokenizer.json has {entry!r}")
     if faults:
         raise CheckpointError(
             f"{folder}: tokenizer.json and vocab.txt disagree; "
@@ -328,16 +293,24 @@ def compare_vocabularies(backend: tokenizers.Tokenizer, folder: Path) -> None:
         )
 
 
-def set_casing(
+def _set_casing(
     backend: tokenizers.Tokenizer, path: Path, settings: Mapping[str, Any], do_lower_case: bool | None
 ) -> bool:
     """Settle lower-casing, accents and Chinese characters in the pipeline; returns whether it lower-cases."""
-    normalizer = backend.normalizer
+    normalizer, said = backend.normalizer, settings.get("do_lower_case")
     built_in = None
     if path.name == "tokenizer.json":
         built_in = normalizer is not None and normalizer.normalize_str("A") == "a"
-    said = settings.get("do_lower_case")
-    lower_case, source = choose_casing(backend, built_in, said, do_lower_case)
+    if do_lower_case is not None:
+        lower_case, source = do_lower_case, "the setting do_lower_case"
+    elif said is not None:
+        lower_case, source = said, "tokenizer_config.json"
+    elif built_in is not None:
+        lower_case, source = built_in, "its normalizer"
+    else:
+        upper = (entry for entry in entries_of(backend) if entry != entry.lower())
+        lower_case = all(entry[0] + entry[-1] in ("[]", "<>") for entry in upper)
+        source = f"the vocabulary ({'without' if lower_case else 'with'} upper-case entries)"
     if said is not None and lower_case != said:
         logger.warning("%s: do_lower_case is %s; the setting overrules it", path.parent, said)
     logger.info("%s: %s, says %s", path, "lower-cased" if lower_case else "cased", source)
@@ -359,22 +332,7 @@ def set_casing(
     return lower_case
 
 
-def choose_casing(
-    backend: tokenizers.Tokenizer, built_in: bool | None, said: bool | None, do_lower_case: bool | None
-) -> tuple[bool, str]:
-    """Whether to lower-case, and who says so: the setting, the folder, tokenizer.json, the vocabulary."""
-    if do_lower_case is not None:
-        return do_lower_case, "the setting do_lower_case"
-    if said is not None:
-        return said, "tokenizer_config.json"
-    if built_in is not None:
-        return built_in, "its normalizer"
-    entries = entries_by_number(backend).values()
-    cased = any(entry != entry.lower() and entry[0] + entry[-1] not in ("[]", "<>") for entry in entries)
-    return not cased, f"the vocabulary ({'with' if cased else 'without'} upper-case entries)"
-
-
-def finish_backend(backend: tokenizers.Tokenizer, path: Path) -> None:
+def _finish_backend(backend: tokenizers.Tokenizer, path: Path) -> None:
     """No padding, no truncation, BERT's template, and user text that stays text."""
     backend.no_padding()
     backend.no_truncation()
@@ -404,14 +362,3 @@ def is_standard(backend: tokenizers.Tokenizer) -> bool:
         and isinstance(model, models.WordPiece)
         and (model.continuing_subword_prefix, model.max_input_chars_per_word) == ("##", 100)
     )
-
-
-def check_size(size: int, word_table: int, folder: Path) -> None:
-    """The vocabulary against the rows of the model's word table."""
-    what = f"{folder}: a vocabulary of {size} entries for a word table of {word_table} rows"
-    if size > word_table:
-        raise CheckpointError(f"{what}; it may not be longer")
-    if word_table - size > MAX_SPARE_ROWS:
-        raise CheckpointError(f"{what}; it may be at most {MAX_SPARE_ROWS} shorter")
-    if size < word_table:
-        logger.info("%s", what)

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from bertpair.data.records import INVISIBLE, is_blank
-from bertpair.data.tokenizer import text_fault
+from bertpair.errors import half_character
 from bertpair.settings.files import unique_keys
 
 JSON = "application/json"
@@ -272,7 +272,7 @@ def check_text(value: Any, field: str, max_chars: int) -> str:
         fault = f"found {len(value)} characters; at most {max_chars} are allowed"
     elif "\0" in value:
         fault = "found a NUL character"
-    elif text_fault(value):
+    elif half_character(value) is not None:
         fault = "found half of a surrogate pair; expected Unicode text"
     elif is_blank(value):
         fault = "found a blank text"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_vocabulary, write_tiny_bert
+from conftest import save_tokenizer, tiny_vocabulary, write_tiny_bert
 from transformers import AutoTokenizer, BertTokenizerFast
 
 from bertpair import CheckpointError, Config, PairClassifier, train
@@ -156,7 +156,7 @@ def test_a_pipeline_of_its_own_is_followed_unless_a_bert_class_builds_another(
     assert_ids_of_transformers(hf_folder, WORDS)
     saved = hf_folder / "saved"
     saved.mkdir()
-    Tokenizer.from_folder(hf_folder).save(saved, 64)
+    save_tokenizer(Tokenizer.from_folder(hf_folder), saved, 64)
     assert_ids_of_transformers(saved, WORDS)  # token types too
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import save_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertTokenizerFast
@@ -162,7 +163,7 @@ def test_a_long_text_is_cut_early_only_where_it_is_safe(both, tmp_path: Path) ->
 
 def test_typed_special_tokens_stay_text(both, tmp_path: Path) -> None:
     ours, reference = both
-    ours.save(tmp_path, 40)
+    save_tokenizer(ours, tmp_path, 40)
     reloaded = Tokenizer.from_folder(tmp_path)
     for tokenizer in (ours, reloaded):
         (row,) = rows_of(tokenizer.encode(["a [SEP] b[CLS]"], ["[PAD][MASK] [UNK]"], 40))
@@ -253,7 +254,7 @@ def test_the_saved_folder_loads_in_transformers_with_equal_ids(both, tmp_path: P
         vocabulary = [entry for entry in make_vocabulary(5) if entry != "[MASK]"]
         folder = write_folder(tmp_path / "given", vocabulary)
         ours = Tokenizer.from_folder(folder, do_lower_case=ours.lower_case)
-    ours.save(tmp_path, 33)
+    save_tokenizer(ours, tmp_path, 33)
     assert {path.name for path in tmp_path.iterdir()} - {"given"} == {
         "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json",
     }  # fmt: skip
@@ -270,7 +271,7 @@ def test_the_saved_folder_loads_in_transformers_with_equal_ids(both, tmp_path: P
 
 def test_a_saved_tokenizer_reloads_as_it_was(both, tmp_path: Path) -> None:
     ours, _ = both
-    ours.save(tmp_path, 33)
+    save_tokenizer(ours, tmp_path, 33)
     again = Tokenizer.from_folder(tmp_path, word_table=ours.vocab_size)
     assert (again.fingerprint, again.lower_case) == (ours.fingerprint, ours.lower_case)
     assert (again.model_max_length, again.pad_id) == (33, ours.pad_id)

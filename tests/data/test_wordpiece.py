@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from conftest import save_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizerFast
@@ -150,7 +151,7 @@ def test_an_entry_that_is_a_line_separator_keeps_its_id(tmp_path: Path) -> None:
     write_vocabulary(tmp_path, entries)
     ours = Tokenizer.from_folder(tmp_path)
     assert (ours.vocab_size, ours.encode(["a中"], None, 8).ids.tolist()) == (10, [2, 8, 9, 3])
-    ours.save(tmp_path, 8)
+    save_tokenizer(ours, tmp_path, 8)
     assert Tokenizer.from_folder(tmp_path).fingerprint == ours.fingerprint
     write_vocabulary(tmp_path, [entry.strip() for entry in entries])
     assert Tokenizer.from_folder(tmp_path).vocab_size == 10
@@ -263,7 +264,7 @@ def test_another_pipeline_keeps_its_ids_when_saved(tmp_path: Path) -> None:
     assert (ours.lower_case, tokens_of(ours, "Café a")) == (True, ["cafe", "a"])
     saved = tmp_path / "saved"
     saved.mkdir()
-    ours.save(saved, 20)
+    save_tokenizer(ours, saved, 20)
     for text in (TEXT, "hello, ab", "a Hello Café b"):
         expected = ours.encode([text], None, 20).ids.tolist()
         assert Tokenizer.from_folder(saved).encode([text], None, 20).ids.tolist() == expected
