@@ -23,7 +23,8 @@ from bertpair.checkpoints.atomic import staged_folder
 from bertpair.checkpoints.manifest import FileEntry, Manifest, encode_manifest, verify_folder
 from bertpair.checkpoints.tensor_file import encode_header, parse_tensors
 from bertpair.data.columns import Columns
-from bertpair.data.tsv import first_row, read_pairs
+from bertpair.data.records import first_row
+from bertpair.data.tsv import read_pairs
 from bertpair.errors import BertpairError
 from bertpair.model.config import read_folder
 from bertpair.model.pretrained import read_weights

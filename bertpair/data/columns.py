@@ -8,12 +8,11 @@ header has in the columns used, where they are used.
 import logging
 import re
 import shlex
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from bertpair.errors import ConfigError, DataError, list_faults, listed, near_misses, show
+from bertpair.errors import DataError, list_faults, listed, near_misses, show
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +44,6 @@ class Columns:
     header: tuple[str, ...] | None = None
     checks_header: bool = True
     usual: Mapping[str, str] = field(default_factory=dict, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.quoting not in ("none", "csv"):
-            raise ConfigError(f"quoting: found {self.quoting!r}; allowed: none, csv")
-        names = [f"{role}_column {column!r}" for role, column in self.by_role() if isinstance(column, str)]
-        if names and not self.has_header:
-            raise ConfigError(f"{', '.join(names)}: has_header is false, so columns are known by number only")
 
     def by_role(self) -> list[tuple[str, int | str | None]]:
         return list(zip(_ROLES, (self.text_a, self.text_b, self.label), strict=True))
@@ -111,49 +103,27 @@ def other_format(row: Sequence[str], columns: Columns) -> str:
     return ""
 
 
-class Misfits:
-    """Rows that do not have the columns of their file's first row, by their number of cells."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[int] = Counter()
-        self._first: Sequence[str] = ()
-
-    def note(self, cells: Sequence[str]) -> None:
-        self._first = self._first or cells
-        self._counts[len(cells)] += 1
-
-    def is_all_of(self, count: int) -> bool:
-        """Whether so many have one number of cells."""
-        return count in self._counts.values()
-
-    def message(self, places: Places, columns: Columns) -> str:
-        """What these rows have in common, and what to do."""
-        width, count = self._counts.most_common(1)[0]
-        found = f"expected {places.width} tab-separated columns, found {width} in each of {count:,} rows"
-        if width == 1:
-            other = other_format(self._first, columns)
-            return f"{found}; " + (f"they look {other}" if other else "write a tab between the columns")
-        if width > places.width:
-            return f"{found}; does the header lack a name, or do the rows have a tab too many?"
-        return found if columns.label is None else f"{found}; has this file no labels?"
-
-
-def used_names(columns: Columns, header: Sequence[str]) -> dict[str, tuple[int, str]]:
-    """Role → the column that is known by number, and its name in `header`; those beyond it are left out."""
-    found = {}
-    for role, column in columns.by_role():
-        if isinstance(column, int) and -len(header) <= column < len(header):
-            found[role] = column, header[column].strip()
-    return found
+def misfit_fault(width: int, count: int, first: Sequence[str], places: Places, columns: Columns) -> str:
+    """What `count` rows of so many cells, `first` being one, have in common, and what to do."""
+    found = f"expected {places.width} tab-separated columns, found {width} in each of {count:,} rows"
+    if width == 1:
+        other = other_format(first, columns)
+        return f"{found}; " + (f"they look {other}" if other else "write a tab between the columns")
+    if width > places.width:
+        return f"{found}; does the header lack a name, or do the rows have a tab too many?"
+    return found if columns.label is None else f"{found}; has this file no labels?"
 
 
 def _header_faults(columns: Columns, first: list[str], where: str) -> list[str]:
     """What a header says against reading its file by the numbers that fit the training file."""
-    here = [cell.strip().casefold() for cell in first]
-    used, there = used_names(columns, columns.header or ()), " in the training file; here that"
-    if columns.header is None:
-        named = [(role, column, columns.usual.get(role)) for role, column in columns.by_role()]
-        used, there = {role: (at, name) for role, at, name in named if name and isinstance(at, int)}, ""
+    here, trained = [cell.strip().casefold() for cell in first], columns.header or ()
+    there = " in the training file; here that" if trained else ""
+    used: dict[str, tuple[int, str]] = {}  # role → the column known by number, and the name it should have
+    for role, column in columns.by_role():
+        if isinstance(column, int) and -len(trained) <= column < len(trained):
+            used[role] = column, trained[column].strip()
+        elif isinstance(column, int) and columns.header is None and role in columns.usual:
+            used[role] = column, columns.usual[role]
     faults, num_right = [], 0
     for role, (column, name) in used.items():
         if -len(here) <= column < len(here) and here[column] == name.casefold():
@@ -205,7 +175,7 @@ _TEXT_NAME = (  # the last word of a text column's name, in the presets' files a
 )
 _NUMBERED_NAME = re.compile(rf"{_TEXT_NAME}[ab12]|[12] string")  # nobody writes this as a text
 _PLAIN_NAME = re.compile(rf"(\w+[ _-]?)?{_TEXT_NAME}s?( [ab12])?|a|[qs][12]?")
-_LONE_NAMES = ("sentence", "text")  # of single texts
+_LONE_NAME = re.compile("sentence|text")  # of single texts
 _OTHER_NAME = re.compile(
     r"(\w+[ _-]|pair|prompt)?(id|idx|index|label|labels|class|category|score|grade|quality|similarity"
     "|is_?duplicate|标签|类别|分数|得分|序号|编号)"
@@ -239,74 +209,55 @@ class FirstRow:
     def __init__(self, cells: Sequence[str], places: Places, labels: Collection[str]) -> None:
         self._labels = labels
         self._texts = [place for place in (places.text_a, places.text_b) if place is not None]
-        names = [cell.strip(' "\t\r') for cell in cells]
-        filled = {place: name for place, name in enumerate(names) if name}
+        filled = {place: name for place, cell in enumerate(cells) if (name := cell.strip(' "\t\r'))}
         beside = {place: name for place, name in filled.items() if place not in self._texts}
         are_names = len({*filled.values()}) == len(filled) and all(map(_may_be_name, filled.values()))
         self._unlike = {p: name for p, name in beside.items() if name not in labels} if are_names else {}
         self._named = [filled.get(place, "") for place in self._texts]
         has_value = any(name in labels or _NUMBER.fullmatch(name) for name in beside.values())
-        self._is_sure = _is_header(self._named, () if has_value else beside.values())
-        self._is_likely = not has_value and _may_be_header(self._named)
+        self._is_sure = _are_names(self._named, () if has_value else beside.values())
+        plain = _PLAIN_NAME if len(self._named) > 1 else _LONE_NAME
+        self._is_likely = not has_value and all(plain.fullmatch(text.casefold()) for text in self._named)
         self._num_rows = 0
 
     def compare(self, cells: Sequence[str]) -> None:
         """Take a further row into account."""
         self._num_rows += 1
         if self._unlike:
-            self._unlike = {
-                place: name for place, name in self._unlike.items() if self._differs(place, cells)
-            }
+            found = {place: cells[place].strip() for place in self._unlike if place < len(cells)}
+            alike = [p for p, cell in found.items() if cell in self._labels or _NUMBER.fullmatch(cell)]
+            self._unlike = {place: self._unlike[place] for place in alike}
         if self._is_likely:  # names stand above sentences; in a list of words they may be words
             texts = [cells[place].strip() if place < len(cells) else "" for place in self._texts]
             lengths = zip(texts, self._named, strict=True)
             self._is_likely = any(" " in text or len(text) > 2 * len(name) for text, name in lengths)
 
-    def _differs(self, place: int, cells: Sequence[str]) -> bool:
-        cell = cells[place].strip() if place < len(cells) else ""
-        return cell in self._labels or _NUMBER.fullmatch(cell) is not None
-
     def check(self, where: str, columns: Columns) -> bool:
         """Whether it is a row; if not, a DataError, or a warning where it was to be read as one."""
-        sign = self._sign()
-        if not sign:
+        if self._is_sure or (self._is_likely and self._num_rows > 1):
+            what = "names of columns" if len(self._named) > 1 else "the name of a column"
+            sign = f"{listed(self._named)} as {what}"
+        elif self._unlike and self._num_rows > 1:  # a single row may differ by itself
+            place, name = next(iter(self._unlike.items()))
+            sign = f"{show(name)} in column {place}, where all other rows have a number or a label"
+        else:
             return True
+        advice = ""
         if columns.has_header and self._is_sure:
-            raise DataError(
-                f"{where}looks like a header: it has {sign}; a header is the first line of its file"
-            )
-        if columns.checks_header and not columns.has_header:
-            raise DataError(
-                f"{where}looks like a header: it has {sign}; set --has_header true, or --has_header false if "
-                "it is a row"
-            )
+            advice = "a header is the first line of its file"
+        elif columns.checks_header and not columns.has_header:
+            advice = "set --has_header true, or --has_header false if it is a row"
+        if advice:
+            raise DataError(f"{where}looks like a header: it has {sign}; {advice}")
         logger.warning("%sread as a row, but it has %s; is it a header?", where, sign)
         return False
 
-    def _sign(self) -> str:
-        """What shows that it is a header, or ""."""
-        if self._is_sure or (self._is_likely and self._num_rows > 1):
-            what = "names of columns" if len(self._named) > 1 else "the name of a column"
-            return f"{listed(self._named)} as {what}"
-        if self._unlike and self._num_rows > 1:  # a single row may differ by itself
-            place, name = next(iter(self._unlike.items()))
-            return f"{show(name)} in column {place}, where all other rows have a number or a label"
-        return ""
 
-
-def _is_header(texts: Sequence[str], beside: Collection[str]) -> bool:
+def _are_names(texts: Sequence[str], beside: Collection[str]) -> bool:
     """Whether these are names and no texts: numbered ones, or plain ones beside a label or an id."""
     keys = [re.sub("[_#-]", "", text).casefold() for text in texts]
-    if all(map(_NUMBERED_NAME.fullmatch, keys)):
-        return True
     has_other = any(_OTHER_NAME.fullmatch(other.casefold()) for other in beside)
-    return has_other and all(map(_PLAIN_NAME.fullmatch, keys))
-
-
-def _may_be_header(texts: Sequence[str]) -> bool:
-    """The same where nothing stands beside them, if further rows bear it out."""
-    keys = [text.casefold() for text in texts]
-    return keys[0] in _LONE_NAMES if len(keys) == 1 else all(map(_PLAIN_NAME.fullmatch, keys))
+    return all(map(_NUMBERED_NAME.fullmatch, keys)) or (has_other and all(map(_PLAIN_NAME.fullmatch, keys)))
 
 
 def _may_be_name(cell: str) -> bool:

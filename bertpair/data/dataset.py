@@ -1,4 +1,4 @@
-"""Pairs → token ids and targets: the labels in id order, what looks wrong with them, a cache of token ids.
+"""Pairs → token ids and targets; what looks wrong with the labels; a cache of token ids.
 
 The cache keeps one file an entry, keyed by the content of the texts, the tokenizer and the settings. It is
 written beside its final name and renamed, with a checksum inside: an entry that is damaged, half-written or
@@ -27,10 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bertpair.data.records import without_invisible
-from bertpair.data.source import Source
-from bertpair.data.tokenizer import Tokenizer, Tokens, check_texts
-from bertpair.data.tsv import Pairs, check_two_classes, find_labels
-from bertpair.errors import ConfigError, DataError, list_faults, listed, plain, show
+from bertpair.data.tokenizer import Tokenizer, Tokens
+from bertpair.errors import listed, plain, show
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +38,26 @@ Targets = npt.NDArray[np.int64] | npt.NDArray[np.float32]
 MAX_SHOWN = 20  # labels in one line
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?")
 _DECIMAL_COMMA = re.compile(r"([-+]?\d+),(\d+)")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pairs:
+    """Rows in the files' order; row i is line `line_of_row[i]` (from 1) of `files[file_of_row[i]]`."""
+
+    text_a: list[str]
+    text_b: list[str] | None
+    labels: list[str] | None
+    files: tuple[str, ...]
+    file_of_row: npt.NDArray[np.int32]
+    line_of_row: npt.NDArray[np.int32]
+    header: tuple[str, ...] | None  # of the first file; None: it has none
+
+    def __len__(self) -> int:
+        return len(self.text_a)
+
+    def where(self, row: int) -> str:
+        """`train.tsv:17`"""
+        return f"{self.files[self.file_of_row[row]]}:{self.line_of_row[row]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,42 +74,23 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """How texts become token ids: the tokenizer, the cut, and where finished work is kept."""
+    """How texts become token ids: the tokenizer, the cut, and where finished work is kept.
+
+    `cache_dir` None is the user's cache folder; `overwrite_cache` makes each entry anew.
+    """
 
     tokenizer: Tokenizer
     max_length: int
-    cache_dir: Path | None
+    cache_dir: Path | None = None
     overwrite_cache: bool = False
 
     def split(self, pairs: Pairs, labels: Sequence[str] | None, *, name: str) -> Split:
         """Encode `pairs`; `labels` in id order, None for regression. Says how many rows were cut."""
-        tokens = encode_cached(
-            self.tokenizer,
-            pairs.text_a,
-            pairs.text_b,
-            self.max_length,
-            cache_dir=self.cache_dir,
-            overwrite=self.overwrite_cache,
-        )
-        self._report(name, tokens)
-        return Split(pairs, tokens, None if pairs.labels is None else targets(pairs, labels))
-
-    def _report(self, name: str, tokens: Tokens) -> None:
-        lengths = np.diff(tokens.offsets)
-        if not len(lengths):
-            return
-        cut = int(tokens.truncated.sum())
+        tokens = self.encode(pairs.text_a, pairs.text_b)
+        lengths, cut = tokens.lengths, int(tokens.truncated.sum())
+        said = "%s: %d rows, %.1f tokens a row (longest %d); %d rows (%.1f %%) cut at %d"
         share = 100 * cut / len(lengths)
-        logger.info(
-            "%s: %d rows, %.1f tokens a row (longest %d); %d rows (%.1f %%) cut at %d",
-            name,
-            len(lengths),
-            lengths.mean(),
-            lengths.max(),
-            cut,
-            share,
-            self.max_length,
-        )
+        logger.info(said, name, len(lengths), lengths.mean(), lengths.max(), cut, share, self.max_length)
         words = np.isin(tokens.ids, (self.tokenizer.cls_id, self.tokenizer.sep_id), invert=True).sum()
         unknown = int((tokens.ids == self.tokenizer.unk_id).sum())
         if unknown > MANY_UNKNOWN * words:
@@ -101,38 +100,30 @@ class Encoder:
                 name,
                 100 * unknown / words,
             )
+        return Split(pairs, tokens, _targets(pairs.labels, labels))
+
+    def encode(self, text_a: Sequence[str], text_b: Sequence[str] | None) -> Tokens:
+        """What `tokenizer.encode` gives, from the cache where it has it. Raises what that raises."""
+        columns = [text_a] if text_b is None else [text_a, text_b]
+        if sum(sum(map(len, column)) for column in columns) < MIN_CHARS:
+            return self.tokenizer.encode(text_a, text_b, self.max_length)
+        folder = self.cache_dir or default_cache_dir()
+        path = folder / f"tokens-{_entry_key(self.tokenizer, columns, self.max_length)}.safetensors"
+        tokens = None if self.overwrite_cache else _read_entry(path, len(text_a))
+        if tokens is None:
+            tokens = self.tokenizer.encode(text_a, text_b, self.max_length)
+            _write_entry(path, tokens)
+        return tokens
 
 
-def training_labels(pairs: Pairs, source: Source) -> tuple[str, ...] | None:
-    """The classes in id order, None for a regression; DataError where only one class occurs in training."""
-    if source.regression:
+def _targets(found: Sequence[str] | None, labels: Sequence[str] | None) -> Targets | None:
+    """Class ids by the position in `labels`; with None, the labels as numbers."""
+    if found is None:
         return None
-    found = pairs.labels or []
-    if source.labels is None:
-        return find_labels(found)
-    check_two_classes(found)
-    absent = sorted(set(source.labels) - set(found))
-    if absent:
-        logger.warning("labels without a single training row: %s", ", ".join(absent))
-    return source.labels
-
-
-def resolve_positive_label(labels: Sequence[str] | None, source: Source, setting: str | None) -> str | None:
-    """The label that f1 is of: as set, else the task's, else the one with id 1; None where there are not two.
-
-    ConfigError where `setting` is none of two labels.
-    """
-    if labels is None or len(labels) != 2:
-        if setting is None:
-            return None
-        found = "a regression has none" if labels is None else f"here are {len(labels)}"
-        raise ConfigError(f"positive_label: found {setting!r}; f1 is measured with two labels, {found}")
-    if setting is None:
-        usual = source.task.positive_label
-        return usual if usual in labels else labels[1]
-    if setting not in labels:
-        raise ConfigError(f"positive_label: found {setting!r}; allowed: {listed(labels)}")
-    return setting
+    if labels is None:
+        return np.array([float(label) for label in found], dtype=np.float32)
+    ids = {label: number for number, label in enumerate(labels)}
+    return np.array([ids[label] for label in found], dtype=np.int64)
 
 
 def report_labels(name: str, pairs: Pairs, labels: Sequence[str] | None) -> None:
@@ -184,59 +175,31 @@ def _spelt(label: str) -> str:
     return show(label) if is_seen else ascii(label)
 
 
-def targets(pairs: Pairs, labels: Sequence[str] | None) -> Targets:
-    """Class ids (int64) by the position in `labels`; with None, the labels as numbers (float32)."""
-    found = pairs.labels or []
-    if labels is None:
-        return np.array([float(label) for label in found], dtype=np.float32)
-    ids = {label: number for number, label in enumerate(labels)}
-    try:
-        return np.array([ids[label] for label in found], dtype=np.int64)
-    except KeyError:
-        unknown = [row for row, label in enumerate(found) if label not in ids]
-    faults = [
-        f"{pairs.where(row)}: unknown label {found[row]!r}; allowed: {', '.join(labels)}" for row in unknown
-    ]
-    raise DataError(list_faults(faults))
-
-
 def overlap_warnings(train: Pairs, dev: Pairs | None, *, regression: bool = False) -> list[str]:
     """Lines that count dev rows that also stand in train, and texts that stand with two labels."""
-    known, warnings = _two_labels(train, "training", regression)
-    if dev is None:
-        return warnings
-    shared = [row for row, key in enumerate(_keys(dev)) if key in known]
-    if shared:
-        warnings.append(
-            f"dev rows that also stand in the training data: {len(shared):,} of {len(dev):,}, "
-            f"as at {dev.where(shared[0])}; the dev figures flatter the model"
-        )
-    return warnings + _two_labels(dev, "dev", regression)[1]
+    warnings: list[str] = []
+    first: dict[tuple[str, str], str | float] = {}  # the label where these texts stand first
+    for kind, pairs in (("training", train), ("dev", dev)):
+        if pairs is None:
+            continue
+        keys = list(zip(pairs.text_a, pairs.text_b or pairs.text_a, strict=True))
+        shared = [row for row, key in enumerate(keys) if key in first]
+        if shared:
+            warnings.append(
+                f"dev rows that also stand in the training data: {len(shared):,} of {len(pairs):,}, "
+                f"as at {pairs.where(shared[0])}; the dev figures flatter the model"
+            )
+        first = {}
+        again: dict[tuple[str, str], int] = {}
+        for row, (key, label) in enumerate(zip(keys, pairs.labels or (), strict=True)):
+            meant = float(label) if regression else label  # 5.0 and 5.000 are one score
+            if first.setdefault(key, meant) != meant:
+                again.setdefault(key, row)
+        if again:
+            what = f"texts with more than one label in the {kind} data: {len(again):,}"
+            warnings.append(f"{what}, as at {pairs.where(min(again.values()))}")
+    return warnings
 
-
-def _keys(pairs: Pairs) -> list[tuple[str, str]]:
-    return list(zip(pairs.text_a, pairs.text_b or [""] * len(pairs), strict=True))
-
-
-def _two_labels(
-    pairs: Pairs, kind: str, regression: bool
-) -> tuple[dict[tuple[str, str], str | float], list[str]]:
-    """The first label of each row's texts, and a warning if some have another one later."""
-    labels: Sequence[str | float] = pairs.labels or [""] * len(pairs)
-    if regression and pairs.labels:
-        labels = [float(label) for label in pairs.labels]  # 5.0 and 5.000 are one score
-    first: dict[tuple[str, str], str | float] = {}
-    again: dict[tuple[str, str], int] = {}
-    for row, (key, label) in enumerate(zip(_keys(pairs), labels, strict=True)):
-        if first.setdefault(key, label) != label:
-            again.setdefault(key, row)
-    if not again:
-        return first, []
-    where = pairs.where(next(iter(again.values())))
-    return first, [f"texts with more than one label in the {kind} data: {len(again):,}, as at {where}"]
-
-
-# The token cache
 
 VERSION = "2"  # of the file's layout, part of the key
 MAX_BYTES = 2 * 2**30
@@ -259,33 +222,7 @@ def default_cache_dir() -> Path:
     return base / "bertpair" / "tokens"
 
 
-def encode_cached(
-    tokenizer: Tokenizer,
-    text_a: Sequence[str],
-    text_b: Sequence[str] | None,
-    max_length: int,
-    *,
-    cache_dir: Path | None = None,
-    overwrite: bool = False,
-) -> Tokens:
-    """What `tokenizer.encode` gives, from the cache where it has it; `overwrite` makes the entry anew.
-
-    `cache_dir` None is the user's cache folder. Raises what `encode` raises.
-    """
-    check_texts(text_a, text_b)
-    columns = [text_a] if text_b is None else [text_a, text_b]
-    if sum(map(len, text_a)) + sum(map(len, text_b or ())) < MIN_CHARS:
-        return tokenizer.encode(text_a, text_b, max_length)
-    folder = default_cache_dir() if cache_dir is None else cache_dir
-    path = folder / f"tokens-{entry_key(tokenizer, columns, max_length)}.safetensors"
-    tokens = None if overwrite else read_entry(path, len(text_a))
-    if tokens is None:
-        tokens = tokenizer.encode(text_a, text_b, max_length)
-        write_entry(path, tokens)
-    return tokens
-
-
-def entry_key(tokenizer: Tokenizer, columns: Sequence[Sequence[str]], max_length: int) -> str:
+def _entry_key(tokenizer: Tokenizer, columns: Sequence[Sequence[str]], max_length: int) -> str:
     """sha256 over all that the ids depend on: texts, tokenizer, version of the library, settings."""
     settings = (VERSION, tokenizers.__version__, tokenizer.fingerprint, max_length, len(columns))
     digest = hashlib.sha256(repr(settings).encode())
@@ -299,7 +236,7 @@ def entry_key(tokenizer: Tokenizer, columns: Sequence[Sequence[str]], max_length
     return digest.hexdigest()
 
 
-def read_entry(path: Path, num_rows: int) -> Tokens | None:
+def _read_entry(path: Path, num_rows: int) -> Tokens | None:
     """The entry's tokens; None if it is not there or not whole."""
     try:
         with safe_open(path, framework="np") as file:
@@ -311,7 +248,7 @@ def read_entry(path: Path, num_rows: int) -> Tokens | None:
         logger.warning("%s: this token cache entry cannot be used (%s); it is made anew", path, e)
         return None
     tokens = Tokens(**arrays)
-    if said != checksum(tokens) or len(tokens) != num_rows:
+    if said != _checksum(tokens) or len(tokens) != num_rows:
         logger.warning("%s: this token cache entry is damaged (wrong checksum); it is made anew", path)
         return None
     with contextlib.suppress(OSError):  # in a read-only cache an entry's age stays as it is
@@ -319,7 +256,7 @@ def read_entry(path: Path, num_rows: int) -> Tokens | None:
     return tokens
 
 
-def write_entry(path: Path, tokens: Tokens) -> None:
+def _write_entry(path: Path, tokens: Tokens) -> None:
     """Store an entry whole or not at all, and prune the oldest; failing costs a warning."""
     arrays = {name: np.ascontiguousarray(getattr(tokens, name)) for name in FIELDS}
     if sum(array.nbytes for array in arrays.values()) > MAX_BYTES:
@@ -329,17 +266,17 @@ def write_entry(path: Path, tokens: Tokens) -> None:
         handle, name = tempfile.mkstemp(prefix=f"{path.stem[:23]}-", suffix=".tmp", dir=path.parent)
         os.close(handle)
         try:
-            save_file(arrays, name, metadata={"sha256": checksum(tokens)})
+            save_file(arrays, name, metadata={"sha256": _checksum(tokens)})
             os.replace(name, path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        prune(path.parent, newest=path)
+        _prune(path.parent, newest=path)
     except (OSError, SafetensorError) as e:
         logger.warning("token cache %s cannot be written (%s); going on without it", path.parent, e)
 
 
-def checksum(tokens: Tokens) -> str:
+def _checksum(tokens: Tokens) -> str:
     digest = hashlib.sha256()
     for name in FIELDS:
         array = getattr(tokens, name)
@@ -348,7 +285,7 @@ def checksum(tokens: Tokens) -> str:
     return digest.hexdigest()
 
 
-def prune(folder: Path, newest: Path) -> None:
+def _prune(folder: Path, newest: Path) -> None:
     """Remove the entries used longest ago beyond MAX_BYTES, and what killed writers left."""
     for path in folder.glob(TEMPORARY_PATTERN):
         with contextlib.suppress(OSError):

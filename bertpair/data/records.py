@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from bertpair.errors import DataError
@@ -18,6 +19,9 @@ from bertpair.errors import DataError
 BLOCK_BYTES = 4 << 20
 _BOM = b"\xef\xbb\xbf"
 _MAGIC = (
+    (b"\xff\xfe\0\0", "UTF-32 text", "convert it: iconv -f UTF-32LE -t UTF-8 OLD > NEW"),
+    (b"\xff\xfe", "UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"),
+    (b"\xfe\xff", "UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"),
     (b"\x1f\x8b", "a gzip file", "unpack it: gunzip FILE"),
     (b"PK\x03\x04", "a zip archive or an Excel workbook", "unpack it, or export it as tab-separated text"),
     (b"PK\x05\x06", "an empty zip archive", "tab-separated text is expected"),
@@ -66,11 +70,21 @@ def read_records(path: str, quoting: str) -> Iterator[Record]:
     lines = _read_lines(path)
     for number, line, fault in lines:
         if quoting == "csv" and '"' in line:
-            yield _quoted_record(_Cursor(path, number, line, fault, lines))
+            yield _quoted_record(path, number, line, fault, lines)
         elif not line or line.isspace():
             yield Record(number, [], fault)
         else:
             yield Record(number, line.removesuffix("\r").split("\t"), fault)
+
+
+def first_row(path: Path | str, quoting: str = "none") -> list[str]:
+    """The cells of the first line; DataError if there is none, or it is empty or not text."""
+    name = os.fspath(path)
+    for line, cells, fault in read_records(name, quoting):
+        if fault or not cells:
+            raise DataError(f"{name}:{line}: {fault or 'an empty line; the first row is expected here'}")
+        return cells
+    raise DataError(f"{name}: the file is empty")
 
 
 def _read_lines(path: str) -> Iterator[tuple[int, str, str]]:
@@ -90,7 +104,8 @@ def _read_blocks(path: str) -> Iterator[bytes]:
     """The file in pieces of whole lines, without the byte order mark and each piece's last newline."""
     pending: list[bytes] = []  # a line longer than a block: joined once, not over and over
     try:
-        if not _can_be_read_again(os.stat(path).st_mode):
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder says what it is
             raise DataError(f"{path}: is a pipe or a device; it is read more than once, so save it as a file")
         with open(path, "rb") as file:
             block = file.read(BLOCK_BYTES)
@@ -104,15 +119,16 @@ def _read_blocks(path: str) -> Iterator[bytes]:
                     pending.clear()
                 pending.append(tail)
                 block = file.read(BLOCK_BYTES)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a folder; a TSV file is expected") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise DataError(f"{path}: {_reason(error)}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read: {reason}") from error
     rest = b"".join(pending)
     if rest:
         yield rest
-
-
-def _can_be_read_again(mode: int) -> bool:
-    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)  # opening a folder says what it is
 
 
 def _other_kind(block: bytes) -> str:
@@ -120,19 +136,20 @@ def _other_kind(block: bytes) -> str:
     for magic, kind, advice in _MAGIC:
         if block.startswith(magic):
             return f"{kind}; {advice}"
-    if block.startswith((b"\xff\xfe", b"\xfe\xff")) and not block.startswith(b"\xff\xfe\0\0"):
-        return "UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"
     head = block[:4096]
     if head.count(0) > max(3, len(head) // 50):  # a few are bad rows, each to be named
-        if name := _wide_encoding(head):
-            return f"{name} text; convert it: iconv -f {name} -t UTF-8 OLD > NEW"
+        for name in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE"):
+            num_letters = 8 * len(head) // int(name[4:6])
+            text = head.decode(name, "ignore")
+            if len(text) > 0.9 * num_letters and "\0" not in text and ("\t" in text or "\n" in text):
+                return f"{name} text; convert it: iconv -f {name} -t UTF-8 OLD > NEW"
         return _BINARY
     if block.count(b"\r") - block.count(b"\r\n") > block.count(b"\n"):
         return "lines that end in a carriage return alone; convert it: tr '\\r' '\\n' < OLD > NEW"
     if b"\x1b$B" in block:
         return "ISO-2022-JP text; convert it: iconv -f ISO-2022-JP -t UTF-8 OLD > NEW"
     lines = [line for line in block.split(b"\n") if not line.isascii()][:2000]
-    foreign = [line for line in lines if _is_foreign(line)]
+    foreign = [line for line in lines if line.decode("utf-8", "ignore").encode() != line]
     if len(foreign) < 3 or 2 * len(foreign) < len(lines):  # the same
         return ""
     if b"\0" in block:
@@ -145,25 +162,6 @@ def _other_kind(block: bytes) -> str:
     )
 
 
-def _wide_encoding(head: bytes) -> str:
-    """The encoding of two or four bytes a letter in which the bytes make lines of text, or ""."""
-    for name in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE"):
-        size = int(name[4:6]) // 8
-        text = head[: len(head) // size * size].decode(name, "ignore")
-        is_whole = len(text) > 0.9 * (len(head) // size)
-        if is_whole and "\0" not in text and ("\t" in text or "\n" in text):
-            return name
-    return ""
-
-
-def _is_foreign(line: bytes) -> bool:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError:
-        return True
-    return False
-
-
 def _guess_encoding(lines: bytes) -> str:
     """The first encoding in which the bytes make the letters expected of it, or ""."""
     for name, codec, letters, least in _ENCODINGS:
@@ -172,14 +170,6 @@ def _guess_encoding(lines: bytes) -> str:
         if sum(map(len, re.findall(letters, text))) > least * num_foreign:
             return name
     return ""
-
-
-def _reason(error: OSError | ValueError) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, IsADirectoryError):
-        return "is a folder; a TSV file is expected"
-    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
 def _byte_fault(line: str) -> str:
@@ -192,64 +182,44 @@ def _byte_fault(line: str) -> str:
     return f"byte {position} of the line, 0x{ord(found[0]) & 0xFF:02x}, is not UTF-8"
 
 
-class _Cursor:
-    """A place in the lines of a file, for fields that go over several of them."""
-
-    def __init__(
-        self, path: str, number: int, line: str, fault: str, lines: Iterator[tuple[int, str, str]]
-    ) -> None:
-        self.path = path
-        self.number = number
-        self.line = line
-        self.fault = fault
-        self.lines = lines
-        self.position = 0
-
-    def cell(self) -> str:
-        """The next cell; afterwards the position is behind its tab, or beyond the line."""
-        quoted = self._quoted() if self.line.startswith('"', self.position) else None
-        end = self.line.find("\t", self.position)
-        if end < 0:
-            end = len(self.line)
-        rest = self.line[self.position : end]
-        if end == len(self.line):
-            rest = rest.removesuffix("\r")
-        self.position = end + 1
-        if quoted is not None and rest and not rest.isspace():
-            self.fault = self.fault or "text after a closing quote; inside quotes, a quote is written twice"
-        return (quoted or "") + rest
-
-    def _quoted(self) -> str:
-        opened = self.number
+def _quoted_record(
+    path: str, start: int, line: str, fault: str, lines: Iterator[tuple[int, str, str]]
+) -> Record:
+    """The row that begins with this line; a field in quotes takes further `lines`."""
+    number, position, cells = start, 0, []
+    while position <= len(line):
         parts: list[str] = []
-        self.position += 1
-        while (end := self._closing_quote()) < 0:
-            parts.append(self.line[self.position :] + "\n")
-            following = next(self.lines, None)
-            if following is None:
-                raise DataError(
-                    f"{self.path}:{opened}: the quote opened here is never closed; "
-                    "quoting: none takes quotes literally"
-                )
-            self.number, self.line, fault = following
-            self.fault = self.fault or (f"line {self.number}: {fault}" if fault else "")
-            self.position = 0
-        parts.append(self.line[self.position : end])
-        self.position = end + 1
-        return "".join(parts).replace('""', '"')
+        is_quoted = line.startswith('"', position)
+        if is_quoted:
+            opened, position = number, position + 1
+            while (end := _closing_quote(line, position)) < 0:
+                parts += line[position:], "\n"
+                following = next(lines, None)
+                if following is None:
+                    raise DataError(
+                        f"{path}:{opened}: the quote opened here is never closed; "
+                        "quoting: none takes quotes literally"
+                    )
+                number, line, found = following
+                fault = fault or (f"line {number}: {found}" if found else "")
+                position = 0
+            parts.append(line[position:end])
+            position = end + 1
+        end = line.find("\t", position)
+        rest = line[position:] if end < 0 else line[position:end]
+        rest = rest.removesuffix("\r") if end < 0 else rest
+        position = len(line) + 1 if end < 0 else end + 1
+        if is_quoted and rest and not rest.isspace():
+            fault = fault or "text after a closing quote; inside quotes, a quote is written twice"
+        cells.append("".join(parts).replace('""', '"') + rest)
+    return Record(start, cells, fault)
 
-    def _closing_quote(self) -> int:
-        end = self.line.find('"', self.position)
-        while end >= 0 and self.line.startswith('"', end + 1):
-            end = self.line.find('"', end + 2)
-        return end
 
-
-def _quoted_record(cursor: _Cursor) -> Record:
-    start, cells = cursor.number, []
-    while cursor.position <= len(cursor.line):
-        cells.append(cursor.cell())
-    return Record(start, cells, cursor.fault)
+def _closing_quote(line: str, position: int) -> int:
+    end = line.find('"', position)
+    while end >= 0 and line.startswith('"', end + 1):
+        end = line.find('"', end + 2)
+    return end
 
 
 INVISIBLE = (

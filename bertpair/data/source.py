@@ -1,4 +1,4 @@
-"""From the data settings to files, columns, labels and targets.
+"""From the data settings to files, columns, labels and the rows in them.
 
 A preset decides what the settings leave open. One exception: numbers of a preset that a four-column file
 does not have give way to the four-column default, because `--task_name MNLI-MM` was how the 2020 recipe
@@ -7,17 +7,22 @@ said "pairs, three classes" about its own files.
 
 import logging
 import os
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bertpair.data.columns import Columns
-from bertpair.data.tsv import first_row
-from bertpair.errors import ConfigError, DataError, list_faults
+from bertpair.data.dataset import Pairs
+from bertpair.data.records import first_row
+from bertpair.data.tsv import read_pairs
+from bertpair.errors import ConfigError, DataError, list_faults, listed, show
 from bertpair.settings.config import DataSettings
 from bertpair.settings.tasks import FOUR_COLUMN, SCORE_METRICS, Task, find_task
 
 logger = logging.getLogger(__name__)
+
+_WHOLE = re.compile(r"[+-]?[0-9]{1,4000}")  # int() refuses more digits
 
 
 @dataclass(frozen=True)
@@ -36,17 +41,119 @@ class Source:
     labels: tuple[str, ...] | None
     regression: bool
     metrics: tuple[str, ...]
+    on_bad_row: str
     notes: tuple[str, ...]
+
+    def read(
+        self,
+        files: Sequence[Path | str],
+        columns: Columns,
+        labels: Sequence[str] | None,
+        *,
+        limit: int | None = None,
+        limit_name: str = "limit",
+    ) -> Pairs:
+        """The rows of these files, of `labels` alone where they are given; DataError as the settings say.
+
+        `limit`: so many rows, no more; the log then names the setting `limit_name`.
+        """
+        return read_pairs(
+            files,
+            columns,
+            labels=labels,
+            regression=self.regression,
+            on_bad_row=self.on_bad_row,
+            limit=limit,
+            limit_name=limit_name,
+        )
+
+    def columns_for(
+        self,
+        path: Path | str,
+        *,
+        with_labels: bool,
+        header: tuple[str, ...] | None = None,
+        checks_header: bool = True,
+    ) -> Columns:
+        """How to read a later file: as in training; without labels perhaps as the preset's test file.
+
+        `header` is the training file's, None where it had none or is not known; `checks_header` holds the
+        file against it. What the file's first row says decides, never the file's name.
+        """
+        trained, test = self.columns, self.test_columns
+        columns = replace(trained, header=header, label=trained.label if with_labels else None)
+        layouts = [(each.text_a, each.text_b, each.has_header) for each in (trained, test)]
+        if not with_labels and layouts[0] != layouts[1] and test.has_header:
+            first = [cell.strip() for cell in first_row(path, test.quoting)]
+            places = [column for column in layouts[1][:2] if isinstance(column, int)]
+            if [first[p] for p in places if 0 <= p < len(first)] == list(self.task.text_names):
+                columns = test
+        numbers = [column for _, column in columns.by_role() if isinstance(column, int)]
+        if columns.has_header and numbers and header is None:
+            logger.info("no header of the training file is known: columns by number, %s", listed(numbers))
+        return replace(columns, checks_header=checks_header)
+
+    def training_labels(self, pairs: Pairs) -> tuple[str, ...] | None:
+        """The classes in id order, None for a regression.
+
+        Labels that are found are sorted as numbers if all are integers, else by code point. DataError for
+        fewer than two, and for more than twenty numbers of which some are not whole: scores.
+        """
+        if self.regression:
+            return None
+        rows = pairs.labels or []
+        found = sorted(set(rows))
+        if len(found) < 2:
+            raise DataError(
+                f"training data: found only the label {show(rows[0])} in all {len(rows):,} rows; "
+                "at least two different labels are needed"
+            )
+        if self.labels is not None:
+            if absent := sorted(set(self.labels) - set(found)):
+                logger.warning("labels without a single training row: %s", ", ".join(absent))
+            return self.labels
+        not_whole = _not_whole(found)
+        if len(found) > 20 and not_whole:
+            raise DataError(
+                f"the label column holds {len(found)} different numbers, some not whole (such as "
+                f"{not_whole[0]}); set problem_type: regression to train on scores, or list the classes in "
+                "labels"
+            )
+        return tuple(sorted(found, key=int) if all(map(_WHOLE.fullmatch, found)) else found)
+
+    def positive_label(self, labels: Sequence[str] | None, setting: str | None) -> str | None:
+        """The label that f1 is of: as set, else the task's, else that with id 1; None where not two are.
+
+        ConfigError where `setting` is none of two labels.
+        """
+        if labels is None or len(labels) != 2:
+            if setting is None:
+                return None
+            found = "a regression has none" if labels is None else f"here are {len(labels)}"
+            raise ConfigError(f"positive_label: found {setting!r}; f1 is measured with two labels, {found}")
+        if setting is None:
+            usual = self.task.positive_label
+            return usual if usual in labels else labels[1]
+        if setting not in labels:
+            raise ConfigError(f"positive_label: found {setting!r}; allowed: {listed(labels)}")
+        return setting
+
+
+def _not_whole(labels: Sequence[str]) -> list[str]:
+    """Those that are not whole numbers, provided that all are numbers."""
+    try:
+        return [label for label in labels if not float(label).is_integer()]
+    except ValueError:
+        return []
 
 
 def resolve_source(settings: DataSettings, *, needs: Collection[str] = ("train",)) -> Source:
-    """Settings and preset → what to read; ConfigError for settings that contradict each other.
+    """Settings and preset → what to read; ConfigError for labels that contradict the task.
 
     `needs`: which of `train`, `dev`, `test` must be there, else a DataError lists what was looked for. In
     training, a dev file that was named must be there too; without one that was not, a note says so.
     """
-    task, notes = _fitting_task(settings, find_task(settings.task_name), needs)
-    columns, test_columns = _columns(settings, task), _columns(settings, task, is_test=True)
+    task, notes = _fitting_task(settings, needs)
     labels, regression, metrics = _labels(settings, task)
     files = _find_files(settings, task, needs)
     if "train" in needs and not files["dev"]:
@@ -57,45 +164,41 @@ def resolve_source(settings: DataSettings, *, needs: Collection[str] = ("train",
         files["train"],
         files["dev"],
         files["test"],
-        columns,
-        test_columns,
+        _columns(settings, task),
+        _columns(settings, task, is_test=True),
         labels,
         regression,
         metrics,
+        settings.on_bad_row,
         notes,
     )
 
 
-def columns_for(
-    source: Source, path: Path | str, *, with_labels: bool, header: tuple[str, ...] | None = None
-) -> Columns:
-    """How to read one file: as in training; without labels perhaps as the preset's test file, if it is one.
-
-    `header` is the training file's, None where it had none or is not known. What the file's first row says
-    decides, never the file's name.
-    """
-    trained = replace(source.columns, header=header)
-    if with_labels:
-        return trained
-    test = source.test_columns
-    if (test.text_a, test.text_b, test.has_header) != (trained.text_a, trained.text_b, trained.has_header):
-        first = first_row(path, trained.quoting)
-        if _texts_named(test, first, source.task.text_names):
-            return test
-    return replace(trained, label=None)
-
-
-def _texts_named(columns: Columns, first: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether a header row has these names where the texts are."""
-    places = [column for column in (columns.text_a, columns.text_b) if isinstance(column, int)]
-    if not columns.has_header or len(places) != len(names) or not all(0 <= p < len(first) for p in places):
-        return False
-    return [first[place].strip() for place in places] == list(names)
+def _fitting_task(settings: DataSettings, needs: Collection[str]) -> tuple[Task, tuple[str, ...]]:
+    """The preset, or the four-column default where the data is such; the first file that tells decides."""
+    preset = find_task(settings.task_name)
+    numbers = [column for column in (preset.text_a, preset.text_b, preset.label) if isinstance(column, int)]
+    train = [*_named(settings, "train"), *_usual_places(settings, preset, "train")]
+    dev = [*_named(settings, "dev"), *_usual_places(settings, FOUR_COLUMN, "dev")]
+    # Scoring a named file: that file itself tells best.
+    for path in train + dev if "train" in needs else _named(settings, "dev") + train + dev:
+        try:
+            width = len(first_row(path, settings.quoting))
+        except DataError:
+            continue  # whoever reads the file says why
+        if all(-width <= number < width for number in numbers):
+            break
+        if width == 4:
+            kept = ("name", "regression", "metrics", "positive_label")
+            return replace(FOUR_COLUMN, **{name: getattr(preset, name) for name in kept}), (
+                f"task_name {preset.name}: {path} has four columns, so columns, labels and dev file are "
+                "those of the four-column default; metrics stay the preset's",
+            )
+    return preset, ()
 
 
 def _named(settings: DataSettings, kind: str) -> list[Path]:
-    named: Sequence[str] | None = getattr(settings, f"{kind}_file")
-    return [Path(name) for name in ([named] if isinstance(named, str) else named or [])]
+    return [Path(name) for name in getattr(settings, f"{kind}_file") or ()]
 
 
 def _usual_places(settings: DataSettings, task: Task, kind: str) -> list[Path]:
@@ -136,58 +239,18 @@ def _not_found(settings: DataSettings, kind: str, places: list[Path]) -> str:
     return f"{message}; did you mean {', '.join(found)}?" if found else message
 
 
-def _fitting_task(
-    settings: DataSettings, preset: Task, needs: Collection[str]
-) -> tuple[Task, tuple[str, ...]]:
-    """The preset, or the four-column default where the data is such; the first file that tells decides."""
-    train = [*_named(settings, "train"), *_usual_places(settings, preset, "train")]
-    dev = [*_named(settings, "dev"), *_usual_places(settings, FOUR_COLUMN, "dev")]
-    # Scoring a named file: that file itself tells best.
-    for path in train + dev if "train" in needs else _named(settings, "dev") + train + dev:
-        width = _width(path, settings.quoting)
-        if width and _has_columns(preset, width):
-            break
-        if width == 4:
-            task = replace(
-                FOUR_COLUMN,
-                name=preset.name,
-                regression=preset.regression,
-                metrics=preset.metrics,
-                positive_label=preset.positive_label,
-            )
-            return task, (
-                f"task_name {preset.name}: {path} has four columns, so columns, labels and dev file are "
-                "those of the four-column default; metrics stay the preset's",
-            )
-    return preset, ()
-
-
-def _width(path: Path, quoting: str) -> int:
-    """Cells of the first row; 0 if there is none (whoever reads the file says why)."""
-    try:
-        return len(first_row(path, quoting))
-    except DataError:
-        return 0
-
-
-def _has_columns(task: Task, width: int) -> bool:
-    numbers = [column for column in (task.text_a, task.text_b, task.label) if isinstance(column, int)]
-    return all(-width <= number < width for number in numbers)
-
-
 def _columns(settings: DataSettings, task: Task, *, is_test: bool = False) -> Columns:
     usual = (task.test_text_a, task.test_text_b) if is_test else (task.text_a, task.text_b)
-    text_a = usual[0] if settings.text_a_column == "auto" else settings.text_a_column
-    text_b = usual[1] if settings.text_b_column == "auto" else settings.text_b_column
-    label = task.label if settings.label_column == "auto" else settings.label_column
-    if text_a is None or label is None:
-        raise ConfigError("text_a_column, label_column: found null; only text_b_column may be null")
+    given = (settings.text_a_column, settings.text_b_column, settings.label_column)
+    text_a = usual[0] if given[0] == "auto" else given[0]
+    text_b = usual[1] if given[1] == "auto" else given[1]
+    label = task.label if given[2] == "auto" else given[2]
     has_header = settings.has_header
     if not isinstance(has_header, bool):  # a column that is named needs a header to be found in
         is_named = any(isinstance(column, str) for column in (text_a, text_b, label))
         has_header = is_named or (task.test_has_header if is_test else task.has_header)
     names: dict[str, str] = {}
-    if (settings.text_a_column, settings.text_b_column, settings.label_column) == ("auto",) * 3 and text_b:
+    if given == ("auto",) * 3 and text_b and not is_test:
         names = dict(zip(("text_a", "text_b", "label"), (*task.text_names, "label"), strict=True))
     return Columns(
         text_a,
@@ -196,16 +259,12 @@ def _columns(settings: DataSettings, task: Task, *, is_test: bool = False) -> Co
         has_header,
         settings.quoting,
         checks_header=settings.has_header == "auto",
-        usual={} if is_test else names,
+        usual=names,
     )
 
 
 def _labels(settings: DataSettings, task: Task) -> tuple[tuple[str, ...] | None, bool, tuple[str, ...]]:
     """Labels in id order if they are known, whether it is a regression, and what is measured."""
-    if settings.problem_type not in (None, "classification", "regression"):
-        raise ConfigError(
-            f"problem_type: found {settings.problem_type!r}; allowed: classification, regression"
-        )
     usual = "regression" if task.regression else "classification"
     regression = (settings.problem_type or usual) == "regression"
     metrics = task.metrics
@@ -215,7 +274,7 @@ def _labels(settings: DataSettings, task: Task) -> tuple[tuple[str, ...] | None,
         return None if regression else task.labels, regression, metrics
     if regression:
         raise ConfigError("labels: a regression has none; leave them out or set problem_type: classification")
-    labels = tuple(str(label).strip() for label in settings.labels)
-    if len(set(labels)) < max(2, len(labels)) or "" in labels:
-        raise ConfigError(f"labels: found {list(labels)}; at least two are needed, all different, none empty")
+    labels = tuple(label.strip() for label in settings.labels)
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"labels: found {listed(labels)}; they must be all different")
     return labels, regression, metrics

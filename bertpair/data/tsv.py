@@ -1,4 +1,4 @@
-"""A TSV file → texts and labels; every fault with its file and line.
+"""TSV files → pairs of texts and their labels; every fault with its file and line.
 
 Texts come back verbatim, labels without surrounding spaces. Every row that cannot be used is named; none is
 dropped unless `on_bad_row: skip` asks for it, and then it is counted and listed.
@@ -13,52 +13,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bertpair.data.columns import (
     Columns,
     FirstRow,
-    Misfits,
     Places,
     check_header,
     is_quoted,
     locate_columns,
+    misfit_fault,
     near_miss,
     other_format,
 )
+from bertpair.data.dataset import Pairs
 from bertpair.data.records import Record, is_blank, read_records
-from bertpair.errors import ConfigError, DataError, list_faults, listed, show
+from bertpair.errors import DataError, list_faults, listed, show
 from bertpair.runtime import stop_flag
-
-__all__ = ["Columns", "Pairs", "check_two_classes", "find_labels", "first_row", "read_pairs"]
 
 logger = logging.getLogger(__name__)
 
 _SHOWN_FAULTS = 10
-_WHOLE = re.compile(r"[+-]?[0-9]{1,4000}")  # int() refuses more digits
 _LARGEST = 1e18  # its square, of which the loss is made, is still a float32
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """Rows in the files' order; row i is line `line_of_row[i]` (from 1) of `files[file_of_row[i]]`."""
-
-    text_a: list[str]
-    text_b: list[str] | None
-    labels: list[str] | None
-    files: tuple[str, ...]
-    file_of_row: NDArray[np.int32]
-    line_of_row: NDArray[np.int32]
-    header: tuple[str, ...] | None = None  # of the first file; None: it has none
-    skipped: tuple[str, ...] = ()
-    num_skipped: int = 0
-
-    def __len__(self) -> int:
-        return len(self.text_a)
-
-    def where(self, row: int) -> str:
-        """`train.tsv:17`"""
-        return f"{self.files[self.file_of_row[row]]}:{self.line_of_row[row]}"
 
 
 def read_pairs(
@@ -78,11 +53,8 @@ def read_pairs(
     and logs them; a file that cannot be read at all, or has no good row, is an error in both. `limit`: so
     many good rows, no more; the log then says of how many, and names the setting `limit_name`.
     """
-    if on_bad_row not in ("error", "skip"):
-        raise ConfigError(f"on_bad_row: found {on_bad_row!r}; allowed: error, skip")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit: found {limit}; allowed: 1 or more")
-    reader = _Reader(columns, labels, regression, limit, skips=on_bad_row == "skip")
+    allowed = None if labels is None or regression else dict.fromkeys(labels)
+    reader = _Reader(columns, allowed, regression, limit, skips=on_bad_row == "skip")
     broken = []
     for path in paths:
         try:
@@ -90,122 +62,82 @@ def read_pairs(
         except DataError as error:
             broken.append(str(error))
             reader.note(str(error))
-    if on_bad_row == "error" and reader.num_faults:
-        raise DataError(list_faults(reader.faults, reader.num_faults, _SHOWN_FAULTS))
+    faults = [fault for file in reader.files for fault in file.faults]
+    num_faults = sum(file.num_faults for file in reader.files)
+    all_faults = list_faults(faults, num_faults, _SHOWN_FAULTS)
+    if faults and on_bad_row == "error":
+        raise DataError(all_faults)
     if broken:
         raise DataError(list_faults(broken, limit=_SHOWN_FAULTS))
-    if reader.num_rows > len(reader.text_a) and reader.is_full:
-        logger.info("%s: the first %s of %s rows", limit_name, f"{limit:,}", f"{reader.num_rows:,}")
-    return reader.result()
-
-
-def first_row(path: Path | str, quoting: str = "none") -> list[str]:
-    """The cells of the first line; DataError if there is none, or it is empty or not text."""
-    name = os.fspath(path)
-    for line, cells, fault in read_records(name, quoting):
-        if fault or not cells:
-            raise DataError(f"{name}:{line}: {fault or 'an empty line; the first row is expected here'}")
-        return cells
-    raise DataError(f"{name}: the file is empty")
-
-
-def find_labels(values: Sequence[str]) -> tuple[str, ...]:
-    """The labels in id order: sorted as numbers if all are integers, else by code point.
-
-    DataError for fewer than two, and for more than twenty numbers of which some are not whole: scores.
-    """
-    check_two_classes(values)
-    labels = sorted(set(values))
-    not_whole = _not_whole(labels)
-    if len(labels) > 20 and not_whole:
-        raise DataError(
-            f"the label column holds {len(labels)} different numbers, some not whole (such as "
-            f"{not_whole[0]}); set problem_type: regression to train on scores, or list the classes in labels"
-        )
-    if all(_WHOLE.fullmatch(label) for label in labels):
-        labels.sort(key=int)
-    return tuple(labels)
-
-
-def _not_whole(labels: Sequence[str]) -> list[str]:
-    """Those that are not whole numbers, provided that all are numbers."""
-    try:
-        return [label for label in labels if not float(label).is_integer()]
-    except ValueError:
-        return []
-
-
-def check_two_classes(values: Sequence[str]) -> None:
-    """DataError unless at least two different labels occur."""
-    different = set(values)
-    if len(different) < 2:
-        found = f"only the label {show(values[0])} in all {len(values):,} rows" if values else "no labels"
-        raise DataError(f"training data: found {found}; at least two different labels are needed")
+    num_rows = sum(file.num_rows for file in reader.files)
+    if num_rows > len(reader.text_a) and reader.is_full:
+        logger.info("%s: the first %s of %s rows", limit_name, f"{limit:,}", f"{num_rows:,}")
+    if faults:
+        logger.warning("bad rows skipped: %d (on_bad_row: skip)\n%s", num_faults, all_faults)
+    reader.warn_of_headers()
+    pairs = reader.pairs()
+    if columns.quoting == "none" and len(pairs) > 1 and all(map(is_quoted, pairs.text_a)):
+        logger.warning("%s: all texts are in quotes; --quoting csv takes them off", ", ".join(pairs.files))
+    return pairs
 
 
 @dataclass
 class _File:
-    """The file that is being read, and where the reader's lists stood before it."""
+    """One file, and what was found in it so far."""
 
     path: str
-    num_shown: int
-    num_faults: int
-    num_good: int
+    start: int  # how many good rows the files before it have
+    places: Places | None = None
     header: list[str] | None = None  # the cells that are read
     num_filled: int = 0  # cells of the first row, up to the last one with something in it
     first: FirstRow | None = None  # below the header, if there is one
     first_line: int = 0
-    places: Places | None = None
-    num_rows: int = 0
+    num_rows: int = 0  # those beyond the limit too
     num_tried: int = 0  # those within the limit
     num_short: int = 0  # good rows with fewer cells than the first one
     first_short: int = 0
-    misfits: Misfits = field(default_factory=Misfits)
+    misfits: Counter[int] = field(default_factory=Counter)  # rows without the first one's columns, by cells
+    misfit: list[str] = field(default_factory=list)  # the first of them
+    faults: list[str] = field(default_factory=list)
+    num_faults: int = 0
 
 
+@dataclass
 class _Reader:
-    """Collects rows and faults over all files."""
+    """Collects rows over all files."""
 
-    def __init__(
-        self,
-        columns: Columns,
-        labels: Sequence[str] | None,
-        regression: bool,
-        limit: int | None,
-        skips: bool,
-    ) -> None:
-        self.columns = columns
-        self.allowed = None if labels is None or regression else dict.fromkeys(labels)
-        self.regression = regression
-        self.limit = limit
-        self.skips = skips
-        self.text_a: list[str] = []
-        self.text_b: list[str] = []
-        self.labels: list[str] = []
-        self.files: list[str] = []
-        self.file_of_row: list[int] = []
-        self.line_of_row: list[int] = []
-        self.header: tuple[str, ...] | None = None
-        self.here = _File("", 0, 0, 0)
-        self.headers: list[tuple[str, str | None, str | None]] = []  # where, the label's cell, a number
-        self.first_rows: list[int] = []  # of files without a header
-        self.faults: list[str] = []
-        self.num_faults = 0
-        self.num_rows = 0  # those beyond the limit too
+    columns: Columns
+    allowed: dict[str, None] | None
+    regression: bool
+    limit: int | None
+    skips: bool
+    text_a: list[str] = field(default_factory=list)
+    text_b: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    files: list[_File] = field(default_factory=list)
+    file_of_row: list[int] = field(default_factory=list)
+    line_of_row: list[int] = field(default_factory=list)
+    header: tuple[str, ...] | None = None
+    headers: list[tuple[str, str, str | None]] = field(default_factory=list)  # where, label's cell, a number
+    first_rows: list[int] = field(default_factory=list)  # of files without a header
+
+    @property
+    def here(self) -> _File:
+        return self.files[-1]
 
     @property
     def is_full(self) -> bool:
         return self.limit is not None and len(self.text_a) >= self.limit
 
     def note(self, fault: str) -> None:
-        self.num_faults += 1
-        if len(self.faults) < _SHOWN_FAULTS:
-            self.faults.append(fault)
+        self.here.num_faults += 1
+        if len(self.here.faults) < _SHOWN_FAULTS:
+            self.here.faults.append(fault)
 
     def read(self, path: str) -> None:
         """All rows of one file, or as many as the limit wants; DataError if there is nothing to read."""
-        self.files.append(path)
-        self.here = here = _File(path, len(self.faults), self.num_faults, len(self.text_a))
+        here = _File(path, len(self.text_a))
+        self.files.append(here)
         empty_lines: list[int] = []  # faults only if a row follows: at the end of a file they are harmless
         records = read_records(path, self.columns.quoting)
         for record in records:
@@ -227,81 +159,76 @@ class _Reader:
             empty_lines.clear()
             here.num_rows += 1
             if not self.is_full:
-                self._add(record, here.places)
-        self._close()
+                self._add(record, here, here.places)
+        self._close(here)
 
     def _start(self, record: Record, empty_lines: list[int], records: Iterator[Record]) -> Places:
         """Find the columns in a file's first row, which is its header if it has one."""
-        where, cells, here = f"{self.here.path}:{record.line}: ", record.cells, self.here
-        if self.columns.has_header and (record.fault or empty_lines):
+        here, cells, has_header = self.here, record.cells, self.columns.has_header
+        where = f"{here.path}:{record.line}: "
+        if has_header and (record.fault or empty_lines):
             raise DataError(
                 where + (record.fault or "the header row is expected in the first line, not after empty ones")
             )
         other = other_format(cells, self.columns)
-        if other or (self.columns.has_header and len(cells) == 1 and self.columns.num_used > 1):
+        if other or (has_header and len(cells) == 1 and self.columns.num_used > 1):
             following = next((each.cells for each in records if each.cells), [])
-            if len(following) > 1:
-                raise DataError(f"{where}expected tabs as in the next row, found none in {listed(cells)}")
-            if other:
+            if other and len(following) < 2:
                 raise DataError(f"{where}looks {other}")
-            raise DataError(f"{where}expected tabs between the columns, found none in {listed(cells)}")
+            place = "as in the next row" if len(following) > 1 else "between the columns"
+            raise DataError(f"{where}expected tabs {place}, found none in {listed(cells)}")
         here.num_filled = max((place + 1 for place, cell in enumerate(cells) if cell.strip()), default=0)
-        if self.columns.has_header:
+        if has_header:
             check_header(where, cells, self.columns.quoting)
         places = locate_columns(self.columns, cells, where)
-        if not self.columns.has_header:
-            return places
-        here.header = self._used(cells, places)
-        if self.header is None:
-            self.header = tuple(cell.strip() for cell in cells)
-        number = None
-        if self.columns.header is None:  # further files must agree with this one
-            self.columns = replace(self.columns, header=self.header)
-            number = next(filter(_WHOLE.fullmatch, cells), None)
-        label = None if places.label is None else cells[places.label].strip()
-        self.headers.append((where, label, number))
+        if has_header:
+            here.header = _used(cells, places)
+            number = None
+            if self.header is None:
+                self.header = tuple(cell.strip() for cell in cells)
+            if self.columns.header is None:  # further files must agree with this one
+                self.columns = replace(self.columns, header=self.header)
+                number = next((cell for cell in cells if re.fullmatch("[+-]?[0-9]+", cell)), None)
+            label = "" if places.label is None else cells[places.label].strip()
+            self.headers.append((where, label, number))
         return places
 
-    def _close(self) -> None:
+    def _close(self, here: _File) -> None:
         """What a whole file shows; DataError where that leaves nothing to be read from it."""
-        here = self.here
-        self.num_rows += here.num_rows
-        if not here.num_rows:
+        if here.places is None or not here.num_rows:
             raise DataError(
                 f"{here.path}: " + ("only a header row, no rows" if here.places else "the file is empty")
             )
-        num_others = here.num_tried - (self._good_first_row() and not self.columns.has_header)
-        if here.places and num_others > 1 and here.misfits.is_all_of(num_others):
-            self.num_faults = here.num_faults  # one line says it for all
-            del self.faults[here.num_shown :]
-            raise DataError(f"{here.path}: {here.misfits.message(here.places, self.columns)}")
-        if self.skips and here.num_tried and len(self.text_a) == here.num_good:
-            faults = list_faults(self.faults[here.num_shown :], self.num_faults - here.num_faults)
+        is_good = self.line_of_row[here.start : here.start + 1] == [here.first_line]  # the first row
+        num_others = here.num_tried - (is_good and not self.columns.has_header)
+        width, count = next(iter(here.misfits.most_common(1)), (0, 0))
+        if num_others > 1 and count == num_others:
+            here.faults, here.num_faults = [], 0  # one line says it for all
+            fault = misfit_fault(width, count, here.misfit, here.places, self.columns)
+            raise DataError(f"{here.path}: {fault}")
+        if self.skips and here.num_tried and len(self.text_a) == here.start:
+            faults = list_faults(here.faults, here.num_faults)
             raise DataError(f"{here.path}: not one good row:\n{faults}")
-        if here.first is not None and self._good_first_row():
-            self._check_first_row(here.first)
+        if here.first is not None and is_good:
+            self._check_first_row(here, here.first)
         if here.num_short:
             said = "%s: rows with fewer columns than the first, counted from the left: %d, as in line %d"
             logger.warning(said, here.path, here.num_short, here.first_short)
 
-    def _good_first_row(self) -> bool:
-        return self.line_of_row[self.here.num_good : self.here.num_good + 1] == [self.here.first_line]
-
-    def _check_first_row(self, first: FirstRow) -> None:
+    def _check_first_row(self, here: _File, first: FirstRow) -> None:
         """Say what is known of a first row that was read as a row; DataError if it is a header."""
-        here = self.here
         where = f"{here.path}:{here.first_line}: "
         if not first.check(where, self.columns) or self.columns.has_header:
             return
-        self.first_rows.append(here.num_good)
+        self.first_rows.append(here.start)
         if self.columns.label is None:
-            texts = [column[here.num_good] for column in (self.text_a, self.text_b) if column]
+            texts = [column[here.start] for column in (self.text_a, self.text_b) if column]
             logger.info("%sread as a row, not as a header: %s", where, listed(texts))
 
-    def _add(self, record: Record, places: Places) -> None:
-        here, cells = self.here, record.cells
+    def _add(self, record: Record, here: _File, places: Places) -> None:
+        cells = record.cells
         here.num_tried += 1
-        fault = record.fault or self._fault(cells, places) or self._header_again(cells, places)
+        fault = record.fault or self._fault(cells, here, places)
         if fault:
             self.note(f"{here.path}:{record.line}: {fault}")
             return
@@ -316,24 +243,15 @@ class _Reader:
         self.file_of_row.append(len(self.files) - 1)
         self.line_of_row.append(record.line)
 
-    def _used(self, cells: list[str], places: Places) -> list[str]:
-        """The cells that are read."""
-        used = (places.text_a, places.text_b, places.label)
-        return [cells[place].strip() for place in used if place is not None]
-
-    def _header_again(self, cells: list[str], places: Places) -> str:
-        if self.here.header is None or self._used(cells, places) != self.here.header:
-            return ""
-        return "the header row again; was one file appended to another? If it is a row, set has_header: false"
-
-    def _fault(self, cells: list[str], places: Places) -> str:
+    def _fault(self, cells: list[str], here: _File, places: Places) -> str:
         """What is wrong with a row whose bytes are text, or ""."""
-        if len(cells) < places.needed:
-            if len(cells) == 1 or not self.columns.has_header:
-                self.here.misfits.note(cells)
-            return f"expected at least {places.needed} tab-separated columns, found {len(cells)}"
-        if any(cell.strip() for cell in cells[places.width :]):
-            self.here.misfits.note(cells)
+        is_short = len(cells) < places.needed
+        if is_short or any(cell.strip() for cell in cells[places.width :]):
+            if not is_short or len(cells) == 1 or not self.columns.has_header:
+                here.misfit = here.misfit or cells
+                here.misfits[len(cells)] += 1
+            if is_short:
+                return f"expected at least {places.needed} tab-separated columns, found {len(cells)}"
             return (
                 f"expected {places.width} tab-separated columns as in the first row, found {len(cells)}; "
                 "is there a tab inside a text?"
@@ -342,14 +260,20 @@ class _Reader:
             return f"text_a_column {self.columns.text_a!r} is empty; a text is expected"
         if places.text_b is not None and is_blank(cells[places.text_b]):
             return f"text_b_column {self.columns.text_b!r} is empty; a text is expected"
-        return "" if places.label is None else self._label_fault(cells[places.label].strip())
+        fault = "" if places.label is None else self._label_fault(cells[places.label].strip())
+        if not fault and here.header is not None and _used(cells, places) == here.header:
+            return (
+                "the header row again; was one file appended to another? "
+                "If it is a row, set has_header: false"
+            )
+        return fault
 
     def _label_fault(self, label: str) -> str:
         if self.allowed is not None:
             if label in self.allowed:
                 return ""
             expected = f"allowed: {listed(list(self.allowed))}"
-            if len(self.faults) < _SHOWN_FAULTS:  # a million of these must not cost a million searches
+            if len(self.here.faults) < _SHOWN_FAULTS:  # a million of these must not cost a million searches
                 expected = near_miss(label, list(self.allowed)) + expected
         elif self.regression:
             if _number(label) is not None:
@@ -357,38 +281,18 @@ class _Reader:
             point = label.replace(",", ".")
             hint = f"did you mean {show(point)}? " if "," in label and _number(point) is not None else ""
             expected = f"{hint}problem_type: regression takes numbers up to 1e18"
+        elif label:
+            return ""
         else:
             expected = "a label is expected"
         if not label:
             return f"label_column {self.columns.label!r} is empty; {expected}"
-        if self.allowed is None and not self.regression:
-            return ""
         is_first = not self.columns.has_header and self.here.num_rows == 1
         hint = "; if this row is a header, set --has_header true or remove it" if is_first else ""
         return f"{'label' if self.regression else 'unknown label'} {show(label)}; {expected}{hint}"
 
-    def result(self) -> Pairs:
-        if not self.files:
-            raise DataError("no file to read")
-        if self.num_faults:
-            faults = list_faults(self.faults, self.num_faults, _SHOWN_FAULTS)
-            logger.warning("bad rows skipped: %d (on_bad_row: skip)\n%s", self.num_faults, faults)
-        self._warn_of_headers()
-        if self.columns.quoting == "none" and len(self.text_a) > 1 and all(map(is_quoted, self.text_a)):
-            logger.warning("%s: all texts are in quotes; --quoting csv takes them off", ", ".join(self.files))
-        return Pairs(
-            self.text_a,
-            None if self.columns.text_b is None else self.text_b,
-            None if self.columns.label is None else self.labels,
-            tuple(self.files),
-            np.array(self.file_of_row, dtype=np.int32),
-            np.array(self.line_of_row, dtype=np.int32),
-            self.header,
-            tuple(self.faults),
-            self.num_faults,
-        )
-
-    def _warn_of_headers(self) -> None:
+    def warn_of_headers(self) -> None:
+        """Point out headers that may be rows, and first rows that may be headers."""
         counts = Counter(self.labels)
         for where, label, number in self.headers:
             found = "" if number is None else f"it holds {number}"
@@ -400,9 +304,25 @@ class _Reader:
         lone = [label for label, count in counts.items() if count == 1]
         for row in self.first_rows if self.allowed is None and not self.regression and len(lone) == 1 else ():
             if self.labels[row] == lone[0]:
-                where = f"{self.files[self.file_of_row[row]]}:{self.line_of_row[row]}"
+                where = f"{self.files[self.file_of_row[row]].path}:{self.line_of_row[row]}"
                 advice = "if it is a header, set has_header: true"
                 logger.warning("%s: no other row has its label, %s; %s", where, show(lone[0]), advice)
+
+    def pairs(self) -> Pairs:
+        return Pairs(
+            self.text_a,
+            None if self.columns.text_b is None else self.text_b,
+            None if self.columns.label is None else self.labels,
+            tuple(file.path for file in self.files),
+            np.array(self.file_of_row, dtype=np.int32),
+            np.array(self.line_of_row, dtype=np.int32),
+            self.header,
+        )
+
+
+def _used(cells: list[str], places: Places) -> list[str]:
+    """The cells that are read."""
+    return [cells[place].strip() for place in places[:3] if place is not None]
 
 
 def _number(text: str) -> float | None:

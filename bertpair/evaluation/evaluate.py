@@ -32,11 +32,9 @@ from bertpair.checkpoints.checkpoint import (
     write_results,
 )
 from bertpair.console import Progress
-from bertpair.data.columns import Columns
-from bertpair.data.dataset import Encoder, Split, Targets, report_labels, resolve_positive_label
-from bertpair.data.source import Source, columns_for, resolve_source
-from bertpair.data.tsv import Pairs, read_pairs
-from bertpair.errors import CheckpointError, ConfigError, listed
+from bertpair.data.dataset import Encoder, Pairs, Split, Targets, report_labels
+from bertpair.data.source import Source, resolve_source
+from bertpair.errors import CheckpointError, ConfigError
 from bertpair.evaluation.classifier import PairClassifier, Scorer, make_predictions
 from bertpair.evaluation.metrics import (
     classification_metrics,
@@ -227,16 +225,15 @@ def evaluate_models(
     first = _open(candidates[0], config, explicit)
     source, files = _resolve_files(config)
     _check_task(config, first, source)
-    pairs = read_pairs(
-        files,
-        _columns(config, source, files[0], first, explicit),
-        labels=first.labels,
-        regression=first.labels is None,
-        on_bad_row=config.on_bad_row,
-        limit=config.max_eval_samples,
-        limit_name="max_eval_samples",
+    columns = source.columns_for(
+        files[0],
+        with_labels=not config.predict,
+        header=first.header,
+        checks_header=not LAYOUT & set(explicit),  # what is given now is not held against the training file
     )
-    positive = resolve_positive_label(first.labels, source, config.positive_label)
+    limit = config.max_eval_samples
+    pairs = source.read(files, columns, first.labels, limit=limit, limit_name="max_eval_samples")
+    positive = source.positive_label(first.labels, config.positive_label)
     if len(set(pairs.labels or ())) == 1:
         report_labels(", ".join(pairs.files), pairs, first.labels)
     data = _describe_data(pairs)
@@ -371,17 +368,6 @@ def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> P
         max_batch_tokens=budget,
         optimize=False,  # the figures are those of training's own evaluation, bit for bit
     )
-
-
-def _columns(
-    config: Config, source: Source, path: Path, model: PairClassifier, explicit: Collection[str]
-) -> Columns:
-    """How to read the data files; what was given now is not held against the training file's header."""
-    columns = columns_for(source, path, with_labels=not config.predict, header=model.header)
-    by_number = [column for _, column in columns.by_role() if isinstance(column, int)]
-    if columns.has_header and by_number and model.header is None:
-        logger.info("no header of the training file is known: columns by number, %s", listed(by_number))
-    return dataclasses.replace(columns, checks_header=not LAYOUT & set(explicit))
 
 
 def _check_task(config: Config, model: PairClassifier, source: Source) -> None:

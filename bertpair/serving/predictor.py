@@ -20,9 +20,8 @@ import numpy.typing as npt
 
 from bertpair.checkpoints.checkpoint import open_model
 from bertpair.checkpoints.manifest import MANIFEST_NAME, read_manifest
-from bertpair.data.source import columns_for, resolve_source
+from bertpair.data.source import resolve_source
 from bertpair.data.tokenizer import Tokens, check_max_length, offsets_of
-from bertpair.data.tsv import read_pairs
 from bertpair.errors import ConfigError, DataError, first_line
 from bertpair.evaluation.classifier import PairClassifier, Prediction
 from bertpair.model.config import ModelFolder
@@ -176,10 +175,9 @@ def _read_rows(path: str, settings: Mapping[str, Any], classifier: PairClassifie
     names = {field.name for field in dataclasses.fields(DataSettings)}
     known = {name: value for name, value in settings.items() if name in names}
     source = resolve_source(DataSettings(**{**known, "dev_file": [path]}), needs=("dev",))
-    columns = columns_for(source, path, with_labels=False, header=classifier.header)
-    columns = dataclasses.replace(columns, checks_header=True)  # nobody can say here that a file is another
+    columns = source.columns_for(path, with_labels=False, header=classifier.header)
     try:
-        pairs = read_pairs([path], columns, labels=classifier.labels, limit=CHECK_ROWS)
+        pairs = source.read([path], columns, classifier.labels, limit=CHECK_ROWS)
     except DataError as error:  # whose advice is for scripts that can be told another layout
         reason = first_line(error).partition("; ")[0]
         raise DataError(f"quantize_check: {reason}; it must be laid out like the training data") from error

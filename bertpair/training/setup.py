@@ -16,16 +16,14 @@ from bertpair.checkpoints.checkpoint import open_model
 from bertpair.checkpoints.run_folder import RunState
 from bertpair.data.dataset import (
     Encoder,
+    Pairs,
     Split,
     label_warnings,
     overlap_warnings,
     report_labels,
-    resolve_positive_label,
-    training_labels,
 )
 from bertpair.data.source import Source, resolve_source
 from bertpair.data.tokenizer import Tokenizer
-from bertpair.data.tsv import Pairs, read_pairs
 from bertpair.errors import ConfigError
 from bertpair.model.bert import BertClassifier
 from bertpair.model.compact_vocabulary import (
@@ -88,7 +86,7 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
     train_pairs, dev_pairs, labels = _read_pairs(config, source, folder)
     if train_pairs.text_b is not None:
         check_pairs(folder, " (text_b_column: null)")
-    positive = resolve_positive_label(labels, source, config.positive_label)
+    positive = source.positive_label(labels, config.positive_label)
     _check_watched(config, labels, has_dev=dev_pairs is not None)
     tokenizer = _read_tokenizer(config, folder, resumed_from)
     encoder = _make_encoder(config, folder, tokenizer)
@@ -171,16 +169,20 @@ def _read_pairs(
     config: Config, source: Source, folder: ModelFolder
 ) -> tuple[Pairs, Pairs | None, tuple[str, ...] | None]:
     """Training pairs, dev pairs and the labels in the model's order; says what the two sets share."""
-    train = _read(config, source, source.train_files, source.labels, "max_train_samples")
-    labels = training_labels(train, source)
+    limit = config.max_train_samples
+    train = source.read(
+        source.train_files, source.columns, source.labels, limit=limit, limit_name="max_train_samples"
+    )
+    labels = source.training_labels(train)
     if labels is not None:
         labels = label_order(folder, labels, new_head=config.new_head, given=config.labels is not None)
         for warning in label_warnings(labels):
             logger.warning("%s", warning)
     dev = None
     if source.dev_files and config.runs_evaluation:
-        source = dataclasses.replace(source, columns=dataclasses.replace(source.columns, header=train.header))
-        dev = _read(config, source, source.dev_files, labels, "max_eval_samples")
+        columns = dataclasses.replace(source.columns, header=train.header)
+        limit = config.max_eval_samples
+        dev = source.read(source.dev_files, columns, labels, limit=limit, limit_name="max_eval_samples")
     report_labels("train", train, labels)
     if dev is not None:
         report_labels("dev", dev, labels)
@@ -200,20 +202,6 @@ def _check_watched(config: Config, labels: Sequence[str] | None, *, has_dev: boo
     for name in () if has_dev else ("load_best_model_at_end", "early_stopping_patience"):
         if getattr(config, name):
             logger.warning("%s has no effect: there is no dev file to evaluate on", name)
-
-
-def _read(
-    config: Config, source: Source, files: Sequence[Path], labels: Sequence[str] | None, limit_name: str
-) -> Pairs:
-    return read_pairs(
-        files,
-        source.columns,
-        labels=labels,
-        regression=source.regression,
-        on_bad_row=config.on_bad_row,
-        limit=getattr(config, limit_name),
-        limit_name=limit_name,
-    )
 
 
 def _read_tokenizer(config: Config, folder: ModelFolder, resumed_from: RunState | None) -> Tokenizer:

@@ -3,7 +3,7 @@
 import pytest
 
 from bertpair.data.columns import Columns, Places, locate_columns, near_miss
-from bertpair.errors import ConfigError, DataError, listed, show
+from bertpair.errors import DataError, listed, show
 
 HEADER = ["id", "question", "answer", "grade"]
 
@@ -48,15 +48,6 @@ def test_two_roles_on_one_column_are_refused() -> None:
         DataError, match="label_column -1 is the same column as text_b_column; has this file no"
     ):
         locate_columns(Columns(1, 2, -1), HEADER[:3], "")
-
-
-def test_names_without_a_header_and_unknown_quoting_contradict() -> None:
-    with pytest.raises(
-        ConfigError, match="text_a_column 'question', label_column 'grade': has_header is false"
-    ):
-        Columns("question", 2, "grade", has_header=False)
-    with pytest.raises(ConfigError, match="quoting: found 'all'; allowed: none, csv"):
-        Columns(1, 2, 3, quoting="all")
 
 
 def test_messages_stay_short_whatever_they_show() -> None:

@@ -154,6 +154,7 @@ table = st.lists(st.lists(cell, min_size=1, max_size=4), max_size=6)
 def test_quoted_rows_come_back_as_the_csv_module_wrote_them(
     path: Path, cells: list[list[str]], end: str
 ) -> None:
+    cells = [["x"]] * 200 + cells  # else many carriage returns in few lines look like a file of their own
     text = io.StringIO(newline="")
     csv.writer(text, delimiter="\t", lineterminator=end, quoting=csv.QUOTE_ALL).writerows(cells)
     assert [(row, fault) for _, row, fault in rows(path, text.getvalue().encode(), "csv")] == [

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bertpair.data.source import columns_for, resolve_source
+from bertpair.data.source import resolve_source
 from bertpair.data.tsv import read_pairs
 from bertpair.errors import ConfigError
 from bertpair.settings.config import DataSettings
@@ -88,7 +88,7 @@ def test_each_glue_layout_reads_with_the_right_texts_and_labels(name: str) -> No
     splits = zip((source.train_files, source.dev_files, source.test_files), LAST_ROWS[name], strict=True)
     for number, (files, expected) in enumerate(splits):
         has_labels = number < 2
-        columns = columns_for(source, files[0], with_labels=has_labels)
+        columns = source.columns_for(files[0], with_labels=has_labels)
         pairs = read_pairs(
             files, columns, labels=source.labels if has_labels else None, regression=source.regression
         )
