@@ -5,28 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from bertpair.errors import CheckpointError, ConfigError, half_character, list_faults, listed
+from bertpair.errors import CheckpointError, ConfigError, half_character, list_faults, listed, show
 from bertpair.model.bert import ACTIVATIONS, BertConfig
 from bertpair.settings.files import read_json
 from bertpair.settings.values import LABELS, convert
 
 logger = logging.getLogger(__name__)
 
-INTEGERS = {  # the lowest and highest that make sense; beyond lies a damaged file, not a larger BERT
-    "vocab_size": (1, 10_000_000),
-    "hidden_size": (1, 65_536),
-    "num_hidden_layers": (1, 1_000),
-    "num_attention_heads": (1, 65_536),
-    "intermediate_size": (1, 1_000_000),
-    "max_position_embeddings": (1, 1_000_000),
-    "type_vocab_size": (1, 1_000_000),
-}
-MAX_LABELS = 1_000_000
-DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 NOT_WRITTEN = (  # would be untrue of what we write: float32, plain BERT, other data, labels told by id2label
     "_name_or_path",
     "auto_map",
@@ -37,6 +26,47 @@ NOT_WRITTEN = (  # would be untrue of what we write: float32, plain BERT, other 
     "transformers_version",
 )
 CLASSIFICATION, REGRESSION = "single_label_classification", "regression"
+
+_Rule = tuple[str, Callable[[Any], bool]]  # what is expected of a field, and whether a value is that
+
+
+def _whole(high: int) -> _Rule:
+    """Beyond `high` lies a damaged file, not a larger BERT."""
+    return f"a whole number from 1 to {high}", lambda value: type(value) is int and 1 <= value <= high
+
+
+def _one_of(*allowed: str) -> _Rule:
+    return " or ".join(allowed), lambda value: value in allowed
+
+
+def _or_null(rule: _Rule) -> _Rule:
+    return rule[0], lambda value: value is None or rule[1](value)
+
+
+_SHARE: _Rule = "a number from 0 to less than 1", lambda v: type(v) in (int, float) and 0 <= v < 1
+_SMALL: _Rule = "a number over 0, at most 1", lambda v: type(v) in (int, float) and 0 < v <= 1
+_NOTHING: _Rule = "false or none: a plain encoder", lambda value: not value
+RULES = {
+    "position_embedding_type": _or_null(_one_of("absolute")),
+    "is_decoder": _NOTHING,
+    "add_cross_attention": _NOTHING,
+    "pruned_heads": _NOTHING,
+    "vocab_size": _whole(10_000_000),
+    "hidden_size": _whole(65_536),
+    "num_hidden_layers": _whole(1_000),
+    "num_attention_heads": _whole(65_536),
+    "intermediate_size": _whole(1_000_000),
+    "max_position_embeddings": _whole(1_000_000),
+    "type_vocab_size": _whole(1_000_000),
+    "hidden_dropout_prob": _SHARE,
+    "attention_probs_dropout_prob": _SHARE,
+    "classifier_dropout": _or_null(_SHARE),
+    "initializer_range": _SMALL,
+    "layer_norm_eps": _SMALL,
+    "hidden_act": _one_of(*ACTIVATIONS),
+    "num_labels": _or_null(_whole(1_000_000)),
+    "problem_type": _or_null(_one_of(CLASSIFICATION, REGRESSION)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +94,10 @@ def read_folder(path: Path, *, config_name: str | Path | None = None) -> ModelFo
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; a model folder holds one, and a vocabulary and weights")
     raw = read_json(file)
-    faults = [*_family_faults(raw), *_field_faults(raw)]
-    names, count, regression = _read_labels(raw, faults)
+    shape = {**dataclasses.asdict(BertConfig()), **raw}
+    found = _wrong_fields({**shape, "num_labels": raw.get("num_labels")})
+    faults = [*_family_faults(raw), *found.values()]
+    names, count, regression = _read_labels({k: value for k, value in raw.items() if k not in found}, faults)
     takes_pairs, header = _read_layout(raw, faults)
     if faults:
         raise CheckpointError(list_faults([f"{file}: {fault}" for fault in faults]))
@@ -118,7 +150,10 @@ def name_labels(folder: ModelFolder, given: Sequence[str] | None) -> tuple[str, 
     None for a regression. Raises ConfigError where `given` names another set, or another number of labels.
     """
     if given is not None:
-        given = _sound_labels(given)
+        try:
+            given = [label.strip() for label in cast(list[str], convert(LABELS, given))]
+        except ValueError as error:
+            raise ConfigError(f"labels: {error}") from None
     if folder.regression:
         if given is not None:
             raise ConfigError(f"labels: found {listed(given)}; {folder.path} is a regression model")
@@ -139,13 +174,6 @@ def name_labels(folder: ModelFolder, given: Sequence[str] | None) -> tuple[str, 
     return tuple(given)
 
 
-def _sound_labels(given: Sequence[str]) -> tuple[str, ...]:
-    try:
-        return tuple(label.strip() for label in cast(list[str], convert(LABELS, given)))
-    except ValueError as error:
-        raise ConfigError(f"labels: {error}") from None
-
-
 def config_json(
     config: BertConfig,
     labels: Sequence[str] | None,
@@ -159,8 +187,6 @@ def config_json(
 
     `takes_pairs` and `header`, the training file's, stand in one object that transformers ignores.
     """
-    if labels is not None and (regression or len(labels) != config.num_labels):
-        raise ValueError(f"{len(labels)} labels for a model of {config.num_labels} outputs ({regression=})")
     names = labels if labels is not None else [f"LABEL_{i}" for i in range(config.num_labels)]
     kept = {key: value for key, value in (raw or {}).items() if key not in NOT_WRITTEN}
     shape = dataclasses.asdict(config)
@@ -182,79 +208,48 @@ def config_json(
 
 
 def _family_faults(raw: Mapping[str, Any]) -> list[str]:
-    """What makes it no plain BERT encoder."""
+    """What makes it no BERT."""
     kind, classes = raw.get("model_type"), raw.get("architectures") or []
+    if kind not in (None, "bert"):
+        return [f"model_type: found {show(kind)}; only bert is supported"]
     if kind is None and "hidden_size" not in raw:
         return ["model_type: there is none, and no hidden_size either: this describes no BERT"]
     if kind is None and not (isinstance(classes, list) and all(str(n).startswith("Bert") for n in classes)):
         return [f"architectures: found {classes!r:.200}; expected a BERT"]
-    if kind not in (None, "bert"):
-        return [f"model_type: found {kind!r:.200}; only bert is supported"]
-    faults = []
-    if raw.get("position_embedding_type") not in (None, "absolute"):
-        faults.append(
-            f"position_embedding_type: found {raw['position_embedding_type']!r:.200}; expected absolute"
-        )
-    for switch in ("is_decoder", "add_cross_attention"):
-        if raw.get(switch) not in (None, False):
-            faults.append(f"{switch}: found {raw[switch]!r:.200}; only encoders are supported (false)")
-    if raw.get("pruned_heads"):
-        faults.append("pruned_heads: found some; only whole layers are supported")
-    return faults
+    return []
 
 
-def _field_faults(raw: Mapping[str, Any]) -> list[str]:
-    """Fields of the network's shape that are of a wrong type or out of range."""
-    shape = {**dataclasses.asdict(BertConfig()), **raw}
-    faults = [
-        f"{name}: found {shape[name]!r:.200}; expected a whole number from {low} to {high}"
-        for name, (low, high) in INTEGERS.items()
-        if not _is_integer(shape[name], low, high)
-    ]
-    heads, size, words = shape["num_attention_heads"], shape["hidden_size"], shape["vocab_size"]
-    if not faults and size % heads:
-        faults.append(f"hidden_size: found {size}; expected a multiple of num_attention_heads ({heads})")
-    if (
-        not faults
-        and shape["pad_token_id"] is not None
-        and not _is_integer(shape["pad_token_id"], 0, words - 1)
-    ):
-        found = shape["pad_token_id"]
-        faults.append(
-            f"pad_token_id: found {found!r:.200}; expected a whole number under vocab_size ({words})"
-        )
-    for name in DROPOUTS:
-        value = shape[name]
-        if not (_is_number(value) and 0 <= value < 1) and not (
-            value is None and name == "classifier_dropout"
-        ):
-            faults.append(f"{name}: found {value!r:.200}; expected a number from 0 to less than 1")
-    for name in ("initializer_range", "layer_norm_eps"):
-        if not (_is_number(shape[name]) and 0 < shape[name] <= 1):
-            faults.append(f"{name}: found {shape[name]!r:.200}; expected a number over 0, at most 1")
-    if not isinstance(shape["hidden_act"], str) or shape["hidden_act"] not in ACTIVATIONS:
-        allowed = ", ".join(ACTIVATIONS)
-        faults.append(f"hidden_act: found {shape['hidden_act']!r:.200}; expected one of {allowed}")
+def _wrong_fields(shape: Mapping[str, Any]) -> dict[str, str]:
+    """Fields of a wrong type or out of range, and what is wrong with each."""
+    faults = {
+        name: f"{name}: found {show(shape.get(name))}; expected {expected}"
+        for name, (expected, is_sound) in RULES.items()
+        if not is_sound(shape.get(name))
+    }
+    heads, size, words, pad = (
+        shape[name] for name in ("num_attention_heads", "hidden_size", "vocab_size", "pad_token_id")
+    )
+    if not faults.keys() & {"num_attention_heads", "hidden_size"} and size % heads:
+        expected = f"a multiple of num_attention_heads ({heads})"
+        faults["hidden_size"] = f"hidden_size: found {size}; expected {expected}"
+    is_id = type(pad) is int and ("vocab_size" in faults or 0 <= pad < words)
+    if pad is not None and not is_id:
+        expected = f"a whole number under vocab_size ({show(words)})"
+        faults["pad_token_id"] = f"pad_token_id: found {show(pad)}; expected {expected}"
     return faults
 
 
 def _read_labels(raw: Mapping[str, Any], faults: list[str]) -> tuple[tuple[str, ...] | None, int, bool]:
     """Label names in id order (None: no names), the number of outputs, regression? Adds to `faults`."""
-    by_id = _names_by_id(raw.get("id2label"), faults)
-    by_name = _names_by_name(raw.get("label2id"), faults)
-    names = by_id if _has_names(by_id) else by_name if _has_names(by_name) else None
-    if names is not None and _has_names(by_name) and names != by_name:
+    by_id, by_name = (_read_names(raw, key, faults) for key in ("id2label", "label2id"))
+    # Tables of LABEL_k say nothing: old transformers wrote two of them beside any num_labels.
+    named = [table for table in (by_id, by_name) if any(name != f"LABEL_{i}" for i, name in enumerate(table))]
+    names = named[0] if named else None
+    if named and named[-1] != names:
         faults.append("label2id: contradicts id2label")
-    stated = raw.get("num_labels")
-    if stated is not None and not _is_integer(stated, 1, MAX_LABELS):
-        faults.append(f"num_labels: found {stated!r:.200}; expected a whole number from 1 to {MAX_LABELS}")
-        stated = None
-    problem = raw.get("problem_type")
-    if problem not in (None, CLASSIFICATION, REGRESSION):
-        faults.append(f"problem_type: found {problem!r:.200}; expected {CLASSIFICATION} or {REGRESSION}")
+    stated, problem = raw.get("num_labels"), raw.get("problem_type")
     if names is not None and stated is not None and stated != len(names):
         faults.append(f"num_labels: found {stated}, but {len(names)} labels are named")
-    # Tables of LABEL_k say nothing: old transformers wrote two of them beside any num_labels.
     tables = [len(table) for table in (names, by_id, by_name) if table]
     count = stated or next(iter(tables), 1 if problem == REGRESSION else BertConfig.num_labels)
     regression = problem == REGRESSION or (problem is None and count == 1)
@@ -263,67 +258,37 @@ def _read_labels(raw: Mapping[str, Any], faults: list[str]) -> tuple[tuple[str, 
     return None if regression else names, count, regression
 
 
+def _read_names(raw: Mapping[str, Any], key: str, faults: list[str]) -> tuple[str, ...]:
+    """The names of id2label or label2id in id order, () where there are none. Adds to `faults`."""
+    table = raw.get(key)
+    if table is None:
+        return ()
+    by_id = table if isinstance(table, dict) else {}
+    if key == "label2id":
+        by_id = {str(i): name for name, i in by_id.items() if type(i) is int}
+    names = [by_id.get(str(i)) for i in range(len(table))] if by_id else []
+    is_sound = all(isinstance(name, str) and name and half_character(name) is None for name in names)
+    if not names or not is_sound or len(set(names)) < len(names):
+        faults.append(
+            f"{key}: found {table!r:.200}; expected names, none empty and none twice, "
+            "with the ids 0, 1, 2, … without a gap"
+        )
+        return ()
+    return tuple(map(str, names))
+
+
 def _read_layout(raw: Mapping[str, Any], faults: list[str]) -> tuple[bool | None, tuple[str, ...] | None]:
     """Whether the model takes pairs, and the training file's header. Adds to `faults`."""
     layout = raw.get("bertpair")
     if layout is None:
         return None, None
-    takes_pairs = layout.get("takes_pairs") if isinstance(layout, dict) else None
-    header = layout.get("header") if isinstance(layout, dict) else None
-    is_header = header is None or (
-        isinstance(header, list) and header != [] and all(isinstance(name, str) for name in header)
+    takes_pairs, header = (
+        (layout.get("takes_pairs"), layout.get("header")) if isinstance(layout, dict) else (None, None)
     )
-    if not isinstance(takes_pairs, bool) or not is_header:
-        faults.append(
-            f"bertpair: found {layout!r:.200}; "
-            "expected takes_pairs (true or false) and header (names or null)"
-        )
-        return None, None
-    return takes_pairs, None if header is None else tuple(header)
-
-
-def _names_by_id(table: Any, faults: list[str]) -> tuple[str, ...]:
-    if table is None:
-        return ()
-    ids = [str(i) for i in range(len(table))] if isinstance(table, dict) else []
-    if not ids or set(ids) != set(table) or len(ids) > MAX_LABELS:
-        faults.append(
-            f"id2label: found {table!r:.200}; expected names under the keys 0, 1, 2, … without a gap"
-        )
-        return ()
-    names = tuple(table[i] for i in ids)
-    if not all(map(_is_name, names)) or len(set(names)) < len(names):
-        faults.append(f"id2label: found {table!r:.200}; expected names, none empty and none twice")
-        return ()
-    return names
-
-
-def _names_by_name(table: Any, faults: list[str]) -> tuple[str, ...]:
-    if table is None:
-        return ()
-    if (
-        not isinstance(table, dict)
-        or not all(map(_is_name, table))
-        or not all(_is_integer(i, 0, MAX_LABELS) for i in table.values())
-        or sorted(table.values()) != list(range(len(table)))
-        or not table
-    ):
-        faults.append(f"label2id: found {table!r:.200}; expected names with the ids 0, 1, 2, … without a gap")
-        return ()
-    return tuple(sorted(table, key=lambda name: int(table[name])))
-
-
-def _has_names(names: Sequence[str]) -> bool:
-    return any(name != f"LABEL_{i}" for i, name in enumerate(names))
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and value != "" and half_character(value) is None
-
-
-def _is_integer(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    is_header = isinstance(header, list) and header and all(isinstance(name, str) for name in header)
+    if isinstance(takes_pairs, bool) and (header is None or is_header):
+        return takes_pairs, tuple(header) if header else None
+    faults.append(
+        f"bertpair: found {layout!r:.200}; expected takes_pairs (true or false) and header (names or null)"
+    )
+    return None, None

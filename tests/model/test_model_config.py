@@ -301,9 +301,3 @@ def test_other_keys_of_the_original_stay_and_untrue_ones_go(tmp_path: Path) -> N
     assert document["problem_type"] == "single_label_classification"
     gone = {"torch_dtype", "num_labels", "_name_or_path", "transformers_version", "auto_map"}
     assert not gone & set(document)
-
-
-def test_labels_that_do_not_fit_the_outputs_are_our_own_mistake() -> None:
-    for labels, regression in ((["a", "b", "c"], False), (["a", "b"], True)):
-        with pytest.raises(ValueError, match="labels for a model of 2 outputs"):
-            config_json(BertConfig(), labels, regression, takes_pairs=True, header=None)
