@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import re
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,7 +76,12 @@ class Tokenizer:
             int(length) if isinstance(length, int | float) and 0 < length <= MAX_MODEL_LENGTH else None
         )
         self._is_standard = is_standard(backend)
-        self._boundary = boundary_pattern(backend)
+        # In front of these a text can be cut without changing a token before: BERT's pipeline ends a word there,
+        # whatever follows; only added tokens could reach across.
+        self._boundary = None
+        if self._is_standard and all(t.special for t in backend.get_added_tokens_decoder().values()):
+            chinese = "\u4e00-\u9fff" if backend.normalizer.handle_chinese_chars else ""
+            self._boundary = re.compile(f"[ \n{chinese}]")
 
     @classmethod
     def from_folder(
@@ -111,11 +115,19 @@ class Tokenizer:
     def encode(self, text_a: Sequence[str], text_b: Sequence[str] | None, max_length: int) -> Tokens:
         """Token ids of each row: [CLS] a [SEP] b [SEP], or [CLS] a [SEP] without text_b.
 
-        Rows longer than `max_length` lose tokens from the end of the longer text. Raises DataError on what is
-        no text, ConfigError where max_length leaves no token for each text, StoppedError between chunks.
+        Rows longer than `max_length` lose tokens from the end of the longer text. Raises DataError on text
+        that UTF-8 cannot carry, ConfigError where max_length leaves no token for each text, StoppedError
+        between chunks.
         """
-        check_texts(text_a, text_b)
         columns = [text_a] if text_b is None else [text_a, text_b]
+        faults = [
+            f"{name}[{row}]: character {at} is {text[at]!r}, half of a surrogate pair"
+            for name, column in zip(("text_a", "text_b"), columns, strict=False)
+            for row, text in enumerate(column)
+            if (at := half_character(text)) is not None
+        ]
+        if faults:
+            raise DataError(list_faults(faults))
         check_max_length(max_length, num_texts=len(columns))
         ids = bytearray()  # grows in place; joining arrays at the end would need the memory twice
         lengths, first_lengths, truncated = [], [], []
@@ -207,45 +219,8 @@ class Tokenizer:
         }
 
 
-def boundary_pattern(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:
-    """Characters in front of which a text can be cut without changing a token before them.
-
-    BERT's pipeline ends a word at each of them, whatever follows; only added tokens could reach across.
-    """
-    added = backend.get_added_tokens_decoder().values()
-    if not is_standard(backend) or not all(token.special for token in added):
-        return None
-    chinese = "\u4e00-\u9fff" if backend.normalizer.handle_chinese_chars else ""
-    return re.compile(f"[ \n{chinese}]")
-
-
 def _to_json(value: object) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
-
-
-def check_texts(text_a: Sequence[str], text_b: Sequence[str] | None) -> None:
-    """Raise DataError unless both are lists of equal length of strings that UTF-8 can carry."""
-    columns = {"text_a": text_a} if text_b is None else {"text_a": text_a, "text_b": text_b}
-    for name, column in columns.items():
-        if isinstance(column, str):
-            raise DataError(f"{name}: one string; a list of strings is expected")
-    if text_b is not None and len(text_a) != len(text_b):
-        raise DataError(f"text_a has {len(text_a)} rows, text_b has {len(text_b)}; one each is expected")
-    faults = []
-    for name, column in columns.items():
-        try:
-            deque(map(str.encode, column), maxlen=0)
-        except (TypeError, UnicodeEncodeError):
-            faults += [f"{name}[{i}]: {fault}" for i, t in enumerate(column) if (fault := _text_fault(t))]
-    if faults:
-        raise DataError(list_faults(faults))
-
-
-def _text_fault(text: object) -> str:
-    if not isinstance(text, str):
-        return f"{type(text).__name__} {text!r}; a string is expected"
-    at = half_character(text)
-    return "" if at is None else f"character {at} is {text[at]!r}, half of a surrogate pair"
 
 
 def check_max_length(max_length: int, num_texts: int) -> None:

@@ -5,6 +5,8 @@ tokenizer_config.json even where tokenizer.json's normalizer says otherwise (wit
 BertTokenizer does so, and a model trained there saw those ids.
 """
 
+import contextlib
+import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -59,7 +61,13 @@ def read_wordpiece(
             _compare_vocabularies(backend, folder)
     else:
         path = folder / "vocab.txt"
-        backend = _build_backend(_read_vocabulary(path), path)
+        vocabulary = _read_vocabulary(path)
+        _check_vocabulary(vocabulary, path)
+        numbers = {entry: number for number, entry in enumerate(vocabulary)}
+        backend = tokenizers.Tokenizer(models.WordPiece(numbers, unk_token="[UNK]"))
+        backend.normalizer = normalizers.BertNormalizer()
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece(prefix="##")
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     if missing := sorted(_added_tokens(folder, settings) - known):
         raise CheckpointError(
@@ -100,10 +108,9 @@ def _check_declared(settings: Mapping[str, Any], folder: Path, *, has_json: bool
     if declared is None:
         place = folder / "config.json"
         config = _read_if_there(place)
-        declared = config.get("tokenizer_class")
-        faults += _own_code(config, place)
-        network = config.get("model_type")
-        if declared is None and network is not None and network not in NETWORKS:
+        declared, network = config.get("tokenizer_class"), config.get("model_type")
+        faults += _other_pipeline(config, place)
+        if declared is None and network not in (None, *NETWORKS):
             faults.append(
                 f"{place}: model_type: found {show(network)}, whose tokenizer is not BERT's WordPiece"
             )
@@ -121,7 +128,10 @@ def _check_declared(settings: Mapping[str, Any], folder: Path, *, has_json: bool
 
 def _other_pipeline(said: Mapping[str, Any], place: Path) -> list[str]:
     """What a settings file of the folder says that is not BERT's WordPiece."""
-    faults = _own_code(said, place)
+    faults = []
+    own = said.get("auto_map")
+    if own and not (isinstance(own, dict) and "AutoTokenizer" not in own):
+        faults.append(f"{place}: auto_map: names a tokenizer in code of its own, which is never run")
     for name, usual in STANDARD.items():
         value = said.get(name)
         value = value.get("content") if isinstance(value, dict) else value
@@ -130,17 +140,10 @@ def _other_pipeline(said: Mapping[str, Any], place: Path) -> list[str]:
     inputs = said.get("model_input_names")
     if inputs is not None and not (isinstance(inputs, list) and "token_type_ids" in inputs):
         faults.append(
-            f"{place}: model_input_names: found {inputs!r:.80}; only a model that was trained with "
+            f"{place}: model_input_names: found {show(inputs)}; only a model that was trained with "
             "token_type_ids is supported"
         )
     return faults
-
-
-def _own_code(said: Mapping[str, Any], place: Path) -> list[str]:
-    names = said.get("auto_map")
-    if not names or (isinstance(names, dict) and "AutoTokenizer" not in names):
-        return []
-    return [f"{place}: auto_map: names a tokenizer in code of its own, which is never run"]
 
 
 def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> set[str]:
@@ -172,16 +175,12 @@ def _read_vocabulary(path: Path) -> list[str]:
         line = raw.count(b"\n", 0, e.start) + 1
         raise CheckpointError(f"{path}:{line}: not UTF-8 ({e.reason}); save the vocabulary as UTF-8") from e
     # Only \n ends a line: bert-base-chinese has U+2028 as an entry, which str.splitlines would break.
-    entries = [_strip_entry(line) for line in text.rstrip("\r\n").split("\n")]
+    # Blanks at a line's end are no part of an entry, unless the entry is nothing else.
+    lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
+    entries = [line if line.rstrip() in ("", "##") else line.rstrip() for line in lines]
     if entries == [""]:
         raise CheckpointError(f"{path}: empty; a vocabulary with one entry a line is expected")
     return entries
-
-
-def _strip_entry(line: str) -> str:
-    """Blanks at a line's end are no part of an entry, unless the entry is nothing else."""
-    stripped = line.rstrip()
-    return line.rstrip("\r") if stripped in ("", "##") else stripped
 
 
 def _check_vocabulary(entries: Sequence[str], path: Path) -> None:
@@ -197,8 +196,11 @@ def _check_vocabulary(entries: Sequence[str], path: Path) -> None:
         )
     foreign = [entry for entry in entries if not entry.isascii()]
     sample = foreign[:: len(foreign) // 4000 + 1]
-    broken = [(entry, meant) for entry in sample if (meant := _undo_mojibake(entry)) is not None]
-    if len(broken) >= max(3, MOJIBAKE_SHARE * len(sample)):
+    broken = []
+    for entry, encoding in itertools.product(sample, ("cp1252", "latin-1")):
+        with contextlib.suppress(UnicodeError):
+            broken.append((entry, entry.encode(encoding).decode("utf-8")))
+    if len(dict(broken)) >= max(3, MOJIBAKE_SHARE * len(sample)):
         raise CheckpointError(
             f"{path}: UTF-8 read as Windows-1252 and saved again: {broken[0][0]!r} was {broken[0][1]!r}; "
             "get an undamaged copy of the vocabulary"
@@ -206,25 +208,6 @@ def _check_vocabulary(entries: Sequence[str], path: Path) -> None:
     if again:
         faults = [f"{path}:{line}: {entry!r} stands already in line {first[entry]}" for line, entry in again]
         raise CheckpointError(list_faults(faults) + "\neach entry of a vocabulary may stand there once")
-
-
-def _undo_mojibake(text: str) -> str | None:
-    for encoding in ("cp1252", "latin-1"):
-        try:
-            return text.encode(encoding).decode("utf-8")
-        except UnicodeError:
-            continue
-    return None
-
-
-def _build_backend(vocabulary: Sequence[str], path: Path) -> tokenizers.Tokenizer:
-    _check_vocabulary(vocabulary, path)
-    numbers = {entry: number for number, entry in enumerate(vocabulary)}
-    backend = tokenizers.Tokenizer(models.WordPiece(numbers, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer()
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece(prefix="##")
-    return backend
 
 
 def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
