@@ -206,7 +206,8 @@ class FirstRow:
     a number nor a label, where all further rows have one of these.
     """
 
-    def __init__(self, cells: Sequence[str], places: Places, labels: Collection[str]) -> None:
+    def __init__(self, line: int, cells: Sequence[str], places: Places, labels: Collection[str]) -> None:
+        self.line = line
         self._labels = labels
         self._texts = [place for place in (places.text_a, places.text_b) if place is not None]
         filled = {place: name for place, cell in enumerate(cells) if (name := cell.strip(' "\t\r'))}

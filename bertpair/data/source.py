@@ -32,6 +32,7 @@ class Source:
     `labels` None: found in the training data (or a regression). The first of `metrics` is the one to watch.
     """
 
+    settings: DataSettings
     task: Task
     train_files: tuple[Path, ...]
     dev_files: tuple[Path, ...]
@@ -41,7 +42,6 @@ class Source:
     labels: tuple[str, ...] | None
     regression: bool
     metrics: tuple[str, ...]
-    on_bad_row: str
     notes: tuple[str, ...]
 
     def read(
@@ -49,22 +49,17 @@ class Source:
         files: Sequence[Path | str],
         columns: Columns,
         labels: Sequence[str] | None,
-        *,
-        limit: int | None = None,
-        limit_name: str = "limit",
+        limit: str = "max_eval_samples",
     ) -> Pairs:
-        """The rows of these files, of `labels` alone where they are given; DataError as the settings say.
-
-        `limit`: so many rows, no more; the log then names the setting `limit_name`.
-        """
+        """The rows of these files, as many as the setting `limit` allows; see `read_pairs`."""
         return read_pairs(
             files,
             columns,
             labels=labels,
             regression=self.regression,
-            on_bad_row=self.on_bad_row,
-            limit=limit,
-            limit_name=limit_name,
+            on_bad_row=self.settings.on_bad_row,
+            limit=getattr(self.settings, limit),
+            limit_name=limit,
         )
 
     def columns_for(
@@ -160,6 +155,7 @@ def resolve_source(settings: DataSettings, *, needs: Collection[str] = ("train",
         looked_for = ", ".join(map(str, _usual_places(settings, task, "dev"))) or "dev_file is not set"
         notes = (*notes, f"no dev file ({looked_for}): training without evaluation")
     return Source(
+        settings,
         task,
         files["train"],
         files["dev"],
@@ -169,7 +165,6 @@ def resolve_source(settings: DataSettings, *, needs: Collection[str] = ("train",
         labels,
         regression,
         metrics,
-        settings.on_bad_row,
         notes,
     )
 

@@ -76,8 +76,8 @@ class Tokenizer:
             int(length) if isinstance(length, int | float) and 0 < length <= MAX_MODEL_LENGTH else None
         )
         self._is_standard = is_standard(backend)
-        # In front of these a text can be cut without changing a token before: BERT's pipeline ends a word there,
-        # whatever follows; only added tokens could reach across.
+        # Where a text can be cut without changing a token before: BERT's pipeline ends a word in front of
+        # these, whatever follows; only added tokens could reach across.
         self._boundary = None
         if self._is_standard and all(t.special for t in backend.get_added_tokens_decoder().values()):
             chinese = "\u4e00-\u9fff" if backend.normalizer.handle_chinese_chars else ""

@@ -75,10 +75,18 @@ def read_pairs(
     if faults:
         logger.warning("bad rows skipped: %d (on_bad_row: skip)\n%s", num_faults, all_faults)
     reader.warn_of_headers()
-    pairs = reader.pairs()
-    if columns.quoting == "none" and len(pairs) > 1 and all(map(is_quoted, pairs.text_a)):
-        logger.warning("%s: all texts are in quotes; --quoting csv takes them off", ", ".join(pairs.files))
-    return pairs
+    names = tuple(file.path for file in reader.files)
+    if columns.quoting == "none" and len(reader.text_a) > 1 and all(map(is_quoted, reader.text_a)):
+        logger.warning("%s: all texts are in quotes; --quoting csv takes them off", ", ".join(names))
+    return Pairs(
+        reader.text_a,
+        None if columns.text_b is None else reader.text_b,
+        None if columns.label is None else reader.labels,
+        names,
+        np.array(reader.file_of_row, dtype=np.int32),
+        np.array(reader.line_of_row, dtype=np.int32),
+        reader.header,
+    )
 
 
 @dataclass
@@ -91,7 +99,6 @@ class _File:
     header: list[str] | None = None  # the cells that are read
     num_filled: int = 0  # cells of the first row, up to the last one with something in it
     first: FirstRow | None = None  # below the header, if there is one
-    first_line: int = 0
     num_rows: int = 0  # those beyond the limit too
     num_tried: int = 0  # those within the limit
     num_short: int = 0  # good rows with fewer cells than the first one
@@ -150,8 +157,7 @@ class _Reader:
                 if self.columns.has_header:
                     continue
             if here.first is None:
-                here.first = FirstRow(record.cells, here.places, self.allowed or ())
-                here.first_line = record.line
+                here.first = FirstRow(record.line, record.cells, here.places, self.allowed or ())
             else:
                 here.first.compare(record.cells)
             for each in empty_lines:
@@ -195,12 +201,13 @@ class _Reader:
 
     def _close(self, here: _File) -> None:
         """What a whole file shows; DataError where that leaves nothing to be read from it."""
-        if here.places is None or not here.num_rows:
+        first, has_header = here.first, self.columns.has_header
+        if here.places is None or first is None:
             raise DataError(
                 f"{here.path}: " + ("only a header row, no rows" if here.places else "the file is empty")
             )
-        is_good = self.line_of_row[here.start : here.start + 1] == [here.first_line]  # the first row
-        num_others = here.num_tried - (is_good and not self.columns.has_header)
+        is_good = self.line_of_row[here.start : here.start + 1] == [first.line]  # the first row
+        num_others = here.num_tried - (is_good and not has_header)
         width, count = next(iter(here.misfits.most_common(1)), (0, 0))
         if num_others > 1 and count == num_others:
             here.faults, here.num_faults = [], 0  # one line says it for all
@@ -209,21 +216,15 @@ class _Reader:
         if self.skips and here.num_tried and len(self.text_a) == here.start:
             faults = list_faults(here.faults, here.num_faults)
             raise DataError(f"{here.path}: not one good row:\n{faults}")
-        if here.first is not None and is_good:
-            self._check_first_row(here, here.first)
+        where = f"{here.path}:{first.line}: "
+        if is_good and first.check(where, self.columns) and not has_header:
+            self.first_rows.append(here.start)
+            if self.columns.label is None:
+                texts = [column[here.start] for column in (self.text_a, self.text_b) if column]
+                logger.info("%sread as a row, not as a header: %s", where, listed(texts))
         if here.num_short:
             said = "%s: rows with fewer columns than the first, counted from the left: %d, as in line %d"
             logger.warning(said, here.path, here.num_short, here.first_short)
-
-    def _check_first_row(self, here: _File, first: FirstRow) -> None:
-        """Say what is known of a first row that was read as a row; DataError if it is a header."""
-        where = f"{here.path}:{here.first_line}: "
-        if not first.check(where, self.columns) or self.columns.has_header:
-            return
-        self.first_rows.append(here.start)
-        if self.columns.label is None:
-            texts = [column[here.start] for column in (self.text_a, self.text_b) if column]
-            logger.info("%sread as a row, not as a header: %s", where, listed(texts))
 
     def _add(self, record: Record, here: _File, places: Places) -> None:
         cells = record.cells
@@ -307,17 +308,6 @@ class _Reader:
                 where = f"{self.files[self.file_of_row[row]].path}:{self.line_of_row[row]}"
                 advice = "if it is a header, set has_header: true"
                 logger.warning("%s: no other row has its label, %s; %s", where, show(lone[0]), advice)
-
-    def pairs(self) -> Pairs:
-        return Pairs(
-            self.text_a,
-            None if self.columns.text_b is None else self.text_b,
-            None if self.columns.label is None else self.labels,
-            tuple(file.path for file in self.files),
-            np.array(self.file_of_row, dtype=np.int32),
-            np.array(self.line_of_row, dtype=np.int32),
-            self.header,
-        )
 
 
 def _used(cells: list[str], places: Places) -> list[str]:

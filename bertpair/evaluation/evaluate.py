@@ -231,8 +231,7 @@ def evaluate_models(
         header=first.header,
         checks_header=not LAYOUT & set(explicit),  # what is given now is not held against the training file
     )
-    limit = config.max_eval_samples
-    pairs = source.read(files, columns, first.labels, limit=limit, limit_name="max_eval_samples")
+    pairs = source.read(files, columns, first.labels)
     positive = source.positive_label(first.labels, config.positive_label)
     if len(set(pairs.labels or ())) == 1:
         report_labels(", ".join(pairs.files), pairs, first.labels)

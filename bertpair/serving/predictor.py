@@ -174,10 +174,11 @@ def _read_rows(path: str, settings: Mapping[str, Any], classifier: PairClassifie
     """The first texts of a file laid out like the training data; labels are not looked at."""
     names = {field.name for field in dataclasses.fields(DataSettings)}
     known = {name: value for name, value in settings.items() if name in names}
-    source = resolve_source(DataSettings(**{**known, "dev_file": [path]}), needs=("dev",))
+    known |= {"dev_file": [path], "max_eval_samples": CHECK_ROWS}
+    source = resolve_source(DataSettings(**known), needs=("dev",))
     columns = source.columns_for(path, with_labels=False, header=classifier.header)
     try:
-        pairs = source.read([path], columns, classifier.labels, limit=CHECK_ROWS)
+        pairs = source.read([path], columns, classifier.labels)
     except DataError as error:  # whose advice is for scripts that can be told another layout
         reason = first_line(error).partition("; ")[0]
         raise DataError(f"quantize_check: {reason}; it must be laid out like the training data") from error

@@ -169,10 +169,7 @@ def _read_pairs(
     config: Config, source: Source, folder: ModelFolder
 ) -> tuple[Pairs, Pairs | None, tuple[str, ...] | None]:
     """Training pairs, dev pairs and the labels in the model's order; says what the two sets share."""
-    limit = config.max_train_samples
-    train = source.read(
-        source.train_files, source.columns, source.labels, limit=limit, limit_name="max_train_samples"
-    )
+    train = source.read(source.train_files, source.columns, source.labels, "max_train_samples")
     labels = source.training_labels(train)
     if labels is not None:
         labels = label_order(folder, labels, new_head=config.new_head, given=config.labels is not None)
@@ -181,8 +178,7 @@ def _read_pairs(
     dev = None
     if source.dev_files and config.runs_evaluation:
         columns = dataclasses.replace(source.columns, header=train.header)
-        limit = config.max_eval_samples
-        dev = source.read(source.dev_files, columns, labels, limit=limit, limit_name="max_eval_samples")
+        dev = source.read(source.dev_files, columns, labels)
     report_labels("train", train, labels)
     if dev is not None:
         report_labels("dev", dev, labels)
