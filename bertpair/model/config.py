@@ -30,9 +30,9 @@ CLASSIFICATION, REGRESSION = "single_label_classification", "regression"
 _Rule = tuple[str, Callable[[Any], bool]]  # what is expected of a field, and whether a value is that
 
 
-def _whole(high: int) -> _Rule:
+def _whole(high: int, low: int = 1) -> _Rule:
     """Beyond `high` lies a damaged file, not a larger BERT."""
-    return f"a whole number from 1 to {high}", lambda value: type(value) is int and 1 <= value <= high
+    return f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high
 
 
 def _one_of(*allowed: str) -> _Rule:
@@ -58,6 +58,7 @@ RULES = {
     "intermediate_size": _whole(1_000_000),
     "max_position_embeddings": _whole(1_000_000),
     "type_vocab_size": _whole(1_000_000),
+    "pad_token_id": _or_null(_whole(10_000_000, low=0)),
     "hidden_dropout_prob": _SHARE,
     "attention_probs_dropout_prob": _SHARE,
     "classifier_dropout": _or_null(_SHARE),
@@ -94,10 +95,10 @@ def read_folder(path: Path, *, config_name: str | Path | None = None) -> ModelFo
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; a model folder holds one, and a vocabulary and weights")
     raw = read_json(file)
-    shape = {**dataclasses.asdict(BertConfig()), **raw}
-    found = _wrong_fields({**shape, "num_labels": raw.get("num_labels")})
-    faults = [*_family_faults(raw), *found.values()]
-    names, count, regression = _read_labels({k: value for k, value in raw.items() if k not in found}, faults)
+    wrong = _wrong_fields(raw)
+    faults = [f"{name}: {fault}" for name, fault in wrong.items()]
+    sound = {name: value for name, value in raw.items() if name not in wrong}
+    names, count, regression = _read_labels(sound, faults)
     takes_pairs, header = _read_layout(raw, faults)
     if faults:
         raise CheckpointError(list_faults([f"{file}: {fault}" for fault in faults]))
@@ -115,21 +116,18 @@ def label_order(
     head replaces another set or the order was `given` in the settings. Raises CheckpointError for another set
     otherwise.
     """
-    same = folder.labels is not None and set(folder.labels) == set(data_labels)
-    if folder.labels is None or (new_head and (given or not same)):
-        return tuple(data_labels)
-    if same:
-        if given and folder.labels != tuple(data_labels):
-            logger.warning(
-                "labels: %s keeps the order that it was trained in, %s; new_head: true sets another",
-                folder.path,
-                listed(folder.labels),
-            )
-        return folder.labels
-    raise CheckpointError(
-        f"{folder.path}: its labels are {listed(folder.labels)}, the data's are {listed(data_labels)};"
-        " `new_head: true` trains a new classifier for the data's"
-    )
+    own, found = folder.labels, tuple(data_labels)
+    if own is None or (new_head and (given or set(own) != set(found))):
+        return found
+    if set(own) != set(found):
+        raise CheckpointError(
+            f"{folder.path}: its labels are {listed(own)}, the data's are {listed(found)};"
+            " `new_head: true` trains a new classifier for the data's"
+        )
+    if given and own != found:
+        said = "labels: %s keeps the order that it was trained in, %s; new_head: true sets another"
+        logger.warning(said, folder.path, listed(own))
+    return own
 
 
 def check_pairs(folder: ModelFolder, advice: str = "") -> None:
@@ -159,8 +157,7 @@ def name_labels(folder: ModelFolder, given: Sequence[str] | None) -> tuple[str, 
             raise ConfigError(f"labels: found {listed(given)}; {folder.path} is a regression model")
         return None
     count = folder.config.num_labels
-    unnamed = tuple(f"LABEL_{i}" for i in range(count))
-    own = folder.labels or unnamed
+    own = folder.labels or tuple(f"LABEL_{i}" for i in range(count))
     if given is None and folder.labels is None:
         logger.info("%s: its labels have no names; `labels` gives them, in id order", folder.path)
     if given is None or set(given) == set(own):
@@ -207,35 +204,24 @@ def config_json(
     )
 
 
-def _family_faults(raw: Mapping[str, Any]) -> list[str]:
-    """What makes it no BERT."""
+def _wrong_fields(raw: Mapping[str, Any]) -> dict[str, str]:
+    """Fields that are missing, of a wrong type or out of range, and what is wrong with each."""
+    shape = {**dataclasses.asdict(BertConfig()), "num_labels": None, **raw}
+    faults = {}
     kind, classes = raw.get("model_type"), raw.get("architectures") or []
-    if kind not in (None, "bert"):
-        return [f"model_type: found {show(kind)}; only bert is supported"]
-    if kind is None and "hidden_size" not in raw:
-        return ["model_type: there is none, and no hidden_size either: this describes no BERT"]
-    if kind is None and not (isinstance(classes, list) and all(str(n).startswith("Bert") for n in classes)):
-        return [f"architectures: found {classes!r:.200}; expected a BERT"]
-    return []
-
-
-def _wrong_fields(shape: Mapping[str, Any]) -> dict[str, str]:
-    """Fields of a wrong type or out of range, and what is wrong with each."""
-    faults = {
-        name: f"{name}: found {show(shape.get(name))}; expected {expected}"
-        for name, (expected, is_sound) in RULES.items()
-        if not is_sound(shape.get(name))
-    }
-    heads, size, words, pad = (
-        shape[name] for name in ("num_attention_heads", "hidden_size", "vocab_size", "pad_token_id")
-    )
-    if not faults.keys() & {"num_attention_heads", "hidden_size"} and size % heads:
+    is_old = kind is None and "hidden_size" in raw and isinstance(classes, list)
+    if kind != "bert" and not (is_old and all(str(name).startswith("Bert") for name in classes)):
+        hint = ", or null beside hidden_size and architectures of BERT" if kind is None else ""
+        faults["model_type"] = f"found {show(kind)}; only bert is supported{hint}"
+    for name, (expected, is_sound) in RULES.items():
+        if not is_sound(shape.get(name)):
+            faults[name] = f"found {show(shape.get(name))}; expected {expected}"
+    heads, words, pad = shape["num_attention_heads"], shape["vocab_size"], shape["pad_token_id"]
+    if not faults and shape["hidden_size"] % heads:
         expected = f"a multiple of num_attention_heads ({heads})"
-        faults["hidden_size"] = f"hidden_size: found {size}; expected {expected}"
-    is_id = type(pad) is int and ("vocab_size" in faults or 0 <= pad < words)
-    if pad is not None and not is_id:
-        expected = f"a whole number under vocab_size ({show(words)})"
-        faults["pad_token_id"] = f"pad_token_id: found {show(pad)}; expected {expected}"
+        faults["hidden_size"] = f"found {shape['hidden_size']}; expected {expected}"
+    if not faults and pad is not None and pad >= words:
+        faults["pad_token_id"] = f"found {pad}; expected a whole number under vocab_size ({words})"
     return faults
 
 
@@ -282,9 +268,8 @@ def _read_layout(raw: Mapping[str, Any], faults: list[str]) -> tuple[bool | None
     layout = raw.get("bertpair")
     if layout is None:
         return None, None
-    takes_pairs, header = (
-        (layout.get("takes_pairs"), layout.get("header")) if isinstance(layout, dict) else (None, None)
-    )
+    said = layout if isinstance(layout, dict) else {}
+    takes_pairs, header = said.get("takes_pairs"), said.get("header")
     is_header = isinstance(header, list) and header and all(isinstance(name, str) for name in header)
     if isinstance(takes_pairs, bool) and (header is None or is_header):
         return takes_pairs, tuple(header) if header else None
