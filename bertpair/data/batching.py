@@ -18,13 +18,14 @@ from torch import Tensor
 from bertpair.data.tokenizer import Tokens
 
 Rows = NDArray[np.int64]
+Lengths = NDArray[np.integer[Any]]
 
 POOL_BATCHES = 64  # rows are sorted by length within this many batches: more saves little padding
 MIN_POOLS = 4  # small data: still so many pools, or long rows would meet the same company every epoch
 
 
 def epoch_batches(
-    lengths: NDArray[np.integer[Any]], batch_size: int, *, seed: int, epoch: int, group_by_length: bool
+    lengths: Lengths, batch_size: int, *, seed: int, epoch: int, group_by_length: bool
 ) -> list[Rows]:
     """The global batches of one epoch: every row number exactly once, only the last batch may be smaller.
 
@@ -45,12 +46,12 @@ def epoch_batches(
     return [*batches, rest] if len(rest) else batches
 
 
-def _sort_by_length(rows: Rows, lengths: NDArray[np.integer[Any]]) -> Rows:
+def _sort_by_length(rows: Rows, lengths: Lengths) -> Rows:
     return rows[np.argsort(lengths[rows], kind="stable")]  # stable: rows of one length stay shuffled
 
 
 def padded_lengths(
-    lengths: NDArray[np.integer[Any]], pad_to_multiple_of: int, max_length: int | None = None
+    lengths: Lengths, pad_to_multiple_of: int, max_length: int | None = None
 ) -> NDArray[np.int64]:
     """What `pad_batch` would pad each row to if it were the longest of its batch."""
     rounded: NDArray[np.int64] = -(-np.asarray(lengths, dtype=np.int64) // pad_to_multiple_of)
@@ -83,10 +84,10 @@ class Batch:
         if device.type == "cpu":
             return self
         is_cuda = device.type == "cuda"
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {
             name: (value.pin_memory() if is_cuda else value).to(device, non_blocking=is_cuda)
-            for name, value in tensors.items()
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
@@ -128,14 +129,7 @@ class BatchStream:
     `position` is (epoch, batch index) of the batch to come.
     """
 
-    def __init__(
-        self,
-        lengths: NDArray[np.integer[Any]],
-        batch_size: int,
-        *,
-        seed: int,
-        group_by_length: bool = True,
-    ) -> None:
+    def __init__(self, lengths: Lengths, batch_size: int, *, seed: int, group_by_length: bool = True) -> None:
         self.num_batches = -(-len(lengths) // batch_size)  # of one epoch
         self.position = 0, 0
         self._draw = partial(epoch_batches, lengths, batch_size, seed=seed, group_by_length=group_by_length)
@@ -162,9 +156,7 @@ class BatchStream:
         self.position = epoch, batch
 
 
-def token_budget_batches(
-    lengths: NDArray[np.integer[Any]], max_tokens: int, pad_to_multiple_of: int
-) -> list[Rows]:
+def token_budget_batches(lengths: Lengths, max_tokens: int, pad_to_multiple_of: int) -> list[Rows]:
     """Batches for scoring, longest rows first: rows × padded length within `max_tokens`, or a single row."""
     order: Rows = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     padded = padded_lengths(lengths, pad_to_multiple_of)

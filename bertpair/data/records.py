@@ -18,10 +18,9 @@ from bertpair.errors import DataError
 
 BLOCK_BYTES = 4 << 20
 _BOM = b"\xef\xbb\xbf"
-_MAGIC = (
+_MAGIC: tuple[tuple[bytes | tuple[bytes, ...], str, str], ...] = (
     (b"\xff\xfe\0\0", "UTF-32 text", "convert it: iconv -f UTF-32LE -t UTF-8 OLD > NEW"),
-    (b"\xff\xfe", "UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"),
-    (b"\xfe\xff", "UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"),
+    ((b"\xff\xfe", b"\xfe\xff"), "UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"),
     (b"\x1f\x8b", "a gzip file", "unpack it: gunzip FILE"),
     (b"PK\x03\x04", "a zip archive or an Excel workbook", "unpack it, or export it as tab-separated text"),
     (b"PK\x05\x06", "an empty zip archive", "tab-separated text is expected"),
@@ -36,9 +35,7 @@ _MAGIC = (
     (b"{\\rtf", "a document with its layout", "save it as plain text"),
     (b"<?xml", "an XML file", "export it as tab-separated text"),
     (b"sep=", "a file for Excel, with its line sep= first", "remove that line"),
-    (b"<!DOCTYPE", "a web page", "download the file itself"),
-    (b"<!doctype", "a web page", "download the file itself"),
-    (b"<html", "a web page", "download the file itself"),
+    ((b"<!DOCTYPE", b"<!doctype", b"<html"), "a web page", "download the file itself"),
 )
 _ENCODINGS = (  # iconv's name, Python's, the letters that a text in it consists of, and at least which part
     ("WINDOWS-1251", "cp1251", "[а-яё]{3,}", 0.7),

@@ -121,16 +121,16 @@ class Source:
 
         ConfigError where `setting` is none of two labels.
         """
-        if labels is None or len(labels) != 2:
-            if setting is None:
-                return None
-            found = "a regression has none" if labels is None else f"here are {len(labels)}"
-            raise ConfigError(f"positive_label: found {setting!r}; f1 is measured with two labels, {found}")
+        two = labels if labels is not None and len(labels) == 2 else ()
         if setting is None:
             usual = self.task.positive_label
-            return usual if usual in labels else labels[1]
-        if setting not in labels:
-            raise ConfigError(f"positive_label: found {setting!r}; allowed: {listed(labels)}")
+            return usual if usual in two else (two[1] if two else None)
+        if setting not in two:
+            count = len(labels or ()) or "none"
+            allowed = (
+                f"allowed: {listed(two)}" if two else f"f1 is measured with two labels, here are {count}"
+            )
+            raise ConfigError(f"positive_label: found {show(setting)}; {allowed}")
         return setting
 
 
