@@ -50,12 +50,9 @@ def _sort_by_length(rows: Rows, lengths: Lengths) -> Rows:
     return rows[np.argsort(lengths[rows], kind="stable")]  # stable: rows of one length stay shuffled
 
 
-def padded_lengths(
-    lengths: Lengths, pad_to_multiple_of: int, max_length: int | None = None
-) -> NDArray[np.int64]:
+def padded_lengths(lengths: Lengths, pad_to_multiple_of: int, max_length: int | None = None) -> Lengths:
     """What `pad_batch` would pad each row to if it were the longest of its batch."""
-    rounded: NDArray[np.int64] = -(-np.asarray(lengths, dtype=np.int64) // pad_to_multiple_of)
-    rounded *= pad_to_multiple_of
+    rounded = -(-np.asarray(lengths, dtype=np.int64) // pad_to_multiple_of) * pad_to_multiple_of
     return rounded if max_length is None else np.maximum(lengths, np.minimum(rounded, max_length))
 
 

@@ -107,7 +107,10 @@ class Source:
             if absent := sorted(set(self.labels) - set(found)):
                 logger.warning("labels without a single training row: %s", ", ".join(absent))
             return self.labels
-        not_whole = _not_whole(found)
+        try:
+            not_whole = [label for label in found if not float(label).is_integer()]
+        except ValueError:  # some are no numbers
+            not_whole = []
         if len(found) > 20 and not_whole:
             raise DataError(
                 f"the label column holds {len(found)} different numbers, some not whole (such as "
@@ -126,20 +129,11 @@ class Source:
             usual = self.task.positive_label
             return usual if usual in two else (two[1] if two else None)
         if setting not in two:
-            count = len(labels or ()) or "none"
-            allowed = (
-                f"allowed: {listed(two)}" if two else f"f1 is measured with two labels, here are {count}"
-            )
+            allowed = f"allowed: {listed(two)}"
+            if not two:
+                allowed = f"f1 is measured with two labels, here are {len(labels or ())}"
             raise ConfigError(f"positive_label: found {show(setting)}; {allowed}")
         return setting
-
-
-def _not_whole(labels: Sequence[str]) -> list[str]:
-    """Those that are not whole numbers, provided that all are numbers."""
-    try:
-        return [label for label in labels if not float(label).is_integer()]
-    except ValueError:
-        return []
 
 
 def resolve_source(settings: DataSettings, *, needs: Collection[str] = ("train",)) -> Source:
