@@ -17,8 +17,9 @@ import tempfile
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -146,10 +147,10 @@ def label_warnings(labels: Sequence[str]) -> list[str]:
     for label in labels:
         alike.setdefault(_meant(label), []).append(label)
     twins = [" and ".join(map(_spelt, group)) for group in alike.values() if len(group) > 1]
-    more = f"; and {len(twins) - MAX_SHOWN} more" if len(twins) > MAX_SHOWN else ""
     warnings = []
     if twins:
-        shown = "; ".join(twins[:MAX_SHOWN]) + more
+        more = [f"and {len(twins) - MAX_SHOWN} more"] if len(twins) > MAX_SHOWN else []
+        shown = "; ".join([*twins[:MAX_SHOWN], *more])
         warnings.append(f"labels that look alike and are trained apart: {shown}")
     if missing := [label for label in labels if label.lower() == "nan"]:
         warnings.append(f"the label {missing[0]!r} is how pandas writes a missing one; is it meant?")
@@ -242,18 +243,16 @@ def _read_entry(path: Path, num_rows: int) -> Tokens | None:
         with safe_open(path, framework="np") as file:
             said = (file.metadata() or {}).get("sha256")
             arrays = {name: file.get_tensor(name) for name in FIELDS}
+        if said != _checksum(arrays) or len(arrays["truncated"]) != num_rows:
+            raise ValueError("damaged: wrong checksum")
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, ValueError) as e:
         logger.warning("%s: this token cache entry cannot be used (%s); it is made anew", path, e)
         return None
-    tokens = Tokens(**arrays)
-    if said != _checksum(tokens) or len(tokens) != num_rows:
-        logger.warning("%s: this token cache entry is damaged (wrong checksum); it is made anew", path)
-        return None
     with contextlib.suppress(OSError):  # in a read-only cache an entry's age stays as it is
         os.utime(path)
-    return tokens
+    return Tokens(**arrays)
 
 
 def _write_entry(path: Path, tokens: Tokens) -> None:
@@ -266,7 +265,7 @@ def _write_entry(path: Path, tokens: Tokens) -> None:
         handle, name = tempfile.mkstemp(prefix=f"{path.stem[:23]}-", suffix=".tmp", dir=path.parent)
         os.close(handle)
         try:
-            save_file(arrays, name, metadata={"sha256": _checksum(tokens)})
+            save_file(arrays, name, metadata={"sha256": _checksum(arrays)})
             os.replace(name, path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -276,12 +275,11 @@ def _write_entry(path: Path, tokens: Tokens) -> None:
         logger.warning("token cache %s cannot be written (%s); going on without it", path.parent, e)
 
 
-def _checksum(tokens: Tokens) -> str:
+def _checksum(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
     digest = hashlib.sha256()
-    for name in FIELDS:
-        array = getattr(tokens, name)
+    for name, array in arrays.items():
         digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).data)
+        digest.update(array.data)
     return digest.hexdigest()
 
 
