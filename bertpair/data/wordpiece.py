@@ -280,33 +280,27 @@ def _set_casing(
     backend: tokenizers.Tokenizer, path: Path, settings: Mapping[str, Any], do_lower_case: bool | None
 ) -> bool:
     """Settle lower-casing, accents and Chinese characters in the pipeline; returns whether it lower-cases."""
-    normalizer, said = backend.normalizer, settings.get("do_lower_case")
+    normalizer = backend.normalizer
     built_in = None
     if path.name == "tokenizer.json":
         built_in = normalizer is not None and normalizer.normalize_str("A") == "a"
-    if do_lower_case is not None:
-        lower_case, source = do_lower_case, "the setting do_lower_case"
-    elif said is not None:
-        lower_case, source = said, "tokenizer_config.json"
-    elif built_in is not None:
-        lower_case, source = built_in, "its normalizer"
-    else:
-        upper = (entry for entry in entries_of(backend) if entry != entry.lower())
-        lower_case = all(entry[0] + entry[-1] in ("[]", "<>") for entry in upper)
-        source = f"the vocabulary ({'without' if lower_case else 'with'} upper-case entries)"
-    if said is not None and lower_case != said:
-        logger.warning("%s: do_lower_case is %s; the setting overrules it", path.parent, said)
+    asked = (do_lower_case, "the setting"), (settings.get("do_lower_case"), "tokenizer_config.json")
+    said = [(value, who) for value, who in (*asked, (built_in, "its normalizer")) if value is not None]
+    if not said:
+        upper = [entry for entry in entries_of(backend) if entry != entry.lower()]
+        is_lower = all(entry[0] + entry[-1] in ("[]", "<>") for entry in upper)
+        said = [(is_lower, f"the vocabulary ({'without' if is_lower else 'with'} upper-case entries)")]
+    lower_case, source = said[0]
     logger.info("%s: %s, says %s", path, "lower-cased" if lower_case else "cased", source)
-    if built_in is not None and lower_case != built_in:
-        logger.warning("%s: lower-casing is %s in its normalizer; %s overrules it", path, built_in, source)
+    for value, who in said:
+        if value != lower_case:
+            logger.warning("%s: lower-casing is %s in %s; %s overrules it", path, value, who, source)
     if isinstance(normalizer, normalizers.BertNormalizer):
-        chinese = settings.get("tokenize_chinese_chars")
-        backend.normalizer = normalizers.BertNormalizer(
-            clean_text=normalizer.clean_text,
-            handle_chinese_chars=normalizer.handle_chinese_chars if chinese is None else chinese,
-            strip_accents=settings.get("strip_accents", normalizer.strip_accents),
-            lowercase=lower_case,
-        )
+        if (chinese := settings.get("tokenize_chinese_chars")) is not None:
+            normalizer.handle_chinese_chars = chinese
+        normalizer.strip_accents = settings.get("strip_accents", normalizer.strip_accents)
+        normalizer.lowercase = lower_case
+        backend.normalizer = normalizer
     elif lower_case != built_in:
         raise CheckpointError(
             f"{path}: lower-casing is {built_in} in its normalizer, which is no BertNormalizer and cannot "
