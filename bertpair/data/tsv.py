@@ -75,7 +75,7 @@ def read_pairs(
     if faults:
         logger.warning("bad rows skipped: %d (on_bad_row: skip)\n%s", num_faults, all_faults)
     reader.warn_of_headers()
-    names = tuple(file.path for file in reader.files)
+    names, starts = zip(*((file.path, file.start) for file in reader.files), strict=True)
     if columns.quoting == "none" and len(reader.text_a) > 1 and all(map(is_quoted, reader.text_a)):
         logger.warning("%s: all texts are in quotes; --quoting csv takes them off", ", ".join(names))
     return Pairs(
@@ -83,7 +83,7 @@ def read_pairs(
         None if columns.text_b is None else reader.text_b,
         None if columns.label is None else reader.labels,
         names,
-        np.array(reader.file_of_row, dtype=np.int32),
+        np.repeat(np.arange(len(names), dtype=np.int32), np.diff([*starts, len(reader.text_a)])),
         np.array(reader.line_of_row, dtype=np.int32),
         reader.header,
     )
@@ -122,11 +122,10 @@ class _Reader:
     text_b: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     files: list[_File] = field(default_factory=list)
-    file_of_row: list[int] = field(default_factory=list)
     line_of_row: list[int] = field(default_factory=list)
     header: tuple[str, ...] | None = None
     headers: list[tuple[str, str, str | None]] = field(default_factory=list)  # where, label's cell, a number
-    first_rows: list[int] = field(default_factory=list)  # of files without a header
+    first_rows: list[tuple[str, int]] = field(default_factory=list)  # of files without a header: where, row
 
     @property
     def here(self) -> _File:
@@ -218,7 +217,7 @@ class _Reader:
             raise DataError(f"{here.path}: not one good row:\n{faults}")
         where = f"{here.path}:{first.line}: "
         if is_good and first.check(where, self.columns) and not has_header:
-            self.first_rows.append(here.start)
+            self.first_rows.append((where, here.start))
             if self.columns.label is None:
                 texts = [column[here.start] for column in (self.text_a, self.text_b) if column]
                 logger.info("%sread as a row, not as a header: %s", where, listed(texts))
@@ -241,7 +240,6 @@ class _Reader:
             self.text_b.append(cells[places.text_b])
         if places.label is not None:
             self.labels.append(cells[places.label].strip())
-        self.file_of_row.append(len(self.files) - 1)
         self.line_of_row.append(record.line)
 
     def _fault(self, cells: list[str], here: _File, places: Places) -> str:
@@ -303,11 +301,12 @@ class _Reader:
                 advice = "if it is one, set has_header: false"
                 logger.warning("%sread as the header, but %s like a row; %s", where, found, advice)
         lone = [label for label, count in counts.items() if count == 1]
-        for row in self.first_rows if self.allowed is None and not self.regression and len(lone) == 1 else ():
+        if self.allowed is not None or self.regression or len(lone) != 1:
+            return
+        for where, row in self.first_rows:
             if self.labels[row] == lone[0]:
-                where = f"{self.files[self.file_of_row[row]].path}:{self.line_of_row[row]}"
                 advice = "if it is a header, set has_header: true"
-                logger.warning("%s: no other row has its label, %s; %s", where, show(lone[0]), advice)
+                logger.warning("%sno other row has its label, %s; %s", where, show(lone[0]), advice)
 
 
 def _used(cells: list[str], places: Places) -> list[str]:
