@@ -45,12 +45,12 @@ def _or_null(rule: _Rule) -> _Rule:
 
 _SHARE: _Rule = "a number from 0 to less than 1", lambda v: type(v) in (int, float) and 0 <= v < 1
 _SMALL: _Rule = "a number over 0, at most 1", lambda v: type(v) in (int, float) and 0 < v <= 1
-_NOTHING: _Rule = "false or none: a plain encoder", lambda value: not value
+_ENCODER: _Rule = "false: only encoders are supported", lambda value: value in (None, False)
 RULES = {
     "position_embedding_type": _or_null(_one_of("absolute")),
-    "is_decoder": _NOTHING,
-    "add_cross_attention": _NOTHING,
-    "pruned_heads": _NOTHING,
+    "is_decoder": _ENCODER,
+    "add_cross_attention": _ENCODER,
+    "pruned_heads": ("none: only whole layers are supported", lambda value: not value),
     "vocab_size": _whole(10_000_000),
     "hidden_size": _whole(65_536),
     "num_hidden_layers": _whole(1_000),
@@ -209,18 +209,19 @@ def _wrong_fields(raw: Mapping[str, Any]) -> dict[str, str]:
     shape = {**dataclasses.asdict(BertConfig()), "num_labels": None, **raw}
     faults = {}
     kind, classes = raw.get("model_type"), raw.get("architectures") or []
-    is_old = kind is None and "hidden_size" in raw and isinstance(classes, list)
-    if kind != "bert" and not (is_old and all(str(name).startswith("Bert") for name in classes)):
-        hint = ", or null beside hidden_size and architectures of BERT" if kind is None else ""
-        faults["model_type"] = f"found {show(kind)}; only bert is supported{hint}"
+    if kind is None and "hidden_size" in raw:
+        if not isinstance(classes, list) or not all(str(name).startswith("Bert") for name in classes):
+            faults["architectures"] = f"found {classes!r:.200}; expected a BERT"
+    elif kind != "bert":
+        faults["model_type"] = f"found {show(kind)}; only bert is supported, and this describes no BERT"
     for name, (expected, is_sound) in RULES.items():
         if not is_sound(shape.get(name)):
             faults[name] = f"found {show(shape.get(name))}; expected {expected}"
     heads, words, pad = shape["num_attention_heads"], shape["vocab_size"], shape["pad_token_id"]
-    if not faults and shape["hidden_size"] % heads:
+    if not faults.keys() & {"num_attention_heads", "hidden_size"} and shape["hidden_size"] % heads:
         expected = f"a multiple of num_attention_heads ({heads})"
         faults["hidden_size"] = f"found {shape['hidden_size']}; expected {expected}"
-    if not faults and pad is not None and pad >= words:
+    if not faults.keys() & {"vocab_size", "pad_token_id"} and pad is not None and pad >= words:
         faults["pad_token_id"] = f"found {pad}; expected a whole number under vocab_size ({words})"
     return faults
 
