@@ -226,29 +226,7 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
         kind = type(model).__name__
         raise CheckpointError(f"{path}: a {kind} model; WordPiece with the unknown token [UNK] is expected")
     _check_vocabulary([entry for entry in entries_of(backend) if entry], path)
-    _check_template(backend, path)
     return backend
-
-
-def _check_template(backend: tokenizers.Tokenizer, path: Path) -> None:
-    """CheckpointError where it cuts at the left, or joins texts otherwise than [CLS] a [SEP] b [SEP]."""
-    if (backend.truncation or {}).get("direction", "right") != "right":
-        raise CheckpointError(f"{path}: its truncation cuts texts at the left; only right is supported")
-    if backend.post_processor is None:
-        return
-    backend.no_truncation()
-    backend.no_padding()
-    cls, sep = (backend.token_to_id(token) for token in ("[CLS]", "[SEP]"))
-    a, b = (backend.encode(text, add_special_tokens=False) for text in "ab")
-    ids, types = [cls, *a.ids, sep, *b.ids, sep], [0] * (len(a) + 2) + [1] * (len(b) + 1)
-    names = ["[CLS]", *a.tokens, "[SEP]", *b.tokens, "[SEP]"]
-    for found, size in ((backend.encode("a", "b"), len(ids)), (backend.encode("a"), len(a) + 2)):
-        if (found.ids, found.type_ids) != (ids[:size], types[:size]):
-            raise CheckpointError(
-                f"{path}: its post_processor makes {' '.join(found.tokens)} (ids {found.ids}, types "
-                f"{found.type_ids}); only BERT's is supported: {' '.join(names[:size])} (ids {ids[:size]}, "
-                f"types {types[:size]})"
-            )
 
 
 def entries_of(backend: tokenizers.Tokenizer) -> list[str]:
@@ -311,8 +289,11 @@ def _set_casing(
 
 def _finish_backend(backend: tokenizers.Tokenizer, path: Path) -> None:
     """No padding, no truncation, BERT's template, and user text that stays text."""
+    if (backend.truncation or {}).get("direction", "right") != "right":
+        raise CheckpointError(f"{path}: its truncation cuts texts at the left; only right is supported")
     backend.no_padding()
     backend.no_truncation()
+    theirs = [] if backend.post_processor is None else _joined(backend)
     numbers = {token: backend.token_to_id(token) for token in RESERVED}
     backend.add_special_tokens([token for token, number in numbers.items() if number is not None])
     backend.post_processor = processors.TemplateProcessing(
@@ -320,6 +301,11 @@ def _finish_backend(backend: tokenizers.Tokenizer, path: Path) -> None:
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[("[CLS]", numbers["[CLS]"]), ("[SEP]", numbers["[SEP]"])],
     )
+    for found, expected in zip(theirs, _joined(backend), strict=False):
+        if found != expected:
+            raise CheckpointError(
+                f"{path}: its post_processor makes {found}; only BERT's is supported: {expected}"
+            )
     backend.encode_special_tokens = True  # not serialised: has to be set at every load
     typed = backend.encode("[PAD] [CLS] [SEP]", add_special_tokens=False).ids
     if {numbers["[PAD]"], numbers["[CLS]"], numbers["[SEP]"]} & set(typed):
@@ -327,6 +313,12 @@ def _finish_backend(backend: tokenizers.Tokenizer, path: Path) -> None:
             f"{path}: its pre-tokenizer keeps a typed [SEP] whole, so that user text could act as a "
             "separator; BertPreTokenizer takes brackets apart"
         )
+
+
+def _joined(backend: tokenizers.Tokenizer) -> list[str]:
+    """What it makes of a pair and of a single text, for a message."""
+    made = backend.encode("a", "b"), backend.encode("a")
+    return [f"{' '.join(each.tokens)} (ids {each.ids}, types {each.type_ids})" for each in made]
 
 
 def is_standard(backend: tokenizers.Tokenizer) -> bool:
