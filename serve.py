@@ -10,12 +10,12 @@ def main() -> int:
     from bertpair.serving.server import configure_serve_logging, serve
     from bertpair.settings.serve import parse_serve_command_line
 
-    call = parse_serve_command_line(sys.argv[1:])
+    config, notes = parse_serve_command_line(sys.argv[1:])
     configure_serve_logging()
     try:
-        for note in call.notes:
+        for note in notes:
             logging.getLogger("bertpair").info("%s", note)
-        return serve(call.config)
+        return serve(config)
     finally:
         logging.shutdown()  # the lines before the one that says why it ended
 

@@ -170,7 +170,7 @@ def make_config(values: Mapping[str, object]) -> ServeConfig:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "serve.json")
         file.write_text(json.dumps({"model_dir": "model", **values}))
-        return parse_serve_command_line(["--config", str(file)]).config
+        return parse_serve_command_line(["--config", str(file)])[0]
 
 
 def make_predictor(folder: Path, **settings: object) -> tuple[SteeredPredictor, ServeConfig]:

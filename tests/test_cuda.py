@@ -569,7 +569,7 @@ def run(self, rows):
 Predictor.run = run
 configure_logging()
 flags = ["--model_dir", sys.argv[1], "--device", sys.argv[2], "--port", "0"]
-sys.exit(serve(parse_serve_command_line(flags).config))
+sys.exit(serve(parse_serve_command_line(flags)[0]))
 """
 
 

@@ -11,15 +11,15 @@ or which weights and figures it ends with: a finished run is then opened again.
 """
 
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from bertpair.errors import CheckpointError, ConfigError, list_faults
+from bertpair.errors import CheckpointError, ConfigError, list_faults, listed, show
 from bertpair.settings.files import read_settings
 from bertpair.settings.tasks import CLASS_METRICS, METRICS, SCORE_METRICS, find_task
 from bertpair.settings.values import (
@@ -257,9 +257,7 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
-def convert_settings(raw: Mapping[str, object], where: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Typed values of the sound ones, and the faults of the others, each led by its place in `where`."""
-    return convert_all({name: setting.kind for name, setting in SETTINGS.items()}, raw, where)
+_KINDS = {name: item.kind for name, item in SETTINGS.items()}
 
 
 def settle(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,45 +272,32 @@ def settle(values: Mapping[str, Any]) -> dict[str, Any]:
     return settled
 
 
-def make_config(values: Mapping[str, object], *, training: bool = False) -> Config:
-    """A checked `Config` from settings as a YAML file would hold them; ConfigError with all faults."""
-    typed, faults = convert_settings(values, {})
-    config = Config(**settle(typed))
-    raise_faults([*faults, *joint_faults(config, training, known=values)])
-    return config
-
-
-def validate(config: Config, *, training: bool = False) -> list[str]:
-    """All that is wrong with it: types, ranges, contradictions and, for training, what is not set."""
-    values, faults = convert_settings(to_dict(config), {})
-    return [*faults, *joint_faults(Config(**values), training, known={})]
-
-
 def check_config(config: Config, *, training: bool = False) -> Config:
     """The same with every value in its own type (a `Path` becomes text); ConfigError with all faults."""
-    raise_faults(validate(config, training=training))
-    return Config(**convert_settings(to_dict(config), {})[0])
+    values, faults = convert_all(_KINDS, asdict(config), {})
+    checked = Config(**values)
+    raise_faults([*faults, *joint_faults(checked, training)])
+    return checked
 
 
-def joint_faults(config: Config, training: bool, known: Container[str]) -> list[str]:
+def joint_faults(config: Config, training: bool, known: Container[str] = ()) -> list[str]:
     """Contradictions and, for training, what nobody set; names in `known` have their fault already."""
-    missing = missing_for_training(to_dict(config), known) if training else []
-    return contradictions(to_dict(config)) + missing
+    needs = {
+        "a model": ("model_name_or_path",),
+        "data": ("data_dir", "train_file"),
+        "a folder to write to": ("output_dir",),
+    }
+    return contradictions(config) + [
+        f"{' or '.join(names)} must be set: training needs {what}"
+        for what, names in needs.items()
+        if training and not any(getattr(config, name) or name in known for name in names)
+    ]
 
 
 def raise_faults(faults: Sequence[str]) -> None:
     """ConfigError with all of them, if there are any."""
     if faults:
         raise ConfigError(list_faults(faults))
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The settings by name, lists and mappings copied."""
-    return {name: _copy(getattr(config, name)) for name in SETTINGS}
-
-
-def _copy(value: Any) -> Any:
-    return value.copy() if isinstance(value, list | dict) else value
 
 
 def stored_settings(folder: Path) -> dict[str, Any]:
@@ -323,7 +308,7 @@ def stored_settings(folder: Path) -> dict[str, Any]:
     try:
         file = read_settings(path)
         where = {name: f"{file.where(name)}: {name}" for name in file.values}
-        values, faults = convert_settings(file.values, where)
+        values, faults = convert_all(_KINDS, file.values, where)
         raise_faults([*file.faults, *faults])
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
@@ -349,14 +334,9 @@ _PlainDumper.add_representer(str, _PlainDumper.represent_str)
 
 def dump_yaml(config: Config) -> str:
     """What training_args.yaml holds: all settings but evaluate.py's, in the order of --help."""
-    values = {name: value for name, value in to_dict(config).items() if SETTINGS[name].group != "evaluate"}
+    values = {name: value for name, value in asdict(config).items() if SETTINGS[name].group != "evaluate"}
     text: str = yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
     return text
-
-
-def resume_rule(name: str) -> ResumeRule:
-    """What a resume makes of another value: see the head of this module."""
-    return SETTINGS[name].resume
 
 
 def changed_settings(
@@ -371,105 +351,69 @@ def changed_settings(
     return changed
 
 
-Values = Mapping[str, Any]
-
-
-def contradictions(values: Values) -> list[str]:
-    """A fault for each contradiction among typed settings (all of them, defaults included)."""
-    return [fault for find in _CHECKS for fault in find(values)]
-
-
-def missing_for_training(values: Values, known: Container[str] = ()) -> list[str]:
-    """A fault for each thing that training needs and nobody set; names in `known` are faulty already."""
-    needs = {
-        "a model": ("model_name_or_path",),
-        "data": ("data_dir", "train_file"),
-        "a folder to write to": ("output_dir",),
-    }
-    return [
-        f"{' or '.join(names)} must be set: training needs {what}"
-        for what, names in needs.items()
-        if not any(values[name] or name in known for name in names)
+def contradictions(config: Config) -> list[str]:
+    """A fault for each contradiction among typed settings, defaults included."""
+    c = config
+    faults = _column_faults(c)
+    foreign = {"regression": CLASS_METRICS, "classification": SCORE_METRICS}.get(c.problem_type or "", ())
+    classes = ("labels", "class_weights", "label_smoothing") if c.problem_type == "regression" else ()
+    evaluated = ("load_best_model_at_end", "early_stopping_patience") if c.eval_strategy == "no" else ()
+    weights = c.class_weights if c.labels and isinstance(c.class_weights, dict) else {}
+    unknown = [label for label in weights if label not in (c.labels or ())]
+    rules: list[tuple[object, str]] = [
+        (
+            c.metric_for_best_model in foreign,
+            f"metric_for_best_model {c.metric_for_best_model} is not measured with "
+            f"problem_type {c.problem_type}",
+        ),
+        *((getattr(c, name), f"{name} is only for classification") for name in classes),
+        (unknown, f"class_weights: found {listed(unknown)}, not among labels"),
+        (
+            c.warmup_steps and c.warmup_ratio,
+            f"warmup_steps {c.warmup_steps} and warmup_ratio {c.warmup_ratio:g} are two warm-ups: set one",
+        ),
+        (
+            (c.warmup_steps or c.warmup_ratio) and c.lr_scheduler_type == "constant",
+            "lr_scheduler_type constant has no warm-up: use constant_with_warmup",
+        ),
+        (
+            c.evaluate_during_training and c.eval_strategy != "steps",
+            f"evaluate_during_training means eval_strategy steps, found eval_strategy {c.eval_strategy}",
+        ),
+        (
+            c.eval_strategy == "steps" and not c.eval_steps and c.logging_steps < 1,
+            f"eval_strategy steps needs eval_steps, as logging_steps is {c.logging_steps}",
+        ),
+        *((getattr(c, name), f"{name} needs an eval_strategy, found no") for name in evaluated),
+        (
+            c.do_train is False and c.do_eval is False,
+            "do_train and do_eval are both false: there is nothing to do",
+        ),
+        (
+            c.resume and c.overwrite_output_dir,
+            "resume goes on with the run in output_dir, overwrite_output_dir replaces it: set one",
+        ),
+        (c.resume_anyway and not c.resume, "resume_anyway says how to resume: it needs resume"),
+        (
+            c.amp == "fp16" and c.device == "cpu",
+            "amp fp16 needs a GPU, found device cpu; on a CPU use auto, off or bf16",
+        ),
     ]
+    return faults + [fault for is_broken, fault in rules if is_broken]
 
 
-def _check_schedule(values: Values) -> list[str]:
-    faults = []
-    steps, ratio = values["warmup_steps"], values["warmup_ratio"]
-    if steps and ratio:
-        faults.append(f"warmup_steps {steps} and warmup_ratio {ratio:g} are two warm-ups: set one")
-    if (steps or ratio) and values["lr_scheduler_type"] == "constant":
-        faults.append("lr_scheduler_type constant has no warm-up: use constant_with_warmup")
-    return faults
-
-
-def _check_evaluation(values: Values) -> list[str]:
-    faults = []
-    strategy = values["eval_strategy"]
-    if values["evaluate_during_training"] and strategy != "steps":
-        faults.append(f"evaluate_during_training means eval_strategy steps, found eval_strategy {strategy}")
-    if strategy == "steps" and not values["eval_steps"] and values["logging_steps"] < 1:
-        faults.append(f"eval_strategy steps needs eval_steps, as logging_steps is {values['logging_steps']}")
-    if strategy == "no":
-        needy = ("load_best_model_at_end", "early_stopping_patience")
-        faults += [f"{name} needs an eval_strategy, found no" for name in needy if values[name]]
-    return faults
-
-
-def _check_run(values: Values) -> list[str]:
-    faults = []
-    if values["do_train"] is False and values["do_eval"] is False:
-        faults.append("do_train and do_eval are both false: there is nothing to do")
-    if values["resume"] and values["overwrite_output_dir"]:
-        faults.append("resume goes on with the run in output_dir, overwrite_output_dir replaces it: set one")
-    if values["resume_anyway"] and not values["resume"]:
-        faults.append("resume_anyway says how to resume: it needs resume")
-    if values["amp"] == "fp16" and values["device"] == "cpu":
-        faults.append("amp fp16 needs a GPU, found device cpu; on a CPU use auto, off or bf16")
-    return faults
-
-
-def _check_problem(values: Values) -> list[str]:
-    problem, metric = values["problem_type"], values["metric_for_best_model"]
-    foreign = {"regression": CLASS_METRICS, "classification": SCORE_METRICS}.get(problem, ())
-    faults = []
-    if metric in foreign:
-        faults.append(f"metric_for_best_model {metric} is not measured with problem_type {problem}")
-    if problem == "regression":
-        classes = ("labels", "class_weights", "label_smoothing")
-        faults += [f"{name} is only for classification" for name in classes if values[name]]
-    return faults
-
-
-def _check_labels(values: Values) -> list[str]:
-    labels, weights = values["labels"], values["class_weights"]
-    if not labels or not isinstance(weights, dict) or set(weights) <= set(labels):
-        return []
-    unknown = ", ".join(repr(label) for label in weights if label not in labels)
-    return [f"class_weights: found {unknown}, not among labels"]
-
-
-def _check_columns(values: Values) -> list[str]:
+def _column_faults(config: Config) -> list[str]:
     names = ("text_a_column", "text_b_column", "label_column")
-    given = {name: values[name] for name in names if values[name] not in ("auto", None)}
+    given = {name: getattr(config, name) for name in names if getattr(config, name) not in ("auto", None)}
     faults = []
-    if values["has_header"] is False:
+    if config.has_header is False:
         named = [(name, column) for name, column in given.items() if isinstance(column, str)]
-        faults += [f"{name} {column!r} is a header name, but has_header is false" for name, column in named]
+        faults += [
+            f"{name} {show(column)} is a header name, but has_header is false" for name, column in named
+        ]
     seen: dict[object, str] = {}
     for name, column in given.items():
         first = seen.setdefault(column, name)
         if first != name:
-            faults.append(f"{first} and {name} are the same column, {column!r}")
+            faults.append(f"{first} and {name} are the same column, {show(column)}")
     return faults
-
-
-_Check = Callable[[Values], list[str]]
-_CHECKS: tuple[_Check, ...] = (
-    _check_columns,
-    _check_problem,
-    _check_labels,
-    _check_schedule,
-    _check_evaluation,
-    _check_run,
-)

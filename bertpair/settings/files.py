@@ -18,10 +18,10 @@ from typing import Any
 import yaml
 
 from bertpair.errors import CheckpointError, ConfigError, plain, show
+from bertpair.settings.values import NUMBER
 
 MAX_BYTES = 256 * 1024
 _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
-_FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -180,7 +180,7 @@ def _scalar(node: yaml.ScalarNode) -> object:
         return yaml.SafeLoader.bool_values[text.lower()]
     if kind == "int" and _DECIMAL.fullmatch(text):
         return int(text)
-    if kind == "float" and _FLOAT.fullmatch(text):
+    if kind == "float" and NUMBER.fullmatch(text):
         return float(text)
     raise _LineError(node, f"found {show(text)}; write a plain decimal number, or quote it if it is text")
 

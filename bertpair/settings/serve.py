@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
-import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 
-from bertpair.console import say
-from bertpair.errors import ConfigError, plain
-from bertpair.settings.command_line import IMPLICIT, Layer, help_lines, read_flags
+from bertpair.errors import ConfigError
+from bertpair.settings.command_line import file_layer, flag_layer, sample_output_dir
 from bertpair.settings.config import SETTINGS, Setting, raise_faults, setting
-from bertpair.settings.files import SettingsFile, read_settings
 from bertpair.settings.values import (
     DEVICE,
     LABELS,
@@ -21,10 +17,10 @@ from bertpair.settings.values import (
     Kind,
     choice,
     clean_text,
-    convert_all,
+    matching,
     number,
     or_null,
-    suggest,
+    several,
     whole,
 )
 
@@ -50,37 +46,17 @@ def _accept_proxies(value: object) -> object:
     return text
 
 
-def _matching(expected: str, pattern: str) -> Kind:
-    def accept(value: object) -> object:
-        text = clean_text(value)
-        if not re.fullmatch(pattern, text):
-            raise ValueError
-        return text
-
-    return Kind(expected, accept)
-
-
-def _several(one: Kind, expected: str) -> Kind:
-    def accept(value: object) -> object:
-        found = list(value) if isinstance(value, list | tuple) else [value]
-        if not found:
-            raise ValueError
-        return [one.accept(item) for item in found]
-
-    return or_null(Kind(expected, accept, list, "many"))
-
-
 _BATCH_TOKENS = whole(1, 1_000_000)
 _AUTO = Kind(f"auto, or {_BATCH_TOKENS.expected}", _accept_auto, _BATCH_TOKENS.read)
-_HOST = _matching("a host name or an IP address", r"[A-Za-z0-9.:*-]{1,253}(%[A-Za-z0-9]+)?")
+_HOST = matching("a host name or an IP address", r"[A-Za-z0-9.:*-]{1,253}(%[A-Za-z0-9]+)?")
 _HOST_NAME = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]|\*"
-_HOSTS = _several(_matching("a host name", _HOST_NAME), "host names without a port, or *")
-_ORIGIN = _matching("an origin", r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?|\*")
-_ORIGINS = _several(_ORIGIN, "origins such as https://example.com, or *")
-_ROOT = or_null(_matching("a path such as /pairs, without a slash at its end", r"(/[A-Za-z0-9._~-]+)+"))
+_HOSTS = several("host names without a port, or *", matching("a host name", _HOST_NAME).accept)
+_ORIGIN = matching("an origin", r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?|\*")
+_ORIGINS = several("origins such as https://example.com, or *", _ORIGIN.accept)
+_ROOT = or_null(matching("a path such as /pairs, without a slash at its end", r"(/[A-Za-z0-9._~-]+)+"))
 _SECONDS = number(low=0.01, high=86_400)  # less would be a mistake of the unit
 _PROXIES = or_null(Kind("IP addresses or networks with commas between them, or *", _accept_proxies))
-_MODE = or_null(_matching('octal digits in quotes, such as "660"', r"0?[0-7]{3}"))
+_MODE = or_null(matching('octal digits in quotes, such as "660"', r"0?[0-7]{3}"))
 
 _model = partial(setting, group="model")
 _listen = partial(setting, group="listening")
@@ -197,40 +173,55 @@ SERVE_SETTINGS: dict[str, Setting] = {
     item.name: Setting(item.name, default=getattr(_DEFAULTS, item.name), **item.metadata)
     for item in fields(ServeConfig)
 }
-_KINDS = {name: item.kind for name, item in SERVE_SETTINGS.items()}
 
 
 def _contradictions(config: ServeConfig) -> list[str]:
     """What is sound one by one and cannot stand together."""
-    rows, body, uds = config.max_request_rows, config.max_body_bytes, config.uds
-    faults = []
-    if rows is not None and rows > config.max_queue_rows:
-        excess = f"max_request_rows {rows} is above max_queue_rows {config.max_queue_rows}"
-        faults.append(f"{excess}: such a request could never be admitted")
-    if body is not None and body > config.max_inflight_bytes:
-        excess = f"max_body_bytes {body} is above max_inflight_bytes {config.max_inflight_bytes}"
-        faults.append(f"{excess}: such a body could never be held")
-    if config.grace_seconds <= config.queue_deadline:
-        lack = f"grace_seconds {config.grace_seconds:g} is not above queue_deadline {config.queue_deadline:g}"
-        faults.append(f"{lack}: accepted work could not finish")
-    if uds is not None and config.host != _DEFAULTS.host:
-        faults.append(f"uds {uds} and host {config.host} are both given: one place to listen")
-    if uds is None and config.uds_mode is not None:
-        faults.append(f"uds_mode {config.uds_mode} is given without uds: it is the mode of that socket")
-    if config.quantize is not None and config.amp in ("bf16", "fp16"):
-        both = f"quantize {config.quantize} and amp {config.amp} are both given"
-        faults.append(f"{both}: int8 goes with float32")
-    if config.quantize is not None and config.device not in ("auto", "cpu"):
-        faults.append(f"quantize {config.quantize} runs on the CPU only, found device {config.device}")
+    c = config
+    rows, body = c.max_request_rows, c.max_body_bytes
+    rules: list[tuple[object, str]] = [
+        (
+            rows is not None and rows > c.max_queue_rows,
+            f"max_request_rows {rows} is above max_queue_rows {c.max_queue_rows}: "
+            "such a request could never be admitted",
+        ),
+        (
+            body is not None and body > c.max_inflight_bytes,
+            f"max_body_bytes {body} is above max_inflight_bytes {c.max_inflight_bytes}: "
+            "such a body could never be held",
+        ),
+        (
+            c.grace_seconds <= c.queue_deadline,
+            f"grace_seconds {c.grace_seconds:g} is not above queue_deadline {c.queue_deadline:g}: "
+            "accepted work could not finish",
+        ),
+        (
+            c.uds is not None and c.host != _DEFAULTS.host,
+            f"uds {c.uds} and host {c.host} are both given: one place to listen",
+        ),
+        (
+            c.uds is None and c.uds_mode is not None,
+            f"uds_mode {c.uds_mode} is given without uds: it is the mode of that socket",
+        ),
+        (
+            c.quantize is not None and c.amp in ("bf16", "fp16"),
+            f"quantize {c.quantize} and amp {c.amp} are both given: int8 goes with float32",
+        ),
+        (
+            c.quantize is not None and c.device not in ("auto", "cpu"),
+            f"quantize {c.quantize} runs on the CPU only, found device {c.device}",
+        ),
+    ]
+    faults = [fault for is_broken, fault in rules if is_broken]
     try:
-        settle_limits(config, cut=1, num_texts=1)  # the model is not known yet: what no model could change
+        settle_limits(c, cut=1, num_texts=1)  # the model is not known yet: what no model could change
     except ConfigError as error:
         faults.append(str(error))
     return faults
 
 
 _USAGE = """\
-usage: python serve.py [--model_dir FOLDER] [--config FILE] [--name value | --name=value] …
+usage: python {script}.py [--model_dir FOLDER] [--config FILE] [--name value | --name=value] …
 
 A list is several words; null is the word null. The names below are the keys of a settings file (YAML or JSON)
 too; flags go over it. Without --model_dir, the output_dir of config.yaml in the working directory is served.
@@ -238,78 +229,23 @@ SIGTERM and SIGINT drain the server; a second one ends it at once. Exit codes: 0
 that did not finish within grace_seconds, 2 a setting or model folder that cannot be used."""
 
 
-@dataclass(frozen=True)
-class ServeCall:
-    """The settings of one call, and lines to say."""
+def parse_serve_command_line(argv: Sequence[str]) -> tuple[ServeConfig, list[str]]:
+    """The settings that this command line means, and lines to say; ConfigError with all faults at once.
 
-    config: ServeConfig
-    notes: tuple[str, ...]
-
-
-def parse_serve_command_line(argv: Sequence[str]) -> ServeCall:
-    """What this command line means; ConfigError with all faults at once. `--help` prints and exits with 0."""
-    if "--help" in argv or "-h" in argv:
-        say(serve_help_page())
-        raise SystemExit(0)
-    flags = read_flags(argv, {"config": PATH, **_KINDS})
-    path = flags.values.pop("config", None)
-    found = Layer(faults=flags.faults, notes=flags.notes)
-    if isinstance(path, str) and path:
-        _add_file(found, path)
-    _add_values(found, flags.values, {name: f"--{name}" for name in flags.values})
-    if not found.values.get("model_dir") and not found.faults and os.path.exists(IMPLICIT):
-        try:
-            _add_output_dir(found, read_settings(IMPLICIT))  # the sample's
-        except ConfigError as error:
-            found.faults.append(str(error))
-    config = ServeConfig(**found.values)
-    found.faults += _contradictions(config)
-    if config.model_dir is None and not found.faults:
-        found.faults.append("model_dir must be set: name the trained folder with --model_dir")
-    raise_faults(found.faults)
-    return ServeCall(config, tuple(found.notes))
-
-
-def _add_file(found: Layer, path: str) -> None:
-    """The settings file's share: serve.py's settings, and output_dir as the model's folder."""
-    try:
-        file = read_settings(path)
-    except ConfigError as error:
-        found.faults.append(str(error))
-        return
-    found.notes.append(f"settings read from {path}")
-    found.faults += file.faults
-    mine = {name: value for name, value in file.values.items() if name in SERVE_SETTINGS}
-    _add_values(found, mine, {name: f"{file.where(name)}: {name}" for name in mine})
-    found.faults += [
-        f"{file.where(name)}: unknown setting {plain(name)}{suggest(name, SERVE_SETTINGS)}"
-        for name in file.values
-        if name not in SERVE_SETTINGS and name not in SETTINGS
-    ]
-    if not found.values.get("model_dir"):
-        _add_output_dir(found, file)
-
-
-def _add_values(found: Layer, raw: Mapping[str, object], where: Mapping[str, str]) -> None:
-    values, faults = convert_all(_KINDS, raw, where)
-    found.values.update(values)
-    found.faults += faults
-
-
-def _add_output_dir(found: Layer, file: SettingsFile) -> None:
-    folder = file.values.get("output_dir")
-    if isinstance(folder, str) and folder:
-        found.values["model_dir"] = folder
-        found.notes.append(f"model_dir is {folder}, the output_dir of {file.path}")
-
-
-def serve_help_page() -> str:
-    """Every setting of serve.py, by group, with its meaning, what it may be and its default."""
-    lines = [_USAGE]
-    group = ""
-    for name, item in SERVE_SETTINGS.items():
-        if item.group != group:
-            group = item.group
-            lines.append(f"\n{group}:")
-        lines.append(help_lines(name, item.kind, item.default, item.help))
-    return "\n".join(lines)
+    `--help` prints and exits with 0.
+    """
+    flags, path = flag_layer(argv, SERVE_SETTINGS, "serve", _USAGE)
+    yaml = file_layer(path, SERVE_SETTINGS | {"output_dir": SETTINGS["output_dir"]}, "serve")
+    values = {**yaml.values, **flags.values}
+    output_dir = values.pop("output_dir", None)
+    if not values.get("model_dir") and output_dir:
+        yaml.notes.append(f"model_dir is {output_dir}, the output_dir of {path}")
+        values["model_dir"] = output_dir
+    if not values.get("model_dir") and not (yaml.faults or flags.faults):
+        values["model_dir"] = sample_output_dir(yaml)
+    config = ServeConfig(**values)
+    faults = [*yaml.faults, *flags.faults, *_contradictions(config)]
+    if config.model_dir is None and not faults:
+        faults.append("model_dir must be set: name the trained folder with --model_dir")
+    raise_faults(faults)
+    return config, [*yaml.notes, *flags.notes]

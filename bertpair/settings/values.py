@@ -18,7 +18,7 @@ from bertpair.errors import half_character, near_misses, plain, show
 Accept = Callable[[object], object]
 
 _WHOLE = re.compile(r"[-+]?[0-9]{1,18}")
-_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _MANY = 2**31 - 1
 _QUOTE_IT = "YAML reads an unquoted yes, no, on, off, true, null or number as something else: quote it"
 
@@ -121,12 +121,12 @@ def number(
 def _finite(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError
-    if isinstance(value, str) and not _NUMBER.fullmatch(value):
+    if isinstance(value, str) and not NUMBER.fullmatch(value):
         raise ValueError
     try:
         number = float(value)
     except OverflowError:
-        raise ValueError from None
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError
     return number
@@ -193,13 +193,31 @@ TEXT = Kind("text, or null", _accept_text)
 PATH = Kind("a path, or null", _accept_path)
 
 
-def _accept_paths(value: object) -> object:
-    if value is None or (isinstance(value, list | tuple) and not value):
-        raise ValueError
-    return [clean_path(item) for item in value] if isinstance(value, list | tuple) else [clean_path(value)]
+def several(expected: str, accept: Accept) -> Kind:
+    """A list of at least one, or one alone, or null."""
+
+    def accept_all(value: object) -> object:
+        found = list(value) if isinstance(value, list | tuple) else [value]
+        if not found:
+            raise ValueError
+        return [accept(item) for item in found]
+
+    return or_null(Kind(expected, accept_all, list, "many"))
 
 
-PATHS = or_null(Kind("one path or several", _accept_paths, list, "many"))
+def matching(expected: str, pattern: str) -> Kind:
+    """Text of this form."""
+
+    def accept(value: object) -> object:
+        text = clean_text(value)
+        if not re.fullmatch(pattern, text):
+            raise ValueError
+        return text
+
+    return Kind(expected, accept)
+
+
+PATHS = several("one path or several", clean_path)
 
 
 def clean_label(value: object) -> str:
@@ -288,13 +306,7 @@ def _accept_resume(value: object) -> object:
 RESUME = Kind("false, auto or the path of a checkpoint", _accept_resume, _read_switch, "maybe")
 
 
-def _accept_device(value: object) -> object:
-    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", value):
-        raise ValueError
-    return value
-
-
-DEVICE = Kind("auto, cpu, mps, cuda or cuda:N", _accept_device)
+DEVICE = matching("auto, cpu, mps, cuda or cuda:N", r"auto|cpu|mps|cuda(:[0-9]{1,3})?")
 
 
 def _accept_reports(value: object) -> object:

@@ -20,9 +20,7 @@ from bertpair.settings.config import (
     Config,
     changed_settings,
     check_config,
-    resume_rule,
     stored_settings,
-    to_dict,
 )
 from bertpair.training.setup import Job
 
@@ -69,7 +67,7 @@ def find_start(config: Config, explicit: Collection[str], folder: RunFolder) -> 
     if finished is not None:
         merged, changes = merge_settings(config, explicit, finished)
         ends_otherwise = _ending(merged) != _ending(Config(**stored_settings(finished.folder)))
-        if not ends_otherwise and not any(resume_rule(name) == "anyway" for name, _, _ in changes):
+        if not ends_otherwise and not any(SETTINGS[name].resume == "anyway" for name, _, _ in changes):
             return Start(merged, finished=finished)
     start = folder.find_resume(str(config.resume))
     if finished is not None:
@@ -80,7 +78,7 @@ def find_start(config: Config, explicit: Collection[str], folder: RunFolder) -> 
         return Start(check_config(config, training=True))
     merged, changes = merge_settings(config, explicit, start)
     for name, old, new in changes:
-        only_rounding = "; results then agree to rounding" if resume_rule(name) == "warn" else ""
+        only_rounding = "; results then agree to rounding" if SETTINGS[name].resume == "warn" else ""
         logger.warning("%s was %s, is now %s%s", name, old, new, only_rounding)
     logger.info("resuming from %s", start.folder)
     return Start(merged, start, None if ends_otherwise else finished)
@@ -88,7 +86,7 @@ def find_start(config: Config, explicit: Collection[str], folder: RunFolder) -> 
 
 def _ending(config: Config) -> dict[str, object]:
     """What decides when a run ends, and which weights and figures it then has, by meaning."""
-    values = {name: getattr(config, name) for name in SETTINGS if resume_rule(name) == "end"}
+    values = {name: getattr(config, name) for name in SETTINGS if SETTINGS[name].resume == "end"}
     return {**values, "do_eval": config.runs_evaluation, "eval_steps": config.eval_interval}
 
 
@@ -114,17 +112,17 @@ def merge_settings(config: Config, explicit: Collection[str], run: RunState) -> 
 
     Raises ConfigError naming every refused change with both values, and what to do about it.
     """
-    now = to_dict(config)
+    now = dataclasses.asdict(config)
     own: dict[str, Any] = dict(stored_settings(run.folder))
-    old = to_dict(Config(**own))
+    old = dataclasses.asdict(Config(**own))
     given = {name: now[name] for name in explicit if not (name in RESOLVED and now[name] == RESOLVED[name])}
     merged = {**old, **given, "resume": config.resume, "resume_anyway": config.resume_anyway}
     merged["output_dir"] = config.output_dir
     merged["overwrite_output_dir"] = False
-    changes = [change for change in changed_settings(old, merged) if resume_rule(change[0]) != "free"]
-    _refuse([c for c in changes if resume_rule(c[0]) == "never"], [], run)
+    changes = [change for change in changed_settings(old, merged) if SETTINGS[change[0]].resume != "free"]
+    _refuse([c for c in changes if SETTINGS[c[0]].resume == "never"], [], run)
     if not config.resume_anyway:
-        _refuse([], [c for c in changes if resume_rule(c[0]) == "anyway"], run)
+        _refuse([], [c for c in changes if SETTINGS[c[0]].resume == "anyway"], run)
     return check_config(Config(**merged)), changes
 
 

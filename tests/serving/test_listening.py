@@ -234,4 +234,4 @@ def test_the_mode_is_octal_text(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="my.yaml:3: .*quote"):
             parse_serve_command_line(["--config", str(file)])
     file.write_text("model_dir: x\nuds: s\nuds_mode: '640'\n")
-    assert parse_serve_command_line(["--config", str(file)]).config.uds_mode == "640"
+    assert parse_serve_command_line(["--config", str(file)])[0].uds_mode == "640"

@@ -73,7 +73,7 @@ def test_the_2020_command_line_means_what_it_meant() -> None:
         overwrite_output_dir=True,
         output_dir="./checkpoints/",
     )
-    assert parsed.notes == () and parsed.source is None
+    assert parsed.notes == ()
 
 
 def test_all_of_the_2020_flags_together() -> None:
@@ -132,7 +132,7 @@ def test_only_what_is_asked_for_is_done() -> None:
 def test_config_yaml_is_read_unasked_and_said(folder: Path) -> None:
     (folder / "config.yaml").write_text(SAMPLE)
     parsed = train("--seed 3")
-    assert parsed.source == "config.yaml" and parsed.notes == ("settings read from config.yaml",)
+    assert parsed.notes == ("settings read from config.yaml",)
     assert (parsed.config.output_dir, parsed.config.max_steps, parsed.config.seed) == ("output", 100, 3)
     assert {"seed", "data_dir", "max_steps"} <= parsed.explicit and "learning_rate" not in parsed.explicit
 
@@ -143,10 +143,10 @@ def test_nobodys_own_run_inherits_the_samples_settings(folder: Path, name: str) 
     rest = "--model_name_or_path=m --data_dir=d --output_dir=o"
     for line in (rest, f"--{name} mnli {rest}"):
         parsed = train(line)
-        assert parsed.source is None and parsed.config.max_steps == -1
+        assert parsed.config.max_steps == -1
         assert parsed.notes[0].startswith("config.yaml is not read: --")
     (folder / "config.yaml").write_text(SAMPLE)
-    assert train(f"{rest} --config config.yaml").source == "config.yaml"
+    assert "settings read from config.yaml" in train(f"{rest} --config config.yaml").notes
     (folder / "own.yaml").write_text("model_name_or_path: m\noutput_dir: o")
     faults = refusal(f"--{name} mnli")
     assert "output_dir must be set: training needs a folder to write to" in faults
@@ -168,7 +168,7 @@ def test_a_single_json_file_is_a_settings_file(folder: Path) -> None:
     }
     (folder / "args.json").write_text(json.dumps({**values, "per_gpu_train_batch_size": None}))
     parsed = train("args.json")
-    assert (parsed.config.amp, parsed.config.output_dir, parsed.source) == ("fp16", "o", "args.json")
+    assert (parsed.config.amp, parsed.config.output_dir) == ("fp16", "o")
     assert parsed.notes[1].startswith("args.json: logging_dir no longer means anything")
     assert "a settings file is named by --config" in refusal("args.yaml")[0]
 
@@ -181,8 +181,8 @@ def test_all_faults_of_yaml_and_flags_come_in_one_list(folder: Path) -> None:
         "--learning 2 --per_device_train_batch_size 0 --model_type xlnet --warmup_ratio 2 stray"
     ) == [
         "config.yaml:5: seed stands twice",
-        "config.yaml:2: unknown setting learing_rate; did you mean learning_rate?",
         "config.yaml:1: seed: expected a whole number from 0 to 4294967295, found 'x'",
+        "config.yaml:2: unknown setting learing_rate; did you mean learning_rate?",
         "config.yaml:3: labels: expected labels that are text, found true; YAML reads an unquoted yes, no, "
         "on, off, true, null or number as something else: quote it",
         "unknown setting --learning; did you mean learning_rate?",
@@ -270,7 +270,7 @@ def test_evaluate_finds_the_model_that_was_trained_last(folder: Path) -> None:
     parsed = evaluate()
     assert (parsed.config.model_dir, parsed.config.label_column) == ("output", "gold")
     assert parsed.config.data_dir is None, "config.yaml gives nothing but output_dir"
-    assert parsed.config.eval_output_dir is None and parsed.source is None
+    assert parsed.config.eval_output_dir is None
     (folder / "config.yaml").write_text("output_dir: 3\nseed: x")
     assert refusal("", "evaluate")[0].startswith("config.yaml:1: output_dir: expected a path")
     (folder / "config.yaml").write_text("output_dir: [")

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from bertpair.settings.config import Config, contradictions, missing_for_training, to_dict
+from bertpair.settings.config import Config, contradictions, joint_faults
 
 
 def found(**values: Any) -> list[str]:
-    return contradictions({**to_dict(Config()), **values})
+    return contradictions(Config(**values))
 
 
 @pytest.mark.parametrize(
@@ -57,12 +57,11 @@ def test_sound_settings_have_no_fault(values: dict[str, Any]) -> None:
 
 
 def test_training_needs_a_model_data_and_a_folder() -> None:
-    values = to_dict(Config())
-    assert [fault.split()[0] for fault in missing_for_training(values)] == [
-        "model_name_or_path",
-        "data_dir",
-        "output_dir",
-    ]
-    assert len(missing_for_training(values, known={"train_file", "output_dir"})) == 1
-    values |= {"model_name_or_path": "m", "train_file": ["t.tsv"], "output_dir": "o"}
-    assert missing_for_training(values) == []
+    assert joint_faults(Config(), training=False) == []
+    missing = joint_faults(Config(), training=True)
+    assert [fault.split()[0] for fault in missing] == ["model_name_or_path", "data_dir", "output_dir"]
+    assert len(joint_faults(Config(), training=True, known={"train_file", "output_dir"})) == 1
+    assert (
+        joint_faults(Config(model_name_or_path="m", train_file=["t.tsv"], output_dir="o"), training=True)
+        == []
+    )

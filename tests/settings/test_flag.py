@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from bertpair.settings.command_line import Flags, help_lines, read_flags
+from bertpair.settings.command_line import Layer, help_lines, read_flags
+from bertpair.settings.config import SETTINGS
 from bertpair.settings.values import LABELS, PATH, RESUME, SWITCH, number, whole
 
 KINDS = {
@@ -17,7 +18,7 @@ KINDS = {
 }
 
 
-def read(*argv: str) -> Flags:
+def read(*argv: str) -> Layer:
     return read_flags(argv, KINDS)
 
 
@@ -114,7 +115,9 @@ def test_a_flag_given_again_with_another_value_is_said() -> None:
 
 
 def test_help_shows_name_meaning_range_and_default() -> None:
-    text = " ".join(help_lines("learning_rate", KINDS["learning_rate"], 2e-5, "how fast").split())
-    assert text == "--learning_rate how fast (a number above 0; default 2e-5)"
-    assert "default none" in help_lines("report_to", PATH, ["none"], "")
-    assert "default false" in help_lines("do_train", SWITCH, False, "")
+    text = " ".join(help_lines("learning_rate", SETTINGS["learning_rate"]).split())
+    assert text.startswith("--learning_rate ") and text.endswith(
+        " (a number above 0 and at most 1; default 2e-5)"
+    )
+    assert "default none)" in help_lines("report_to", SETTINGS["report_to"])
+    assert "default false)" in help_lines("predict", SETTINGS["predict"])

@@ -1,18 +1,25 @@
 """Layers: flags and files become typed settings, and later layers go over earlier ones."""
 
+from pathlib import Path
+
 import pytest
 
 from bertpair.settings.command_line import REPLACES, Layer, file_layer, flag_layer, merge
-from bertpair.settings.config import Config
-from bertpair.settings.files import parse_settings
+from bertpair.settings.config import SETTINGS, Config
 
 
 def flags(*argv: str) -> Layer:
-    return flag_layer(argv, "train")[0]
+    return flag_layer(argv, SETTINGS, "train")[0]
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 def yaml(text: str) -> Layer:
-    return file_layer(parse_settings(text, "c.yaml"), "train")
+    Path("c.yaml").write_text(text, encoding="utf-8")
+    return file_layer("c.yaml", SETTINGS, "train")
 
 
 def test_flags_and_files_give_the_same_settings() -> None:
@@ -24,17 +31,20 @@ def test_flags_and_files_give_the_same_settings() -> None:
 
 
 def test_the_settings_file_is_named_by_a_flag() -> None:
-    assert flag_layer(["--config", "c.yaml"], "train")[1] == "c.yaml"
-    assert flag_layer([], "train")[1] is flag_layer(["--config", "null"], "train")[1] is None
-    assert "--config: expected text without NUL" in flag_layer(["--config", "a\0"], "train")[0].faults[0]
+    def read(*argv: str) -> tuple[Layer, str | None]:
+        return flag_layer(argv, SETTINGS, "train")
+
+    assert read("--config", "c.yaml")[1] == "c.yaml"
+    assert read()[1] is read("--config", "null")[1] is None
+    assert "--config: expected text without NUL" in read("--config", "a\0")[0].faults[0]
 
 
 def test_faults_of_a_file_name_line_and_setting() -> None:
     layer = yaml("seed: x\nlearing_rate: 1\n\namp: fp32\nper_gpu_train_batch_size: 0\nsave_steps: 010\n")
     assert layer.faults == [
         "c.yaml:6: found '010'; write a plain decimal number, or quote it if it is text",
-        "c.yaml:2: unknown setting learing_rate; did you mean learning_rate?",
         "c.yaml:1: seed: expected a whole number from 0 to 4294967295, found 'x'",
+        "c.yaml:2: unknown setting learing_rate; did you mean learning_rate?",
         "c.yaml:4: amp: expected one of auto, off, bf16, fp16, found 'fp32'",
         "c.yaml:5: per_gpu_train_batch_size: expected a whole number of at least 1, or null, found 0",
     ]

@@ -11,7 +11,6 @@ from bertpair.settings.serve import (
     RequestLimits,
     ServeConfig,
     parse_serve_command_line,
-    serve_help_page,
     settle_limits,
 )
 
@@ -120,9 +119,9 @@ def test_limits_that_are_not_given_follow_from_those_that_are(
 
 def test_flags_go_over_a_file_and_all_faults_come_at_once(folder: Path) -> None:
     (folder / "my.yaml").write_text("output_dir: trained\nport: 9000\nmax_queue_rows: 64\nlearning_rate: 1\n")
-    call = parse_serve_command_line("--config my.yaml --port 9001 --max_batch_tokens auto".split())
-    assert (call.config.model_dir, call.config.port, call.config.max_queue_rows) == ("trained", 9001, 64)
-    assert call.config.max_batch_tokens is None and call.notes[0] == "settings read from my.yaml"
+    config, notes = parse_serve_command_line("--config my.yaml --port 9001 --max_batch_tokens auto".split())
+    assert (config.model_dir, config.port, config.max_queue_rows) == ("trained", 9001, 64)
+    assert config.max_batch_tokens is None and notes[0] == "settings read from my.yaml"
     (folder / "bad.yaml").write_text("port: x\nqueue_dedline: 3\n")
     with pytest.raises(ConfigError) as raised:
         parse_serve_command_line("--config bad.yaml --host /etc --drain_seconds -1 --nonsense".split())
@@ -140,15 +139,15 @@ def test_the_model_folder_is_named_or_the_samples(folder: Path) -> None:
     with pytest.raises(ConfigError, match="model_dir must be set"):
         parse_serve_command_line([])
     (folder / "config.yaml").write_text("output_dir: output\nlearning_rate: 1e-4\n")
-    assert parse_serve_command_line([]).config.model_dir == "output"
-    assert parse_serve_command_line(["--model_dir", "other"]).config.model_dir == "other"
+    assert parse_serve_command_line([])[0].model_dir == "output"
+    assert parse_serve_command_line(["--model_dir", "other"])[0].model_dir == "other"
 
 
 def test_help_shows_every_setting_grouped(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse_serve_command_line(["--help"])
     page = capsys.readouterr().out
-    assert ended.value.code == 0 and page == serve_help_page() + "\n"
+    assert ended.value.code == 0 and page.startswith("usage: python serve.py ")
     assert all(f"--{name} " in page for name in SERVE_SETTINGS)
     assert [line for line in page.splitlines() if line.endswith(":") and line[0] != " "] == [
         "model:",
