@@ -13,53 +13,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from bertpair.checkpoints.run_folder import RunFolder, WriteCheckpoint
 from bertpair.console import Progress
-from bertpair.data.batching import BatchStream, pad_batch, slice_batch
-from bertpair.data.tokenizer import Tokens
+from bertpair.data.batching import BatchStream, pad_batch, padded_lengths, slice_batch
 from bertpair.errors import StoppedError, TrainingError, plain
 from bertpair.evaluation.evaluate import Evaluation
 from bertpair.evaluation.metrics import finite_or_null, is_better
 from bertpair.runtime import peak_memory_gb, stop_flag
+from bertpair.training.setup import Job, digest_of, make_plan
 from bertpair.training.step import SkippedStep, Stepper, loss_weight
 
 logger = logging.getLogger(__name__)
 
 READ_VERDICTS_EVERY = 1000  # steps whose masked failures may wait on the device at most
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """When things happen, in optimizer steps."""
-
-    total_steps: int
-    steps_per_epoch: int
-    learning_rate: Callable[[int], float]  # updates done before → the next one's rate
-    logging_steps: int  # 0: only the last step
-    save_steps: int  # 0: none but what evaluation asks for
-    eval_steps: int  # 0: no evaluation within training
-    metric: str
-    patience: int | None
-    max_skipped_steps: int
-
-    def logs_at(self, step: int) -> bool:
-        return step == self.total_steps or (self.logging_steps > 0 and step % self.logging_steps == 0)
-
-    def evaluates_at(self, step: int) -> bool:
-        return self.eval_steps > 0 and (step == self.total_steps or step % self.eval_steps == 0)
-
-    def saves_at(self, step: int) -> bool:
-        return self.save_steps > 0 and step % self.save_steps == 0
-
-    def checkpoints_kept(self, limit: int | None) -> int:
-        """How many checkpoints the run is sure to keep: those of save_steps up to `limit`, and a best one."""
-        regular = -(-self.total_steps // self.save_steps) if self.save_steps else 0  # the last step's too
-        if not self.eval_steps:
-            return regular if limit is None else min(limit, regular)
-        return max(1, regular) if limit is None else min(limit, regular) + 1
 
 
 @dataclasses.dataclass
@@ -73,42 +39,34 @@ class TrainState:
     evaluation_pending: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingRows:
-    """The training set as the loop needs it."""
-
-    tokens: Tokens
-    targets: npt.NDArray[np.int64] | npt.NDArray[np.float32]
-    where: Callable[[int], str]  # row number → file and line
-    pad_id: int
-    max_length: int
-    pad_to_multiple_of: int
-    micro_batch_size: int
-
-
 class Loop:
-    """Drives a `Stepper` over a `BatchStream` according to a `Plan`, and keeps the run's folder."""
+    """Drives a `Stepper` over the training rows according to a `Plan`, and keeps the run's folder."""
 
     def __init__(
         self,
-        plan: Plan,
+        job: Job,
         stepper: Stepper,
-        stream: BatchStream,
-        rows: TrainingRows,
         folder: RunFolder,
         *,
         evaluate: Callable[[], Evaluation],
         write_checkpoint: WriteCheckpoint,
-        identity: Mapping[str, Any],
     ) -> None:
-        self.plan = plan
-        self.stepper = stepper
-        self.stream = stream
-        self.rows = rows
-        self.folder = folder
-        self.evaluate = evaluate
-        self.write_checkpoint = write_checkpoint
-        self.identity = identity  # what else trainer_state.json keeps
+        self.job, self.stepper, self.folder = job, stepper, folder
+        self.evaluate, self.write_checkpoint = evaluate, write_checkpoint
+        config = job.config
+        self.stream = BatchStream(
+            padded_lengths(job.train.tokens.lengths, config.pad_to_multiple_of, config.max_seq_length),
+            config.per_device_train_batch_size * config.gradient_accumulation_steps,
+            seed=config.seed,
+            group_by_length=config.group_by_length,
+        )
+        self.plan = make_plan(config, self.stream.num_batches, job.metrics, has_dev=job.dev is not None)
+        self.identity: dict[str, Any] = {  # what else trainer_state.json keeps
+            "data_sha256": job.data_digest,
+            "dev_sha256": None if job.dev is None else digest_of(job.dev),
+            "device": job.device.type,
+            "positive_label": config.positive_label,
+        }
         self.progression = TrainState()
         self._last_evaluation: tuple[int, Evaluation] | None = None
         self._saved_step: int | None = None  # this step is on disk already
@@ -180,25 +138,25 @@ class Loop:
 
     def _step(self) -> None:
         _, _, batch_rows = next(self.stream)
-        done = self.progression.global_step
-        targets = self.rows.targets[batch_rows]
-        slices = slice_batch(batch_rows, rank=0, world_size=1, micro_batch_size=self.rows.micro_batch_size)
+        done, config, train = self.progression.global_step, self.job.config, self.job.train
+        assert train.targets is not None
+        micro_batch_size = config.per_device_train_batch_size
         micro_batches = [
             pad_batch(
-                self.rows.tokens,
+                train.tokens,
                 rows,
-                pad_id=self.rows.pad_id,
-                targets=self.rows.targets,
-                pad_to_multiple_of=self.rows.pad_to_multiple_of,
-                max_length=self.rows.max_length,
+                pad_id=self.job.pad_id,
+                targets=train.targets,
+                pad_to_multiple_of=config.pad_to_multiple_of,
+                max_length=config.max_seq_length,
             )
-            for rows in slices
+            for rows in slice_batch(batch_rows, rank=0, world_size=1, micro_batch_size=micro_batch_size)
         ]
         self.stepper.step(
             done + 1,
             batch_rows,
             micro_batches,
-            denominator=loss_weight(targets, self._class_weights),
+            denominator=loss_weight(train.targets[batch_rows], self._class_weights),
             learning_rate=self.plan.learning_rate(done),
         )
         self.progression.global_step = done + 1
@@ -245,9 +203,8 @@ class Loop:
 
     def last_evaluation_of(self, step: int | None) -> Evaluation | None:
         """The last evaluation, if it was that of the weights after `step`."""
-        return (
-            self._last_evaluation[1] if self._last_evaluation and self._last_evaluation[0] == step else None
-        )
+        last, evaluation = self._last_evaluation or (None, None)
+        return evaluation if last == step else None
 
     def _check_verdicts(self) -> None:
         """Wait for the device and read them; the wait is the steps' time."""
@@ -257,7 +214,7 @@ class Loop:
 
     def _report_skipped(self, skipped: Sequence[SkippedStep]) -> None:
         for one in skipped:
-            rows = ", ".join(self.rows.where(row) for row in one.rows)
+            rows = ", ".join(self.job.train.pairs.where(row) for row in one.rows)
             self._unlogged.append(one.step)
             logger.warning("step %d skipped: its loss or gradient is not finite; rows: %s", one.step, rows)
         longest = self.stepper.meter.longest

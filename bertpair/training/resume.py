@@ -120,21 +120,23 @@ def merge_settings(config: Config, explicit: Collection[str], run: RunState) -> 
     merged["output_dir"] = config.output_dir
     merged["overwrite_output_dir"] = False
     changes = [change for change in changed_settings(old, merged) if SETTINGS[change[0]].resume != "free"]
-    _refuse([c for c in changes if SETTINGS[c[0]].resume == "never"], [], run)
+    new_run = f"start a new run from the weights: --model_name_or_path {shlex.quote(str(run.folder))}"
+    _refuse("never", changes, run, f"a resume cannot change this; {new_run}")
     if not config.resume_anyway:
-        _refuse([], [c for c in changes if SETTINGS[c[0]].resume == "anyway"], run)
+        _refuse("anyway", changes, run, "--resume_anyway accepts this")
     return check_config(Config(**merged)), changes
 
 
-def _refuse(never: list[Change], unless_anyway: list[Change], run: RunState) -> None:
-    faults = [f"{name}: the run has {old!r}, found {new!r}" for name, old, new in (*never, *unless_anyway)]
-    if not faults:
-        return
-    advice = "--resume_anyway accepts this"
-    if never:
-        advice = "a resume cannot change this; start a new run from the weights: "
-        advice += f"--model_name_or_path {shlex.quote(str(run.folder))}"
-    raise ConfigError(f"{run.folder}: these settings differ from the run's\n{list_faults(faults)}\n{advice}")
+def _refuse(rule: str, changes: list[Change], run: RunState, advice: str) -> None:
+    """ConfigError where settings of this rule have changed."""
+    faults = [
+        f"{name}: the run has {old!r}, found {new!r}"
+        for name, old, new in changes
+        if SETTINGS[name].resume == rule
+    ]
+    if faults:
+        differ = f"{run.folder}: these settings differ from the run's"
+        raise ConfigError(f"{differ}\n{list_faults(faults)}\n{advice}")
 
 
 def check_same_data(job: Job, resumed_from: RunState) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -47,7 +47,6 @@ from bertpair.runtime import (
 )
 from bertpair.settings.config import Config
 from bertpair.settings.tasks import measured_metrics
-from bertpair.training.loop import Plan
 from bertpair.training.optim import learning_rate_at, num_warmup_steps
 from bertpair.training.step import Objective
 
@@ -102,7 +101,8 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
             new_head=config.new_head and resumed_from is None,
             from_scratch=config.from_scratch,
         )
-        _log((*source.notes, *notes))
+        for line in (*source.notes, *notes):
+            logger.info("%s", line)
         precision = _resolve_precision(config, folder, device)
         if config.compact_vocabulary:
             table = compact_model(model, [each.tokens for each in (train, dev) if each is not None], pad_id)
@@ -141,11 +141,6 @@ def digest_of(split: Split) -> str:
 
 def _renumbered(split: Split, table: CompactTable) -> Split:
     return dataclasses.replace(split, tokens=remap(split.tokens, table.used, len(table.full)))
-
-
-def _log(lines: Sequence[str]) -> None:
-    for line in lines:
-        logger.info("%s", line)
 
 
 def _set_up_machine(config: Config) -> torch.device:
@@ -251,6 +246,37 @@ def class_weight_tensor(
             f"class_weights: found weights for {', '.join(setting)}; the labels are {', '.join(labels)}"
         )
     return torch.tensor([setting[label] for label in labels], dtype=torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """When things happen, in optimizer steps."""
+
+    total_steps: int
+    steps_per_epoch: int
+    learning_rate: Callable[[int], float]  # updates done before → the next one's rate
+    logging_steps: int  # 0: only the last step
+    save_steps: int  # 0: none but what evaluation asks for
+    eval_steps: int  # 0: no evaluation within training
+    metric: str
+    patience: int | None
+    max_skipped_steps: int
+
+    def logs_at(self, step: int) -> bool:
+        return step == self.total_steps or (self.logging_steps > 0 and step % self.logging_steps == 0)
+
+    def evaluates_at(self, step: int) -> bool:
+        return self.eval_steps > 0 and (step == self.total_steps or step % self.eval_steps == 0)
+
+    def saves_at(self, step: int) -> bool:
+        return self.save_steps > 0 and step % self.save_steps == 0
+
+    def checkpoints_kept(self, limit: int | None) -> int:
+        """How many checkpoints the run is sure to keep: those of save_steps up to `limit`, and a best one."""
+        regular = -(-self.total_steps // self.save_steps) if self.save_steps else 0  # the last step's too
+        if not self.eval_steps:
+            return regular if limit is None else min(limit, regular)
+        return max(1, regular) if limit is None else min(limit, regular) + 1
 
 
 def make_plan(config: Config, steps_per_epoch: int, metrics: Sequence[str], *, has_dev: bool) -> Plan:

@@ -12,7 +12,6 @@ import logging
 import shlex
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,6 @@ from bertpair.checkpoints.run_folder import (
     RunFolder,
     RunState,
 )
-from bertpair.data.batching import BatchStream, padded_lengths
 from bertpair.errors import CheckpointError, ConfigError, StoppedError, TrainingError, first_line
 from bertpair.evaluation.classifier import Scorer
 from bertpair.evaluation.evaluate import Evaluation, curves_file, evaluate_split, result_files
@@ -39,12 +37,12 @@ from bertpair.runtime import (
     restore_random_state,
     stop_flag,
 )
-from bertpair.settings.config import TRAINING_ARGS, Config, check_config, dump_yaml
-from bertpair.training.loop import Loop, TrainingRows
+from bertpair.settings.config import TRAINING_ARGS, Config, changed_settings, check_config, dump_yaml
+from bertpair.training.loop import Loop
 from bertpair.training.optim import AdamW, load_state_tensors, parameter_groups
 from bertpair.training.optim import state_tensors as optimizer_tensors
 from bertpair.training.resume import check_same_data, find_start, name_output_dir, warn_of_other_machine
-from bertpair.training.setup import Job, digest_of, make_plan, prepare
+from bertpair.training.setup import Job, prepare
 from bertpair.training.step import Stepper
 
 logger = logging.getLogger(__name__)
@@ -109,9 +107,7 @@ def _stored_result(finished: RunState) -> TrainResult:
 
 def changed_from_defaults(config: Config) -> set[str]:
     """Names of the settings that differ from their defaults."""
-    defaults = Config()
-    names = [field.name for field in dataclasses.fields(Config)]
-    return {name for name in names if getattr(config, name) != getattr(defaults, name)}
+    return {name for name, _, _ in changed_settings({}, dataclasses.asdict(config))}
 
 
 class _Run:
@@ -147,57 +143,20 @@ class _Run:
         )
         self.optimizer, self.names = optimizer, names
         self._put_back: Callable[[], None] = lambda: None  # the last weights, once the best are loaded
-        self.loop = self._make_loop()
+        self.loop = Loop(
+            job,
+            self.stepper,
+            folder,
+            evaluate=self._evaluate,
+            write_checkpoint=self._write_checkpoint,
+        )
         if start is not None:
             self._restore(start)
 
-    def _make_loop(self) -> Loop:
-        job, config = self.job, self.job.config
-        batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        stream = BatchStream(
-            padded_lengths(job.train.tokens.lengths, config.pad_to_multiple_of, config.max_seq_length),
-            batch_size,
-            seed=config.seed,
-            group_by_length=config.group_by_length,
-        )
-        assert job.train.targets is not None
-        rows = TrainingRows(
-            job.train.tokens,
-            job.train.targets,
-            where=job.train.pairs.where,
-            pad_id=job.pad_id,
-            max_length=config.max_seq_length,
-            pad_to_multiple_of=config.pad_to_multiple_of,
-            micro_batch_size=config.per_device_train_batch_size,
-        )
-        plan = make_plan(config, stream.num_batches, job.metrics, has_dev=job.dev is not None)
-        return Loop(
-            plan,
-            self.stepper,
-            stream,
-            rows,
-            self.folder,
-            evaluate=self._evaluate,
-            write_checkpoint=self._write_checkpoint,
-            identity=self._identity(),
-        )
-
-    def _identity(self) -> dict[str, Any]:
-        job = self.job
-        dev = None if job.dev is None else digest_of(job.dev)
-        return {
-            "data_sha256": job.data_digest,
-            "dev_sha256": dev,
-            "device": job.device.type,
-            "positive_label": job.config.positive_label,
-        }
-
     def _evaluate(self) -> Evaluation:
-        assert self.job.dev is not None
-        positive = self.job.config.positive_label
-        return evaluate_split(
-            self.scorer, self.job.dev, self.job.labels, positive_label=positive, label="dev"
-        )
+        job, positive = self.job, self.job.config.positive_label
+        assert job.dev is not None
+        return evaluate_split(self.scorer, job.dev, job.labels, positive_label=positive, label="dev")
 
     def _restore(self, start: RunState) -> None:
         check_same_data(self.job, start)

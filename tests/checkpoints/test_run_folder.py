@@ -21,7 +21,8 @@ from bertpair.checkpoints.lock import RunLock
 from bertpair.checkpoints.manifest import verify_folder
 from bertpair.evaluation.classifier import Scorer
 from bertpair.runtime import stop_flag
-from bertpair.training.loop import Loop, Plan
+from bertpair.training.loop import Loop
+from bertpair.training.setup import Plan
 from bertpair.training.step import Stepper
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
