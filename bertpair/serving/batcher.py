@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from bertpair.runtime import is_out_of_memory, release_locals
-from bertpair.serving.requests import ClosedError, ExpiredError, NoMemoryError, QueueFullError
+from bertpair.serving.requests import QueueFullError, RequestError
 
 Row = TypeVar("Row")
 Answer = TypeVar("Answer")
@@ -44,44 +44,38 @@ class Answers(Generic[Answer]):
 
 @dataclass(frozen=True)
 class BatchReport:
-    """One batch that ran: `padded_tokens` is rows × the longest; it may have `failed`."""
+    """One batch that ran or failed."""
 
     num_rows: int
-    padded_tokens: int
+    padded_tokens: int  # rows × the longest
     seconds: float
     failed: bool
 
 
 @dataclass
 class QueueLimits:
-    """`max_batch_tokens` bounds rows × longest of a batch (one row always goes); `queue_deadline` is in
-    seconds and bounds both the estimated wait that is admitted and the wait itself."""
+    """What may wait, and what may run at once."""
 
-    max_batch_tokens: int = 4096
+    max_batch_tokens: int = 4096  # rows × longest of a batch; one row always goes
     max_queue_rows: int = 256
-    queue_deadline: float = 5.0
+    queue_deadline: float = 5.0  # seconds; bounds the estimated wait that is admitted, and the wait itself
 
 
 @dataclass(eq=False)
-class _Request(Generic[Row, Answer]):
-    rows: Sequence[Row]
-    lengths: list[int]
+class _Request(Generic[Answer]):
+    num_rows: int
     future: asyncio.Future[Answers[Answer]]
     submitted: float
-    answers: dict[int, Answer] = field(default_factory=dict)
+    answers: dict[int, Answer] = field(default_factory=dict)  # by the row's index
     started: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Waiting(Generic[Row, Answer]):
-    """One row that waits: its request, and which of the request's rows it is."""
-
-    request: _Request[Row, Answer]
-    index: int
-
-    @property
-    def length(self) -> int:
-        return self.request.lengths[self.index]
+    request: _Request[Answer]
+    index: int  # of the row among its request's
+    row: Row
+    length: int  # as budgets count it
 
 
 class MicroBatcher(Generic[Row, Answer]):
@@ -90,8 +84,7 @@ class MicroBatcher(Generic[Row, Answer]):
     `run` is called on one daemon thread, never twice at a time. It returns an answer per row, in order; an
     exception in an answer's place fails that row's request alone. `on_batch` is told of each batch, `on_drop`
     of rows that were dropped unrun ("expired", "gone"), `on_error`, on the model's thread, of each exception.
-    All methods belong to the event loop's thread. `worker` may be given other calls, between batches, and
-    `pace` other measurements, such as the warm-up's.
+    All methods belong to the event loop's thread. The warm-up uses `worker` and `pace` too.
     """
 
     def __init__(
@@ -104,7 +97,7 @@ class MicroBatcher(Generic[Row, Answer]):
         on_error: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self.limits, self._run = limits, run
-        self._on_batch, self._on_drop, self._on_error = on_batch, on_drop, on_error
+        self._on_batch, self._on_drop = on_batch, on_drop
         self._waiting: deque[_Waiting[Row, Answer]] = deque()
         self._waiting_tokens = 0
         self._running_tokens = 0
@@ -114,29 +107,35 @@ class MicroBatcher(Generic[Row, Answer]):
         self._loop = asyncio.get_running_loop()
         self._feeder = self._loop.create_task(self._feed())
         self.pace = Pace()
-        self.worker = Worker("inference", self._on_raised)
+        self.worker = Worker("inference", on_error)
 
     # What callers see
 
     async def submit(self, rows: Sequence[Row], lengths: Sequence[int]) -> Answers[Answer]:
-        """The answers for `rows`, whose `lengths` are in tokens.
+        """The answers for `rows` (one at least), whose `lengths` are in tokens.
 
-        The rows are admitted, fail and expire together, whichever batches they ride in. Raises QueueFullError
-        or ExpiredError, NoMemoryError, or what `run` raised for them. Cancelling drops what still waits.
+        The rows are admitted, fail and expire together, whichever batches they are in. Raises QueueFullError,
+        another RequestError, or what `run` raised for them. Cancelling drops what still waits.
         """
         if self._closed:
-            raise ClosedError
-        if len(rows) != len(lengths) or not rows:
-            raise ValueError(f"found {len(rows)} rows and {len(lengths)} lengths; as many, and one at least")
+            raise closed()
         wait, limits = self.estimated_wait, self.limits
         if len(self._waiting) + len(rows) > limits.max_queue_rows or wait > SAFETY * limits.queue_deadline:
             raise QueueFullError(wait)
-        request = self._enqueue(rows, lengths)
+        request = _Request[Answer](len(rows), self._loop.create_future(), time.monotonic())
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            padded = -(-length // ROUND_UP) * ROUND_UP
+            self._waiting.append(_Waiting(request, index, row, padded))
+            self._waiting_tokens += padded
+        self._wake.set()
+        timer = self._loop.call_later(limits.queue_deadline, self._expire, request)
         try:
             return await request.future
         except asyncio.CancelledError:
             self._drop(request, "gone")
             raise
+        finally:
+            timer.cancel()
 
     @property
     def num_waiting(self) -> int:
@@ -156,29 +155,19 @@ class MicroBatcher(Generic[Row, Answer]):
         with contextlib.suppress(asyncio.CancelledError):
             await self._feeder
         for waiting in list(self._waiting):
-            self._fail(waiting.request, ClosedError())
+            self._fail(waiting.request, closed())
         return await self.worker.end(timeout)
 
     # The queue
 
-    def _enqueue(self, rows: Sequence[Row], lengths: Sequence[int]) -> _Request[Row, Answer]:
-        padded = [count_tokens(length) for length in lengths]
-        future: asyncio.Future[Answers[Answer]] = self._loop.create_future()
-        request = _Request(rows, padded, future, time.monotonic())
-        timer = self._loop.call_later(self.limits.queue_deadline, self._expire, request)
-        future.add_done_callback(lambda _: timer.cancel())
-        self._waiting.extend(_Waiting(request, index) for index in range(len(rows)))
-        self._waiting_tokens += sum(padded)
-        self._wake.set()
-        return request
-
-    def _expire(self, request: _Request[Row, Answer]) -> None:
+    def _expire(self, request: _Request[Answer]) -> None:
         """The deadline has come: if any row of the request still waits, all of it is over."""
         if self._drop(request, "expired"):
-            self._fail(request, ExpiredError(self.estimated_wait))
+            message = "waited longer than the queue's deadline and was not run"
+            self._fail(request, RequestError(503, "deadline_passed", message, wait=self.estimated_wait))
 
-    def _drop(self, request: _Request[Row, Answer], reason: str | None = None) -> bool:
-        """Take the request's waiting rows out of the queue, and tell of them with the reason, if any."""
+    def _drop(self, request: _Request[Answer], reason: str | None = None) -> bool:
+        """Take its waiting rows out of the queue, and tell of them with the reason, if any. Did any wait?."""
         before = len(self._waiting)
         self._waiting = deque(waiting for waiting in self._waiting if waiting.request is not request)
         self._waiting_tokens = sum(waiting.length for waiting in self._waiting)
@@ -187,7 +176,7 @@ class MicroBatcher(Generic[Row, Answer]):
             self._on_drop(reason, num_rows)
         return num_rows > 0
 
-    def _fail(self, request: _Request[Row, Answer], error: Exception) -> None:
+    def _fail(self, request: _Request[Answer], error: Exception) -> None:
         if not request.future.done():
             request.future.set_exception(error)
         self._drop(request)
@@ -237,59 +226,51 @@ class MicroBatcher(Generic[Row, Answer]):
         if is_out_of_memory(error) and len(batch) > 1:
             middle = len(batch) // 2
             error = await self._run_rows(batch[:middle]) or await self._run_rows(batch[middle:])
+        if error is not None and is_out_of_memory(error):
+            error = RequestError(503, "no_memory", "not enough memory for this request", wait=1)
         if error is not None:
-            self._fail(batch[0].request, NoMemoryError() if is_out_of_memory(error) else error)
+            self._fail(batch[0].request, error)
 
     async def _run_rows(self, batch: list[_Waiting[Row, Answer]]) -> Exception | None:
         """Run these rows and hand out their answers; the exception if there was one."""
         if not batch:
             return None
-        rows = [waiting.request.rows[waiting.index] for waiting in batch]
+        rows = [waiting.row for waiting in batch]
         padded = max(waiting.length for waiting in batch) * len(batch)
-        self._running_tokens = sum(waiting.length for waiting in batch)
+        self._running_tokens = tokens = sum(waiting.length for waiting in batch)
         began = time.monotonic()
         error: Exception | None = None
         try:
-            answers = await self.worker.call(lambda: self._checked_run(rows))
+            # The pairs are made on the thread: a wrong number of answers is an error of the batch.
+            answered = await self.worker.call(lambda: list(zip(batch, self._run(rows), strict=True)))
         except Exception as raised:
             error = raised
         finally:
-            tokens, self._running_tokens = self._running_tokens, 0
+            self._running_tokens = 0
         ended = time.monotonic()
         self._on_batch(BatchReport(len(rows), padded, ended - began, failed=error is not None))
         if error is None:
             self.pace.note(tokens, ended - (self._last_end or began))
-            self._hand_out(batch, answers)
+            for waiting, answer in answered:
+                self._hand_out(waiting, answer)
         self._last_end = ended if self._waiting else None
         return error
 
-    def _on_raised(self, error: BaseException) -> None:
-        self._on_error(error)
-        release_locals(error)  # its halves are run while the error is kept
-
-    def _checked_run(self, rows: list[Row]) -> Sequence[Answer | Exception]:
-        answers = self._run(rows)
-        if len(answers) != len(rows):
-            raise RuntimeError(f"the model gave {len(answers)} answers to {len(rows)} rows")
-        return answers
-
-    def _hand_out(self, batch: list[_Waiting[Row, Answer]], answers: Sequence[Answer | Exception]) -> None:
-        for waiting, answer in zip(batch, answers, strict=True):
-            request = waiting.request
-            if isinstance(answer, Exception):
-                self._fail(request, answer)
-                continue
-            request.answers[waiting.index] = answer
-            if len(request.answers) == len(request.rows) and not request.future.done():
-                values = [request.answers[index] for index in range(len(request.rows))]
-                started = request.started or request.submitted
-                seconds = time.monotonic() - started
-                request.future.set_result(Answers(values, started - request.submitted, seconds))
+    def _hand_out(self, waiting: _Waiting[Row, Answer], answer: Answer | Exception) -> None:
+        request = waiting.request
+        if isinstance(answer, Exception):
+            self._fail(request, answer)
+            return
+        request.answers[waiting.index] = answer
+        if len(request.answers) == request.num_rows and not request.future.done():
+            values = [request.answers[index] for index in range(request.num_rows)]
+            started = request.started or request.submitted
+            seconds = time.monotonic() - started
+            request.future.set_result(Answers(values, started - request.submitted, seconds))
 
 
-def count_tokens(length: int) -> int:
-    """A row of `length` tokens as budgets count it."""
-    return -(-length // ROUND_UP) * ROUND_UP
+def closed() -> RequestError:
+    return RequestError(503, "closed", "the server is going away", wait=1)
 
 
 def window_size(lengths: Iterable[int], max_batch_tokens: int) -> int:
@@ -300,34 +281,28 @@ def window_size(lengths: Iterable[int], max_batch_tokens: int) -> int:
 
 
 def choose_batch(lengths: Sequence[int], max_batch_tokens: int) -> list[int]:
-    """Positions in the window (oldest first) of the rows to run, by length; 0, the oldest, is among them."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    first, last = best_slice([lengths[i] for i in order], order.index(0), max_batch_tokens)
-    return order[first : last + 1]
+    """Positions in the window (oldest first) of the rows to run, by length; 0, the oldest, is among them.
 
-
-def best_slice(lengths: Sequence[int], must: int, max_tokens: int) -> tuple[int, int]:
-    """First and last of the neighbours to run, `lengths` being sorted; `must` is always among them.
-
-    Of the slices that hold `must` and whose longest × count is within `max_tokens`, the one with the most
-    tokens that are no padding; `must` alone where none is.
+    They are neighbours when sorted by length. Of the slices that hold the oldest row and whose longest ×
+    count is within `max_batch_tokens`, the one with the most tokens that are no padding; or the oldest alone.
     """
-    totals = [0, *itertools.accumulate(lengths)]
-    best, most = (must, must), 0
-    for last in range(must, len(lengths)):
-        first = max(0, last + 1 - max_tokens // max(1, lengths[last]))
-        if first > must:
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    oldest = order.index(0)
+    totals = [0, *itertools.accumulate(lengths[i] for i in order)]
+    best, most = [0], 0
+    for last in range(oldest, len(order)):
+        first = max(0, last + 1 - max_batch_tokens // lengths[order[last]])
+        if first > oldest:
             break
         if totals[last + 1] - totals[first] > most:
-            best, most = (first, last), totals[last + 1] - totals[first]
+            best, most = order[first : last + 1], totals[last + 1] - totals[first]
     return best
 
 
 class Pace:
     """Seconds a token takes, kept apart by the size of the batch: in a small batch tokens cost more.
 
-    The slowest of the recent batches counts and not their mean: who is let in on a mean is too late half the
-    time. The more the batches differ, the larger the margin grows by itself.
+    The slowest of the recent batches counts: a request admitted on their mean would be late half the time.
     """
 
     def __init__(self) -> None:
@@ -335,8 +310,7 @@ class Pace:
 
     def note(self, tokens: int, seconds: float) -> None:
         """A batch of so many tokens, without padding, took so long."""
-        size = tokens.bit_length()
-        self._recent.setdefault(size, deque(maxlen=RECENT)).append(seconds / max(1, tokens))
+        self._recent.setdefault(tokens.bit_length(), deque(maxlen=RECENT)).append(seconds / tokens)
 
     def seconds_per_token(self, tokens: int) -> float:
         """In batches of `tokens`, or of the size nearest to it that was ever seen; 0 before any."""
@@ -349,20 +323,20 @@ class Pace:
         """Until `waiting` tokens, and those `running` for `running_seconds`, are done; 0 if there are none.
 
         They go in batches of at most `largest` tokens. Where more waits than one holds, the window lets rows
-        of another length pass: a batch more. A running batch much smaller than those is all overhead and
-        says nothing of them.
+        of another length pass: a batch more.
         """
         ahead = waiting + running
         batch = min(ahead, largest)
         pace = self.seconds_per_token(batch)
-        if running and 2 * running >= batch:  # of like size, and late: that tells more than those before it
+        # A late batch of like size tells more than those before it; a much smaller one is all overhead.
+        if running and 2 * running >= batch:
             pace = max(pace, running_seconds / running)
         passed_over = largest if waiting > largest else 0
         return (ahead + passed_over) * pace
 
 
 class Worker:
-    """Made and used on the event loop's thread. A daemon: a function that hangs cannot hold up the exit.
+    """One thread, used from the event loop. A daemon: a function that hangs cannot hold up the exit.
 
     `on_error` is called on the thread with each exception that a function raised, before anybody else.
     """
@@ -401,6 +375,7 @@ class Worker:
                 value = function()
             except BaseException as raised:
                 self._on_error(raised)
+                release_locals(raised)  # or it would hold a batch for as long as it is kept
                 error = raised if isinstance(raised, Exception) else RuntimeError(repr(raised))
             with contextlib.suppress(RuntimeError):  # the loop may be closed by now
                 self._loop.call_soon_threadsafe(settle, value, error)
@@ -423,9 +398,7 @@ class Worker:
         """
         self._ended = True
         self._jobs.put(None)
-        deadline = time.monotonic() + timeout
-        while self._thread.is_alive() and time.monotonic() < deadline:
-            await asyncio.sleep(0.005)
+        await asyncio.to_thread(self._thread.join, timeout)
         return not self._thread.is_alive()
 
     def _work(self) -> None:

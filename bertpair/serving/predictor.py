@@ -29,7 +29,7 @@ from bertpair.model.packed import fill_up
 from bertpair.model.pretrained import find_weights, weight_files
 from bertpair.runtime import set_threads
 from bertpair.serving.batcher import ROUND_UP
-from bertpair.serving.requests import BadNumberError
+from bertpair.serving.requests import RequestError
 from bertpair.settings.config import DataSettings, model_settings
 from bertpair.settings.serve import RequestLimits, ServeConfig, settle_limits
 
@@ -97,7 +97,10 @@ class Predictor:
     def run(self, rows: list[TokenRow]) -> list[Prediction | Exception]:
         """A prediction per row, in order; an error in the place of one that is not finite."""
         predictions = self.classifier.predict_tokens(join_rows(rows))
-        return [p if math.isfinite(p.score) else BadNumberError() for p in predictions]
+        message = "the model's answer is not a finite number"
+        return [
+            p if math.isfinite(p.score) else RequestError(500, "not_a_number", message) for p in predictions
+        ]
 
     def time_batch(self, lengths: Sequence[int]) -> float:
         """Seconds of one batch of rows of these lengths, the better of two runs: the first may still be

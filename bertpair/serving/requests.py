@@ -73,35 +73,6 @@ class QueueFullError(RequestError):
         super().__init__(429, "overloaded", message, wait=wait)
 
 
-class ExpiredError(RequestError):
-    """Admitted, and dropped without running because it waited longer than the deadline."""
-
-    def __init__(self, wait: float) -> None:
-        message = "waited longer than the queue's deadline and was not run"
-        super().__init__(503, "deadline_passed", message, wait=wait)
-
-
-class NoMemoryError(RequestError):
-    """It does not fit into memory, even alone and halved."""
-
-    def __init__(self) -> None:
-        super().__init__(503, "no_memory", "not enough memory for this request", wait=1)
-
-
-class BadNumberError(RequestError):
-    """The model answered with NaN or an infinity."""
-
-    def __init__(self) -> None:
-        super().__init__(500, "not_a_number", "the model's answer is not a finite number")
-
-
-class ClosedError(RequestError):
-    """Nothing is taken any more."""
-
-    def __init__(self) -> None:
-        super().__init__(503, "closed", "the server is going away", wait=1)
-
-
 def url_too_long() -> RequestError:
     return RequestError(414, "url_too_long", f"the URL is longer than {MAX_URL_BYTES} bytes", close=True)
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from bertpair.runtime import is_out_of_memory
-from bertpair.serving.batcher import BatchReport, MicroBatcher, QueueLimits
-from bertpair.serving.requests import ClosedError, ExpiredError, NoMemoryError, QueueFullError
+from bertpair.serving.batcher import ROUND_UP, BatchReport, MicroBatcher, QueueLimits
+from bertpair.serving.requests import QueueFullError, RequestError
 
 pytestmark = pytest.mark.anyio
 
@@ -113,7 +113,7 @@ async def test_rows_that_were_passed_over_keep_their_order() -> None:
 
 
 async def test_a_request_may_ride_in_several_batches_and_answers_stay_in_order() -> None:
-    lengths = [64, 8, 32, 8, 64, 16, 8]
+    lengths = [64, 7, 32, 8, 64, 13, 8]
     rows = [f"row {i}" for i in range(7)]
     reports: list[BatchReport] = []
     async with batching(digests, max_batch_tokens=64, on_batch=reports.append) as batcher:
@@ -121,6 +121,7 @@ async def test_a_request_may_ride_in_several_batches_and_answers_stay_in_order()
     assert answers.values == digests(rows)
     assert len(reports) > 2 and all(r.padded_tokens <= 64 and not r.failed for r in reports)
     assert sum(r.num_rows for r in reports) == 7
+    assert all(r.padded_tokens % ROUND_UP == 0 for r in reports)
 
 
 async def test_a_poisoned_request_fails_alone() -> None:
@@ -177,7 +178,7 @@ async def test_a_failed_batch_does_not_stop_the_next() -> None:
 
 async def test_a_wrong_number_of_answers_is_a_failure_and_no_mix_up() -> None:
     async with batching(lambda rows: rows[:-1]) as batcher:
-        with pytest.raises(RuntimeError, match="1 answers to 2 rows"):
+        with pytest.raises(ValueError, match="shorter"):
             await batcher.submit(["a", "b"], [8, 8])
 
 
@@ -193,7 +194,7 @@ async def test_out_of_memory_halves_a_request_once() -> None:
     async with batching(run) as batcher:
         assert (await batcher.submit(rows, [8] * 8)).values == digests(rows)
         room = 3
-        with pytest.raises(NoMemoryError):
+        with pytest.raises(RequestError, match="not enough memory"):
             await batcher.submit(rows, [8] * 8)
         assert (await batcher.submit(rows[:3], [8] * 3)).values == digests(rows[:3])
     assert is_out_of_memory(MemoryError()) and not is_out_of_memory(ValueError("too small"))
@@ -251,7 +252,7 @@ async def test_what_waits_past_the_deadline_is_dropped_unrun() -> None:
     ) as batcher:
         first = await busy(batcher, gate)
         began = time.monotonic()
-        with pytest.raises(ExpiredError) as expired:
+        with pytest.raises(RequestError, match="deadline") as expired:
             await batcher.submit(["late", "too"], [8, 8])
         assert time.monotonic() - began > 0.15 and expired.value.status == 503
         assert batcher.num_waiting == 0
@@ -266,7 +267,7 @@ async def test_rows_of_one_request_expire_together_though_some_have_run() -> Non
     async with batching(gate, queue_deadline=0.2, max_batch_tokens=8) as batcher:
         task = asyncio.create_task(batcher.submit(["runs", "waits"], [8, 8]))
         assert await asyncio.to_thread(gate.entered.wait, 20)
-        with pytest.raises(ExpiredError):
+        with pytest.raises(RequestError, match="deadline"):
             await task
         gate.open.set()
         for _ in range(2):  # behind the batch that runs, and behind the one that must not follow it
@@ -297,7 +298,7 @@ async def test_a_hang_is_seen_and_what_waits_expires() -> None:
     async with batching(gate, queue_deadline=0.1) as batcher:
         assert batcher.worker.running_seconds == 0.0
         first = await busy(batcher, gate)
-        with pytest.raises(ExpiredError):
+        with pytest.raises(RequestError, match="deadline"):
             await batcher.submit(["waits"], [8])
         assert batcher.worker.running_seconds >= 0.1
         gate.open.set()
@@ -327,9 +328,9 @@ async def test_close_fails_what_waits_and_what_comes() -> None:
         waits = asyncio.create_task(batcher.submit(["waits"], [8]))
         await asyncio.sleep(0)
         await batcher.close()
-        with pytest.raises(ClosedError):
+        with pytest.raises(RequestError, match="going away"):
             await waits
-    with pytest.raises(ClosedError):
+    with pytest.raises(RequestError, match="going away"):
         await batcher.submit(["a"], [8])
 
 
@@ -344,10 +345,3 @@ async def test_close_says_whether_the_thread_has_ended() -> None:
     async with batching(digests) as batcher:
         await batcher.submit(["a"], [8])
         assert await batcher.close(20)
-
-
-async def test_rows_without_lengths_are_a_defect_of_the_caller() -> None:
-    async with batching(digests) as batcher:
-        for rows, lengths in (([], []), (["a"], []), (["a"], [1, 2])):
-            with pytest.raises(ValueError, match="lengths"):
-                await batcher.submit(rows, lengths)
