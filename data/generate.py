@@ -58,14 +58,7 @@ SYNONYMS = {
     "只能": "只可以", "一个": "1个", "没有": "没", "多个": "好几个", "必须": "一定要", "和": "跟",
 }  # fmt: skip
 FIELD_PHRASES = ("{}", "属于{}", "一种{}", "{}的一种", "{}里的")
-CONTEXT_PHRASES = (
-    "{0},属于{1}",
-    "{1}里的{0}",
-    "{1}:{0}",
-    "{0}({1})",
-    "{0}是{1}概念",
-    "{1}中的{0}",
-)
+CONTEXT_PHRASES = ("{0},属于{1}", "{1}里的{0}", "{1}:{0}", "{0}({1})", "{0}是{1}概念", "{1}中的{0}")
 BOTH_PHRASES = ("{}:{}", "{},{}", "{}({})", "{},即{}", "{}——{}")
 
 TINY_BERT = {
@@ -150,9 +143,7 @@ class Author:
             reference, given = self.plan(label)
             forms = self.pick(REFERENCE_FORMS), self.pick(GIVEN_FORMS)
             row = Row(
-                self.print(self.say(reference, forms[0])),
-                self.scribble(self.say(given, forms[1])),
-                label,
+                self.print(self.say(reference, forms[0])), self.scribble(self.say(given, forms[1])), label
             )
             if num_tokens(row.reference) + num_tokens(row.given) <= MAX_PAIR_TOKENS and all(row.key):
                 return row
@@ -302,10 +293,5 @@ def generate(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write train.tsv, dev.tsv and tiny-bert/ from glossary.tsv.")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=HERE,
-        help="folder to write to (default: this one)",
-    )
+    parser.add_argument("--output", type=Path, default=HERE, help="folder to write to (default: this one)")
     generate(parser.parse_args().output)

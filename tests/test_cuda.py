@@ -52,10 +52,7 @@ pytestmark = pytest.mark.usefixtures("fresh_process")
 
 CUDA = pytest.param(
     "cuda:0",
-    marks=[
-        pytest.mark.cuda,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    ],
+    marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
 )
 on_each = pytest.mark.parametrize("device", ["cpu", CUDA], indirect=True)
 on_cuda = pytest.mark.parametrize("device", [CUDA], indirect=True)

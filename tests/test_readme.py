@@ -151,10 +151,7 @@ LAYOUTS: dict[str, tuple[dict[str, object], list[str]]] = {  # settings, and the
         ["\ufeff" + PLAIN.replace("\n", "\r\n") + "\r\n\r\n"],
     ),
     "several files": ({}, [as_tsv([HEADER, *TRAIN[:20]]), as_tsv([HEADER, *TRAIN[20:]])]),
-    "bad rows": (
-        {"on_bad_row": "skip"},
-        [as_tsv([HEADER, *TRAIN[:6]]) + "".join(BAD) + as_tsv(TRAIN[6:])],
-    ),
+    "bad rows": ({"on_bad_row": "skip"}, [as_tsv([HEADER, *TRAIN[:6]]) + "".join(BAD) + as_tsv(TRAIN[6:])]),
 }
 
 

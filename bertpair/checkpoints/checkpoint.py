@@ -6,6 +6,7 @@ whole, and whoever opens the output folder is sent to it. Nothing is deleted tha
 a folder that goes is renamed first; deleting is for the process that holds the run's lock.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -39,7 +40,7 @@ from bertpair.checkpoints.manifest import (
 from bertpair.checkpoints.tensor_file import parse_tensors
 from bertpair.errors import CheckpointError, ConfigError, list_faults
 from bertpair.model.config import ModelFolder, read_folder
-from bertpair.model.pretrained import resolve_folder
+from bertpair.model.pretrained import find_weights, resolve_folder, weight_files
 from bertpair.settings.config import TRAINING_ARGS
 from bertpair.settings.files import read_json
 
@@ -190,6 +191,23 @@ def open_model(
     if verify and (final / MANIFEST_NAME).is_file():
         verify_folder(final)
     return read_folder(final, config_name=config_name)
+
+
+def weights_digest(folder: Path) -> str:
+    """The sha256 of a model's weight file; of several shards, of their digests in the order of their names.
+
+    A manifest's are taken from it: it was held against the files when the model was opened.
+    """
+    found = find_weights(folder)
+    if found is None:
+        raise CheckpointError(f"{folder}: no weights in it")
+    entries = read_manifest(folder).files if (folder / MANIFEST_NAME).is_file() else ()
+    known = {entry.name: entry.sha256 for entry in entries}
+    digests = []
+    for path in weight_files(found):
+        with path.open("rb") as file:
+            digests.append(known.get(path.name) or hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def settings_folder(output_dir: Path) -> Path:

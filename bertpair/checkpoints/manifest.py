@@ -21,7 +21,6 @@ from bertpair.errors import CheckpointError, list_faults
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 MAX_MANIFEST_BYTES = 4 << 20
-_CHUNK = 1 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -192,14 +191,12 @@ def file_fault(folder: Path, entry: FileEntry) -> str | None:
     """What is wrong with a file, contents included, or None."""
     if fault := _size_fault(folder, entry):
         return fault
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
     try:
         with _opened(folder / entry.name) as file:
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except CheckpointError as error:
         return str(error)
-    return None if digest.hexdigest() == entry.sha256 else _content_fault(folder / entry.name)
+    return None if digest == entry.sha256 else _content_fault(folder / entry.name)
 
 
 def read_verified(folder: Path, name: str, manifest: Manifest | None = None) -> bytearray:

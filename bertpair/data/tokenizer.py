@@ -23,12 +23,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import normalizers
 
-from bertpair.data.wordpiece import (
-    MASK_TOKEN,
-    entries_of,
-    is_standard,
-    read_wordpiece,
-)
+from bertpair.data.wordpiece import MASK_TOKEN, entries_of, is_standard, read_wordpiece
 from bertpair.errors import CheckpointError, ConfigError, DataError, half_character, list_faults
 from bertpair.runtime import stop_flag
 

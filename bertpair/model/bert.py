@@ -12,10 +12,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from bertpair.settings.values import Kind, choice, number, or_null, whole
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -24,25 +27,39 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _field(default: object, kind: Kind) -> Any:
+    return dataclasses.field(default=default, metadata={"kind": kind})
+
+
+_SHARE = number(low=0, below=1)
+_SMALL = number(above=0, high=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """What shapes the network: the names of config.json, and transformers' defaults."""
+    """What shapes the network: the names of config.json, what each may hold, and transformers' defaults.
 
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"  # a key of ACTIVATIONS
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    pad_token_id: int | None = 0  # this row of the word table starts at zero and is never trained
-    classifier_dropout: float | None = None  # None: hidden_dropout_prob
-    num_labels: int = 2  # C
+    Beyond the upper bounds lies a damaged file, not a larger BERT.
+    """
+
+    vocab_size: int = _field(30522, whole(1, 10_000_000))
+    hidden_size: int = _field(768, whole(1, 65_536))
+    num_hidden_layers: int = _field(12, whole(1, 1_000))
+    num_attention_heads: int = _field(12, whole(1, 65_536))
+    intermediate_size: int = _field(3072, whole(1, 1_000_000))
+    hidden_act: str = _field("gelu", choice(*ACTIVATIONS))
+    hidden_dropout_prob: float = _field(0.1, _SHARE)
+    attention_probs_dropout_prob: float = _field(0.1, _SHARE)
+    max_position_embeddings: int = _field(512, whole(1, 1_000_000))
+    type_vocab_size: int = _field(2, whole(1, 1_000_000))
+    initializer_range: float = _field(0.02, _SMALL)
+    layer_norm_eps: float = _field(1e-12, _SMALL)
+    # This row of the word table starts at zero and is never trained.
+    pad_token_id: int | None = _field(0, or_null(whole(0, 10_000_000)))
+    classifier_dropout: float | None = _field(None, or_null(_SHARE))  # None: hidden_dropout_prob
+    num_labels: int = _field(
+        2, or_null(whole(1, 1_000_000))
+    )  # C; config.json may leave it to the label names
 
 
 class Embeddings(nn.Module):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from bertpair.errors import CheckpointError, ConfigError, half_character, list_faults, listed, show
-from bertpair.model.bert import ACTIVATIONS, BertConfig
+from bertpair.model.bert import BertConfig
 from bertpair.settings.files import read_json
-from bertpair.settings.values import LABELS, convert
+from bertpair.settings.values import LABELS, Kind, convert
 
 logger = logging.getLogger(__name__)
 
@@ -27,46 +27,23 @@ NOT_WRITTEN = (  # would be untrue of what we write: float32, plain BERT, other 
 )
 CLASSIFICATION, REGRESSION = "single_label_classification", "regression"
 
-_Rule = tuple[str, Callable[[Any], bool]]  # what is expected of a field, and whether a value is that
+
+def _only(expected: str, *values: object) -> Kind:
+    def accept(value: object) -> object:
+        if value is not None and value not in values:
+            raise ValueError
+        return value
+
+    return Kind(expected, accept)
 
 
-def _whole(high: int, low: int = 1) -> _Rule:
-    """Beyond `high` lies a damaged file, not a larger BERT."""
-    return f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high
-
-
-def _one_of(*allowed: str) -> _Rule:
-    return " or ".join(allowed), lambda value: value in allowed
-
-
-def _or_null(rule: _Rule) -> _Rule:
-    return rule[0], lambda value: value is None or rule[1](value)
-
-
-_SHARE: _Rule = "a number from 0 to less than 1", lambda v: type(v) in (int, float) and 0 <= v < 1
-_SMALL: _Rule = "a number over 0, at most 1", lambda v: type(v) in (int, float) and 0 < v <= 1
-_ENCODER: _Rule = "false: only encoders are supported", lambda value: value in (None, False)
-RULES = {
-    "position_embedding_type": _or_null(_one_of("absolute")),
-    "is_decoder": _ENCODER,
-    "add_cross_attention": _ENCODER,
-    "pruned_heads": ("none: only whole layers are supported", lambda value: not value),
-    "vocab_size": _whole(10_000_000),
-    "hidden_size": _whole(65_536),
-    "num_hidden_layers": _whole(1_000),
-    "num_attention_heads": _whole(65_536),
-    "intermediate_size": _whole(1_000_000),
-    "max_position_embeddings": _whole(1_000_000),
-    "type_vocab_size": _whole(1_000_000),
-    "pad_token_id": _or_null(_whole(10_000_000, low=0)),
-    "hidden_dropout_prob": _SHARE,
-    "attention_probs_dropout_prob": _SHARE,
-    "classifier_dropout": _or_null(_SHARE),
-    "initializer_range": _SMALL,
-    "layer_norm_eps": _SMALL,
-    "hidden_act": _one_of(*ACTIVATIONS),
-    "num_labels": _or_null(_whole(1_000_000)),
-    "problem_type": _or_null(_one_of(CLASSIFICATION, REGRESSION)),
+KINDS = {
+    "position_embedding_type": _only("absolute", "absolute"),
+    "is_decoder": _only("false: only encoders are supported", False),
+    "add_cross_attention": _only("false: only encoders are supported", False),
+    "pruned_heads": _only("none: only whole layers are supported", {}, []),
+    **{field.name: field.metadata["kind"] for field in dataclasses.fields(BertConfig)},
+    "problem_type": _only(f"{CLASSIFICATION} or {REGRESSION}", CLASSIFICATION, REGRESSION),
 }
 
 
@@ -214,9 +191,9 @@ def _wrong_fields(raw: Mapping[str, Any]) -> dict[str, str]:
             faults["architectures"] = f"found {classes!r:.200}; expected a BERT"
     elif kind != "bert":
         faults["model_type"] = f"found {show(kind)}; only bert is supported, and this describes no BERT"
-    for name, (expected, is_sound) in RULES.items():
-        if not is_sound(shape.get(name)):
-            faults[name] = f"found {show(shape.get(name))}; expected {expected}"
+    for name, kind in KINDS.items():
+        if not _is_sound(kind, shape.get(name)):
+            faults[name] = f"found {show(shape.get(name))}; expected {kind.expected}"
     heads, words, pad = shape["num_attention_heads"], shape["vocab_size"], shape["pad_token_id"]
     if not faults.keys() & {"num_attention_heads", "hidden_size"} and shape["hidden_size"] % heads:
         expected = f"a multiple of num_attention_heads ({heads})"
@@ -224,6 +201,13 @@ def _wrong_fields(raw: Mapping[str, Any]) -> dict[str, str]:
     if not faults.keys() & {"vocab_size", "pad_token_id"} and pad is not None and pad >= words:
         faults["pad_token_id"] = f"found {pad}; expected a whole number under vocab_size ({words})"
     return faults
+
+
+def _is_sound(kind: Kind, value: object) -> bool:
+    try:
+        return kind.accept(value) == value  # a quoted number is text here, as it is to transformers
+    except ValueError:
+        return False
 
 
 def _read_labels(raw: Mapping[str, Any], faults: list[str]) -> tuple[tuple[str, ...] | None, int, bool]:

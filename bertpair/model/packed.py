@@ -196,9 +196,7 @@ class PackedLinear:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
         return result
 
-    def __reduce__(
-        self,
-    ) -> tuple[object, ...]:  # the reordered weight itself can be neither copied nor pickled
+    def __reduce__(self) -> tuple[object, ...]:  # the reordered weight can be neither copied nor pickled
         return type(self), (self.packed.to_dense(), self.bias, self.activation)
 
 

@@ -213,6 +213,9 @@ def _check_alike(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where
         raise CheckpointError(list_faults(faults))
 
 
+_FILLING = {"normal_", "uniform_", "kaiming_uniform_", "zero_", "zeros_", "ones_", "fill_"}
+
+
 class _Unfilled(TorchFunctionMode):
     """Tensors keep no first values: PyTorch loads its compiler to write them, and that wants a folder."""
 
@@ -220,15 +223,7 @@ class _Unfilled(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        if getattr(func, "__name__", "") in (
-            "normal_",
-            "uniform_",
-            "kaiming_uniform_",
-            "zero_",
-            "zeros_",
-            "ones_",
-            "fill_",
-        ):
+        if getattr(func, "__name__", "") in _FILLING:
             return args[0] if args else given["tensor"]
         return func(*args, **given)
 

@@ -7,7 +7,6 @@ to the one thread that runs the model.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import math
 import time
@@ -18,15 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bertpair.checkpoints.checkpoint import open_model
-from bertpair.checkpoints.manifest import MANIFEST_NAME, read_manifest
+from bertpair.checkpoints.checkpoint import open_model, weights_digest
 from bertpair.data.source import resolve_source
 from bertpair.data.tokenizer import Tokens, check_max_length, offsets_of
 from bertpair.errors import ConfigError, DataError, first_line
 from bertpair.evaluation.classifier import PairClassifier, Prediction
 from bertpair.model.config import ModelFolder
 from bertpair.model.packed import fill_up
-from bertpair.model.pretrained import find_weights, weight_files
 from bertpair.runtime import set_threads
 from bertpair.serving.batcher import ROUND_UP
 from bertpair.serving.requests import RequestError
@@ -249,21 +246,3 @@ def _fit_limits(config: ServeConfig, cut: int, num_texts: int) -> RequestLimits:
             f"max_batch_tokens {config.max_batch_tokens} is below the cut of {cut} tokens: a row must fit"
         )
     return limits
-
-
-def weights_digest(folder: Path) -> str:
-    """The sha256 of the weight file; of several shards, of their digests in the order of their names.
-
-    A manifest's are taken from it: it was held against the files when the model was loaded.
-    """
-    found = find_weights(folder)
-    assert found is not None  # the model was loaded from it
-    entries = read_manifest(folder).files if (folder / MANIFEST_NAME).is_file() else ()
-    known = {entry.name: entry.sha256 for entry in entries}
-    digests = [known.get(path.name) or _sha256(path) for path in weight_files(found)]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

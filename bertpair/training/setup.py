@@ -14,24 +14,12 @@ from torch import Tensor
 
 from bertpair.checkpoints.checkpoint import open_model
 from bertpair.checkpoints.run_folder import RunState
-from bertpair.data.dataset import (
-    Encoder,
-    Pairs,
-    Split,
-    label_warnings,
-    overlap_warnings,
-    report_labels,
-)
+from bertpair.data.dataset import Encoder, Pairs, Split, label_warnings, overlap_warnings, report_labels
 from bertpair.data.source import Source, resolve_source
 from bertpair.data.tokenizer import Tokenizer
 from bertpair.errors import ConfigError
 from bertpair.model.bert import BertClassifier
-from bertpair.model.compact_vocabulary import (
-    CompactTable,
-    compact_id,
-    compact_model,
-    remap,
-)
+from bertpair.model.compact_vocabulary import CompactTable, compact_id, compact_model, remap
 from bertpair.model.config import ModelFolder, check_pairs, label_order, read_folder
 from bertpair.model.pretrained import load_model, resolve_folder
 from bertpair.runtime import (

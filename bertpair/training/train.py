@@ -17,12 +17,7 @@ import torch
 from torch import Tensor
 
 from bertpair.checkpoints.atomic import Staging
-from bertpair.checkpoints.run_folder import (
-    OPTIMIZER_FILE,
-    STATE_FILE,
-    RunFolder,
-    RunState,
-)
+from bertpair.checkpoints.run_folder import OPTIMIZER_FILE, STATE_FILE, RunFolder, RunState
 from bertpair.errors import CheckpointError, ConfigError, StoppedError, TrainingError, first_line
 from bertpair.evaluation.classifier import Scorer
 from bertpair.evaluation.evaluate import Evaluation, curves_file, evaluate_split, result_files
@@ -144,11 +139,7 @@ class _Run:
         self.optimizer, self.names = optimizer, names
         self._put_back: Callable[[], None] = lambda: None  # the last weights, once the best are loaded
         self.loop = Loop(
-            job,
-            self.stepper,
-            folder,
-            evaluate=self._evaluate,
-            write_checkpoint=self._write_checkpoint,
+            job, self.stepper, folder, evaluate=self._evaluate, write_checkpoint=self._write_checkpoint
         )
         if start is not None:
             self._restore(start)

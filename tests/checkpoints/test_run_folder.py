@@ -294,10 +294,7 @@ def test_the_next_start_completes_a_move_that_was_cut_short(
 ) -> None:
     """Also a start that begins a new run in the folder: until that has its own model, the old one stays."""
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "bertpair.checkpoints.run_folder.publish_final",
-            cannot_move,
-        )
+        patch.setattr("bertpair.checkpoints.run_folder.publish_final", cannot_move)
         run(settings)
     assert not Path("out/model.safetensors").exists()
     stop_when(monkeypatch, Stepper, "step", lambda self, number, *args: True)
@@ -311,10 +308,7 @@ def test_a_damaged_staged_model_is_named_and_the_run_goes_on_from_its_checkpoint
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "bertpair.checkpoints.run_folder.publish_final",
-            cannot_move,
-        )
+        patch.setattr("bertpair.checkpoints.run_folder.publish_final", cannot_move)
         run(settings)
     os.truncate(Path("out", FINAL_READY, "config.json"), 10)
     assert not run(settings, resume="auto").save_failed

@@ -196,8 +196,7 @@ def test_truncation_is_told(hf_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "pairs",
-    ["a text", np.array("a text"), [("a", "b"), "c"], [("a",)], [("a", None)], ["a", ("b", "c")]],
+    "pairs", ["a text", np.array("a text"), [("a", "b"), "c"], [("a",)], [("a", None)], ["a", ("b", "c")]]
 )
 def test_what_is_no_pair_is_named(hf_folder: Path, pairs: object) -> None:
     with pytest.raises(DataError, match="pairs"):

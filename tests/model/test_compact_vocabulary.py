@@ -80,8 +80,7 @@ def train(
             group["lr"] = rate(step)
         norm = gradient_norm(model.parameters())
         optimizer.step(
-            grad_scale=clip_scale(norm, max_grad_norm),
-            found_inf=torch.tensor(float(step in skipped)),
+            grad_scale=clip_scale(norm, max_grad_norm), found_inf=torch.tensor(float(step in skipped))
         )
         optimizer.zero_grad(set_to_none=True)
     return optimizer
@@ -159,10 +158,7 @@ def test_a_full_training_gives_unused_rows_and_padding_no_gradient() -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(
-    st.integers(1, 200),
-    st.lists(st.floats(0, 1e-2), max_size=30),
-    st.floats(0, 0.5),
-    st.integers(0, 1000),
+    st.integers(1, 200), st.lists(st.floats(0, 1e-2), max_size=30), st.floats(0, 0.5), st.integers(0, 1000)
 )
 def test_decay_equals_the_fused_kernel_bitwise(
     rows: int, rates: list[float], weight_decay: float, seed: int

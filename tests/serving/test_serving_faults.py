@@ -21,11 +21,12 @@ from conftest import write_hf_folder
 from live_server import PAIR, Answer, LiveServer, SteeredPredictor, make_config, make_predictor, serving
 from server_process import Process, ask
 
+from bertpair.checkpoints.checkpoint import weights_digest
 from bertpair.checkpoints.manifest import FileEntry, Manifest, encode_manifest
 from bertpair.errors import BertpairError, ConfigError
 from bertpair.evaluation.classifier import Prediction
 from bertpair.serving.listening import SPARE_DESCRIPTORS, check_descriptors, read_key
-from bertpair.serving.predictor import Agreement, Predictor, TokenRow, compare, weights_digest
+from bertpair.serving.predictor import Agreement, Predictor, TokenRow, compare
 from bertpair.settings.serve import ServeConfig
 
 
