@@ -275,9 +275,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 def restore_random_state(state: dict[str, Tensor], device: torch.device) -> None:
     """The inverse of `random_state`; a GPU's state is passed over on another kind of device, and said to be
     missing where the device is a GPU and the state was a CPU's."""
-    torch.set_rng_state(
-        state["cpu"].cpu().clone()
-    )  # a clone: torch reads it as a struct, which must be aligned
+    torch.set_rng_state(state["cpu"].cpu().clone())  # a clone is aligned: torch reads it as a struct
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu().clone(), device)
     elif device.type == "mps" and "mps" in state:

@@ -51,6 +51,16 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    with naming(path):
+        descriptor = os.open(path, flags, FILE_MODE)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
 def create_file(path: Path) -> int:
     """Open a file that must not exist yet; returns its descriptor."""
     descriptor = os.open(path, _NEW_FILE, FILE_MODE)
@@ -75,27 +85,20 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 
 def fsync_file(path: Path) -> None:
     """Make what was written to an existing file durable."""
-    with naming(path):
-        descriptor = os.open(path, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with _opened(path, os.O_RDWR) as descriptor:
+        os.fsync(descriptor)
 
 
 def fsync_folder(path: Path) -> None:
     """Make the names in a folder durable; silently nothing where the system cannot (Windows, some shares)."""
     if os.name == "nt":
         return
-    with naming(path):
-        descriptor = os.open(path, os.O_RDONLY)
+    with _opened(path, os.O_RDONLY) as descriptor:
         try:
             os.fsync(descriptor)
         except OSError as error:
             if error.errno not in _NO_FOLDER_SYNC:
                 raise
-        finally:
-            os.close(descriptor)
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -124,29 +127,21 @@ def _write_durably(path: Path, data: bytes) -> None:
 
 def append(path: Path, data: bytes) -> None:
     """Add `data` at the end of a file, all of it or nothing: a full disk leaves no half line."""
-    with naming(path):
-        descriptor = os.open(path, _APPEND, FILE_MODE)
+    with _opened(path, _APPEND) as descriptor:
+        length = os.fstat(descriptor).st_size
         try:
-            length = os.fstat(descriptor).st_size
-            try:
-                write_all(descriptor, data)
-            except OSError:
-                with suppress(OSError):
-                    os.ftruncate(descriptor, length)
-                raise
-        finally:
-            os.close(descriptor)
+            write_all(descriptor, data)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(descriptor, length)
+            raise
 
 
 def durable_length(path: Path) -> int:
     """Make a file's contents durable (made empty if it is gone); how many bytes they are."""
-    with naming(path):
-        descriptor = os.open(path, _APPEND, FILE_MODE)
-        try:
-            os.fsync(descriptor)
-            return os.fstat(descriptor).st_size
-        finally:
-            os.close(descriptor)
+    with _opened(path, _APPEND) as descriptor:
+        os.fsync(descriptor)
+        return os.fstat(descriptor).st_size
 
 
 def install_folder(source: Path, target: Path, *, keep_old: bool = False) -> None:

@@ -73,30 +73,23 @@ _TEMPORARY_FILE = re.compile(r"\.(.+)\.tmp-(\d{1,10})", re.ASCII)
 _CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]{0,17})")
 
 
-def load_tensors(
-    folder: Path, name: str, manifest: Manifest | None = None, *, finite: bool = True
-) -> dict[str, Tensor]:
+def load_tensors(folder: Path, name: str, manifest: Manifest | None = None) -> dict[str, Tensor]:
     """The tensors of a verified safetensors file, on the CPU; CheckpointError says what is wrong.
 
     The bytes that are parsed are the bytes that were hashed. The tensors are views of one buffer, which
-    lives as long as any of them. With `finite`, a NaN or an infinity is an error too.
+    lives as long as any of them. A NaN or an infinity is an error too.
     """
     data = read_verified(folder, name, manifest)
     try:
         tensors, _ = parse_tensors(data)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / name}: {error}") from error
-    if finite:
-        _check_finite(tensors, folder / name)
-    return tensors
-
-
-def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    floating = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+    floating = {key: t for key, t in tensors.items() if t.is_floating_point() and t.numel()}
     # The extremes of a tensor with a NaN are NaN: one pass without a mask of the tensor's size.
-    bad = [name for name, t in floating.items() if not torch.stack(torch.aminmax(t)).isfinite().all()]
+    bad = [key for key, t in floating.items() if not torch.stack(torch.aminmax(t)).isfinite().all()]
     if bad:
-        raise CheckpointError(list_faults([f"{path}: {name!r} holds NaN or infinity" for name in bad]))
+        raise CheckpointError(list_faults([f"{folder / name}: {key!r} holds NaN or infinity" for key in bad]))
+    return tensors
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:

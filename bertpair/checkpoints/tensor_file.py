@@ -7,13 +7,14 @@ gap. Equal tensors give equal files: the order is fixed (widest type first, so t
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bertpair.errors import CheckpointError, show
+from bertpair.settings.files import parse_json
 
 MAX_HEADER_BYTES = 4 << 20  # the optimizer's 600 tensors of a BERT need some 80 kB
 _DTYPES = {
@@ -90,25 +91,9 @@ def _parse_header(data: bytearray) -> tuple[dict[str, Any], int]:
     if length > min(MAX_HEADER_BYTES, len(data) - 8):
         limits = f"{len(data) - 8} bytes follow, {MAX_HEADER_BYTES} are allowed"
         raise CheckpointError(f"a header of {length} bytes is stated; {limits}")
-    try:
-        text = data[8 : 8 + length].decode("utf-8")
-        header = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"its header is not JSON: {str(error) or type(error).__name__}") from error
-    if not isinstance(header, dict):
+    if data[8:9] != b"{":
         raise CheckpointError("its header is not a JSON object")
-    return header, 8 + length
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands in it twice")
-    return found
-
-
-def _no_constant(text: str) -> object:
-    raise ValueError(f"{text} is not JSON")
+    return parse_json(data[8 : 8 + length], "its header"), 8 + length
 
 
 def _parse_entry(name: str, entry: object) -> tuple[torch.dtype, list[int], tuple[int, int]]:

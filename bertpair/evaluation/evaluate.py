@@ -122,7 +122,11 @@ def measure(
 def result_files(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> dict[str, bytes]:
     """The files of an evaluation, by name: predictions.tsv; with gold labels eval_results.txt and .json;
     for classes confusion_matrix.png."""
-    files = {"predictions.tsv": _predictions(evaluation, split, labels)}
+    predictions = make_predictions(evaluation.logits, split.tokens, labels)
+    pairs = split.pairs
+    names = [pairs.files[i] for i in pairs.file_of_row] if len(pairs.files) > 1 else None
+    table = format_predictions(predictions, pairs.line_of_row, files=names, gold=pairs.labels, labels=labels)
+    files = {"predictions.tsv": table}
     if split.targets is None:
         return files
     files |= format_eval_results(evaluation.figures)
@@ -136,21 +140,6 @@ def confusion_of(evaluation: Evaluation, split: Split, labels: Sequence[str]) ->
     """Counts (C, C): gold classes down, predicted ones across."""
     assert split.targets is not None
     return confusion_matrix(split.targets, evaluation.logits.argmax(axis=1), len(labels))
-
-
-def _predictions(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> bytes:
-    predictions = make_predictions(evaluation.logits, split.tokens, labels)
-    pairs = split.pairs
-    return format_predictions(
-        lines=pairs.line_of_row,
-        files=[pairs.files[i] for i in pairs.file_of_row] if len(pairs.files) > 1 else None,
-        predicted=[p.score if p.label is None else p.label for p in predictions],
-        scores=[p.score for p in predictions],
-        truncated=split.tokens.truncated,
-        gold=pairs.labels,
-        labels=labels or (),
-        probabilities=[list(p.probabilities.values()) for p in predictions],
-    )
 
 
 def curves_file(records: Sequence[Mapping[str, Any]], metric: str) -> dict[str, bytes]:
@@ -249,7 +238,8 @@ def evaluate_models(
         folders[candidate.name] = str(output)
         tables.append(table)
     asked = candidates[-1 - len(config.compare or ())].name
-    text = tables[0] if len(tables) == 1 else comparison_table(by_model, _watched(config, source))
+    watched = config.metric_for_best_model or source.metrics[0]
+    text = tables[0] if len(tables) == 1 else comparison_table(by_model, watched)
     return EvaluationResult(by_model[asked], by_model, folders, len(pairs), text)
 
 
@@ -416,7 +406,3 @@ def _evaluate_one(
     matrix = confusion_of(evaluation, split, model.labels)
     tables = class_table(model.labels, per_class(matrix)), confusion_table(model.labels, matrix)
     return evaluation, files, "\n\n".join((*tables, figures))
-
-
-def _watched(config: Config, source: Source) -> str:
-    return config.metric_for_best_model or source.metrics[0]

@@ -39,7 +39,7 @@ MAX_CLASSES = 40
 MAX_POINTS = 400  # a longer curve is averaged, with a band from least to greatest
 
 
-def draw_confusion(matrix: ArrayLike, labels: Sequence[str], title: str = "confusion matrix") -> bytes:
+def draw_confusion(matrix: ArrayLike, labels: Sequence[str]) -> bytes:
     """Gold classes down, predicted ones across; in each cell the count and its share of the gold class, which
     also sets the shade: blue where right, orange where wrong. A name that no installed font can draw appears
     as `class k`, k being its id. Beyond MAX_CLASSES, those with the fewest rows become one."""
@@ -49,16 +49,14 @@ def draw_confusion(matrix: ArrayLike, labels: Sequence[str], title: str = "confu
     counts, kept = _largest_classes(counts)
     with quiet_matplotlib():
         shown = [printable(labels[k], MAX_NAME_LENGTH) for k in kept]
-        title = printable(title, MAX_TITLE_LENGTH)
-        files = find_fonts([title, *shown])
+        files = find_fonts(shown)
         if not files.keys() >= set(shown):
             notes.append("class k: no installed font draws the name of id k")
         texts = [name if name in files else f"class {k}" for k, name in zip(kept, shown, strict=True)]
         names = [(text, font_of_size(10.5, files.get(text))) for text in texts]
         if len(counts) > len(kept):
             names.append((f"{len(labels) - len(kept)} others", font_of_size(10.5)))
-        heading = [(title, font_of_size(12, files[title]))] if title in files else []
-        heading += [(note, font_of_size(9)) for note in notes]
+        heading = [("confusion matrix", font_of_size(12)), *((note, font_of_size(9)) for note in notes)]
         return _png(_confusion_figure(counts, names, heading))
 
 
@@ -347,11 +345,5 @@ def _font_files() -> Iterator[str]:
 
 
 def _preference(entry: Any) -> tuple[bool, bool, bool, str, str]:
-    is_regular = entry.weight in (400, "normal", "regular")
-    return (
-        not entry.name.startswith(CJK_FONTS),
-        entry.style != "normal",
-        not is_regular,
-        entry.name,
-        entry.fname,
-    )
+    is_bold, is_slanted = entry.weight not in (400, "normal", "regular"), entry.style != "normal"
+    return not entry.name.startswith(CJK_FONTS), is_slanted, is_bold, entry.name, entry.fname

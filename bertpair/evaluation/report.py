@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bertpair.evaluation.classifier import Prediction
 from bertpair.evaluation.metrics import PerClass, finite_or_null, is_better
 
 MAX_TABLE_WIDTH = 110
@@ -29,15 +30,12 @@ def format_eval_results(metrics: Mapping[str, float | int | str]) -> dict[str, b
 
 
 def format_predictions(
-    *,
+    predictions: Sequence[Prediction],
     lines: Iterable[int],
+    *,
     files: Iterable[str] | None = None,
-    predicted: Iterable[str | float],
-    scores: Iterable[float],
-    truncated: Iterable[bool],
     gold: Iterable[str | float] | None = None,
-    labels: Sequence[str] = (),
-    probabilities: ArrayLike | None = None,
+    labels: Sequence[str] | None = None,
 ) -> bytes:
     """`predictions.tsv`, a row per prediction: file (if given), line, gold (if given), predicted, score,
     truncated (0 or 1), and a column `prob_<label>` for each of `labels`; none for regression, where the score
@@ -46,13 +44,12 @@ def format_predictions(
     columns["line"] = map(str, lines)
     if gold is not None:
         columns["gold"] = map(_cell, gold)
-    columns["predicted"] = map(_cell, predicted)
-    columns["score"] = (format(score, ".6f" if labels else ".6g") for score in scores)
-    columns["truncated"] = (str(int(cut)) for cut in truncated)
-    if labels:
-        table = np.asarray(probabilities, dtype=np.float64).reshape(-1, len(labels))
-        for label, column in zip(labels, table.T, strict=True):
-            columns[f"prob_{label.translate(ESCAPES)}"] = (f"{value:.6f}" for value in column.tolist())
+    columns["predicted"] = [_cell(p.score if p.label is None else p.label) for p in predictions]
+    columns["score"] = [format(p.score, ".6f" if labels else ".6g") for p in predictions]
+    columns["truncated"] = [str(int(p.truncated)) for p in predictions]
+    for label in labels or ():
+        column = [f"{p.probabilities[label]:.6f}" for p in predictions]
+        columns[f"prob_{label.translate(ESCAPES)}"] = column
     rows = ("\t".join(row) for row in zip(*columns.values(), strict=True))
     return "".join(f"{line}\n" for line in ("\t".join(columns), *rows)).encode()
 

@@ -187,7 +187,6 @@ def test_only_named_files_are_read_and_only_with_sense(tmp_path: Path) -> None:
         read_json(tmp_path / "x" / "bad.json")
     with pytest.raises(CheckpointError, match="nan.safetensors: 'b' holds NaN or infinity"):
         load_tensors(tmp_path / "x", "nan.safetensors")
-    assert load_tensors(tmp_path / "x", "nan.safetensors", finite=False)["b"].isnan().any()
 
 
 MODEL = ("config.json", "model.safetensors", "vocab.txt")

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from bertpair.evaluation.classifier import Prediction
 from bertpair.evaluation.metrics import confusion_matrix, per_class
 from bertpair.evaluation.report import (
     class_table,
@@ -35,16 +36,14 @@ def test_a_loss_that_is_not_finite_is_null_in_json(value: float) -> None:
     assert files["eval_results.txt"].decode() == f"loss = {float(value)}\n"
 
 
+def predicted(label: str | None, score: float, *probabilities: float, cut: bool = False) -> Prediction:
+    return Prediction(label, score, dict(zip(("错", "对"), probabilities, strict=False)), cut, num_tokens=8)
+
+
 def test_predictions_have_a_row_each_in_the_order_given() -> None:
-    table = format_predictions(
-        lines=np.array([2, 5], dtype=np.int32),
-        gold=["对", "错"],
-        predicted=["对", "对"],
-        scores=np.array([0.75, 0.5], dtype=np.float32),
-        truncated=np.array([True, False]),
-        labels=("错", "对"),
-        probabilities=np.array([[0.25, 0.75], [0.5, 0.5]], dtype=np.float32),
-    )
+    predictions = [predicted("对", 0.75, 0.25, 0.75, cut=True), predicted("对", 0.5, 0.5, 0.5)]
+    lines = np.array([2, 5], dtype=np.int32)
+    table = format_predictions(predictions, lines, gold=["对", "错"], labels=("错", "对"))
     assert table.decode() == (
         "line\tgold\tpredicted\tscore\ttruncated\tprob_错\tprob_对\n"
         "2\t对\t对\t0.750000\t1\t0.250000\t0.750000\n"
@@ -53,36 +52,25 @@ def test_predictions_have_a_row_each_in_the_order_given() -> None:
 
 
 def test_predictions_without_gold_leave_the_column_out() -> None:
-    table = format_predictions(lines=[1], predicted=["a"], scores=[1.0], truncated=[False])
-    assert table.decode() == "line\tpredicted\tscore\ttruncated\n1\ta\t1\t0\n"
+    table = format_predictions([predicted("a", 1.0)], [1], files=["x.tsv"])
+    assert table.decode() == "file\tline\tpredicted\tscore\ttruncated\nx.tsv\t1\ta\t1\t0\n"
 
 
 def test_predictions_of_a_regression_are_values() -> None:
-    values = np.array([4.25, -1e-7], dtype=np.float32)
-    table = format_predictions(
-        lines=[1, 2], gold=["4.0", "1"], predicted=values, scores=values, truncated=[0, 0]
-    )
+    values = [predicted(None, float(value)) for value in np.array([4.25, -1e-7], dtype=np.float32)]
+    table = format_predictions(values, [1, 2], gold=["4.0", "1"])
     assert table.decode().splitlines()[1:] == ["1\t4.0\t4.25\t4.25\t0", "2\t1\t-1e-07\t-1e-07\t0"]
 
 
 def test_no_predictions_are_a_header_alone() -> None:
-    table = format_predictions(
-        lines=[], predicted=[], scores=[], truncated=[], gold=[], labels=("a", "b"), probabilities=[]
-    )
+    table = format_predictions([], [], gold=[], labels=("a", "b"))
     assert table == b"line\tgold\tpredicted\tscore\ttruncated\tprob_a\tprob_b\n"
 
 
 def test_tabs_and_line_breaks_in_labels_cannot_break_a_row() -> None:
     label = "a\tb\r\nc"
-    table = format_predictions(
-        lines=[1],
-        gold=[label],
-        predicted=[label],
-        scores=[1.0],
-        truncated=[False],
-        labels=[label],
-        probabilities=[[1.0]],
-    )
+    prediction = Prediction(label, 1.0, {label: 1.0}, truncated=False, num_tokens=8)
+    table = format_predictions([prediction], [1], gold=[label], labels=[label])
     rows = list(csv.reader(table.decode().splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
     assert [len(row) for row in rows] == [6, 6]
     assert rows[1][1] == "a\\tb\\r\\nc" and rows[0][5] == "prob_a\\tb\\r\\nc"
@@ -90,7 +78,7 @@ def test_tabs_and_line_breaks_in_labels_cannot_break_a_row() -> None:
 
 def test_columns_of_unequal_length_are_a_defect() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        format_predictions(lines=[1, 2], predicted=["a"], scores=[1.0], truncated=[False])
+        format_predictions([predicted("a", 1.0)], [1, 2])
 
 
 def test_display_width_counts_terminal_columns() -> None:
