@@ -167,6 +167,7 @@ LAUGHS = b"a: &a [x]\n" + b"".join(
 PUNCTUATION = st.text(st.sampled_from("ab:[]{}&*!|>-?%@'\"#, \n\t"), max_size=60).map(str.encode)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(JUNK | damaged(SETTINGS) | PUNCTUATION)
 @example(LAUGHS)

@@ -218,6 +218,7 @@ def test_a_hub_name_without_network(flags: list[str]) -> None:
     assert "bert-base-multilingual-cased" in message and "folder" in message
 
 
+@pytest.mark.slow
 def test_the_scripts_say_error_and_exit_with_2(flags: list[str]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for script, more in (

@@ -233,6 +233,7 @@ def write_material(folder: Path, num_rows: int = 64) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 @on_each
 def test_fp16_gradients_that_are_never_finite_end_the_run(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -259,6 +260,7 @@ def test_fp16_gradients_that_are_never_finite_end_the_run(
     assert len(scales) == 16 + 11  # halvings from 2 ** 16 to the floor, then ten that may be and one more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @on_each
 def test_stopped_and_resumed_is_bitwise_the_same(
@@ -570,6 +572,7 @@ sys.exit(serve(parse_serve_command_line(flags)[0]))
 """
 
 
+@pytest.mark.slow
 @on_each
 def test_a_device_assert_ends_the_server(device: torch.device, tmp_path: Path) -> None:
     """With one line, and a code that tells whoever watches it to start it anew."""

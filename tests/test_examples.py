@@ -143,6 +143,7 @@ def test_the_client_says_what_a_strange_server_answered(
     assert code == 1 and line.startswith("error: ") and said in line
 
 
+@pytest.mark.slow
 def test_the_client_without_a_server_says_so_in_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -183,6 +184,7 @@ def test_the_client_writes_utf_8_or_says_that_it_cannot(live: LiveServer, tmp_pa
     assert run('"$@" >&-') == (1, "error: standard output is closed\n")
 
 
+@pytest.mark.slow
 def test_the_client_takes_urls_as_browsers_do() -> None:
     """A path in any letters, and an IPv6 address without a port."""
     stub = Stub(b"HTTP/1.1 404 No\r\n\r\n{}")

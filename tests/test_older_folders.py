@@ -22,7 +22,7 @@ OLD = Path(__file__).parent / "written_by_0_1_0"
 EXPECTED = json.loads((OLD / "predictions.json").read_text(encoding="utf-8"))
 PAIRS = [tuple(pair) for pair in EXPECTED["pairs"]]
 
-pytestmark = pytest.mark.usefixtures("fresh_process")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ LABELS = ["right", "wrong", "partly"]  # neither sorted nor reversed
 HEADER = ["index", "sentence1", "sentence2", "label"]
 WORDS = "the cat sat mat good bad food café 中文 数据 进程".split()
 
-pytestmark = pytest.mark.usefixtures("fresh_process")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
 
 
 def random_rows(count: int, seed: int) -> list[list[str]]:

@@ -69,6 +69,7 @@ def signal_program() -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["SIGINT SIGTERM", "SIGTERM SIGINT"])
 def test_first_signal_sets_the_flag_and_the_second_kills(pair: str) -> None:
     first, second = (signal.Signals[name] for name in pair.split())
@@ -80,6 +81,7 @@ def test_first_signal_sets_the_flag_and_the_second_kills(pair: str) -> None:
         assert process.wait(timeout=10) == -second.value
 
 
+@pytest.mark.slow
 def test_one_signal_lets_the_program_finish() -> None:
     with signal_program() as process:
         process.send_signal(signal.SIGTERM)
@@ -213,6 +215,7 @@ print(kept_pages(), keep_freed_memory(), kept_pages())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_kept_on_glibc() -> None:
     """In a process of its own: the setting cannot be taken back."""
@@ -241,6 +244,7 @@ print(before, peak_memory_gb(cpu))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
 def test_peak_memory_remembers_what_was_freed() -> None:
     """In a process of its own, whose peak other tests have not raised."""

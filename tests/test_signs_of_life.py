@@ -22,7 +22,7 @@ from bertpair import CheckpointError, Config, ConfigError, DataError, PairClassi
 from bertpair.checkpoints.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.usefixtures("fresh_process")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
 
 HEADER = ("index", "sentence1", "sentence2", "label")
 ROWS = [(i, "the cat", "sat mat" if i % 2 else "good food", "ab"[i % 2]) for i in range(40)]

@@ -341,12 +341,11 @@ def _restored(aside: Path, name: Path) -> bool:
 
 
 def _is_dead_file(path: Path) -> bool:
+    """Whether it is half a file of ours, whose writer is gone."""
     matched = _TEMPORARY_FILE.fullmatch(path.name)
-    return bool(matched and matched[1] in (*MODEL_FILES, *RUN_FILES, MANIFEST_NAME) and _is_dead(matched[2]))
-
-
-def _is_dead(pid: str) -> bool:
-    return int(pid) == os.getpid() or not is_alive(int(pid))
+    if matched is None or matched[1] not in (*MODEL_FILES, *RUN_FILES, MANIFEST_NAME):
+        return False
+    return int(matched[2]) == os.getpid() or not is_alive(int(matched[2]))
 
 
 # Results of evaluations

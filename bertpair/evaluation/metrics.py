@@ -66,15 +66,15 @@ def classification_metrics(
 ) -> dict[str, float]:
     """`acc macro_f1 mcc n`, and when there are two classes `f1`, that of the class with the id `positive`."""
     matrix = confusion_matrix(gold, predicted, num_labels)
+    f1 = per_class(matrix).f1
+    occurs = matrix.sum(axis=0) + matrix.sum(axis=1) > 0  # in gold or predicted: scikit-learn's mean too
     metrics: dict[str, float] = {
         "acc": float(np.trace(matrix) / matrix.sum()),
-        "macro_f1": _macro_f1(matrix),
+        "macro_f1": float(f1[occurs].mean()),
         "mcc": _matthews(matrix),
         "n": int(matrix.sum()),
     }
-    if num_labels == 2:
-        metrics["f1"] = float(per_class(matrix).f1[positive])
-    return metrics
+    return {**metrics, "f1": float(f1[positive])} if num_labels == 2 else metrics
 
 
 def regression_metrics(gold: ArrayLike, values: ArrayLike) -> dict[str, float]:
@@ -96,12 +96,6 @@ def is_better(metric: str, new: float, best: float | None) -> bool:
     if best is None or np.isnan(best):
         return True
     return new < best if metric == "loss" else new > best
-
-
-def _macro_f1(matrix: Ids) -> float:
-    """The plain mean of F1 over the classes that occur in gold or predicted (as scikit-learn)."""
-    occurs = matrix.sum(axis=0) + matrix.sum(axis=1) > 0
-    return float(per_class(matrix).f1[occurs].mean())
 
 
 def _matthews(matrix: Ids) -> float:

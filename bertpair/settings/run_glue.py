@@ -3,26 +3,16 @@
 A name either stands for a setting of today, or is said, in one line, to mean nothing any more.
 """
 
-from collections.abc import Sequence
-
-from bertpair.settings.values import SWITCH, Kind, first_word, or_null, whole
+from bertpair.settings.values import SWITCH, Kind, first_word, matching, or_null, whole
 
 _ANYTHING = Kind("a value", lambda value: value)
 _BATCH = or_null(whole(1))  # Trainer's own default for per_gpu_… was null
 
 
-def _accept_model_type(value: object) -> object:
-    if not isinstance(value, str) or value.lower() != "bert":
-        raise ValueError
-    return value
-
-
-def _read_debug(words: Sequence[str]) -> object:
-    return first_word(words) if words else True
-
-
-_MODEL_TYPE = Kind("bert, the only type for now", _accept_model_type)
-_SWITCH_ONCE = Kind("a value or none", lambda value: value, _read_debug, "maybe")
+_MODEL_TYPE = matching("bert, the only type for now", "(?i:bert)")
+_SWITCH_ONCE = Kind(
+    "a value or none", lambda value: value, lambda words: first_word(words) if words else True, "maybe"
+)
 
 RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",

@@ -173,10 +173,6 @@ def clean_text(value: object) -> str:
     return value
 
 
-def _accept_text(value: object) -> object:
-    return None if value is None or value == "" else clean_text(value)  # run_glue's "" meant: not set
-
-
 def clean_path(value: object) -> str:
     """The same for a path; `~` is the home folder."""
     text = clean_text(value)
@@ -185,12 +181,9 @@ def clean_path(value: object) -> str:
     return os.path.expanduser(text)
 
 
-def _accept_path(value: object) -> object:
-    return None if value is None or value == "" else clean_path(value)
-
-
-TEXT = Kind("text, or null", _accept_text)
-PATH = Kind("a path, or null", _accept_path)
+# run_glue's "" meant: not set
+TEXT = Kind("text, or null", lambda value: None if value in (None, "") else clean_text(value))
+PATH = Kind("a path, or null", lambda value: None if value in (None, "") else clean_path(value))
 
 
 def several(expected: str, accept: Accept) -> Kind:

@@ -234,6 +234,7 @@ def test_the_files_names_are_durable_before_the_manifest_and_that_before_the_sta
     assert events[6][0] == "rename"
 
 
+@pytest.mark.slow
 def test_readers_find_one_whole_model_wherever_the_move_is_killed(tmp_path: Path) -> None:
     for k in range(1, 100):
         output = tmp_path / f"{k}"
@@ -252,6 +253,7 @@ def test_readers_find_one_whole_model_wherever_the_move_is_killed(tmp_path: Path
     assert k > 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("links", [True, False])
 def test_a_failing_call_in_the_move_is_made_good_by_the_next(tmp_path: Path, links: bool) -> None:
     for k in range(1, 100):

@@ -134,6 +134,7 @@ FIELDS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(FIELDS)
 def test_arbitrary_sealed_fields_are_refused_or_read_right(rest: dict[str, Any]) -> None:

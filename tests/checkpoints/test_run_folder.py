@@ -91,6 +91,7 @@ def stop_when(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, matches: 
     monkeypatch.setattr(owner, name, called)
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_twice_is_loud_and_the_run_goes_on(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_save_that_fails_twice_is_loud_and_the_run_goes_on(
     assert all("checkpoint-4 was not saved" in line and "No space left" in line for line in said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpoint-8", FINAL_READY])
 def test_a_failed_last_save_or_final_folder_is_said_and_a_resume_makes_up_for_it(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
@@ -222,6 +224,7 @@ def test_before_the_first_step_nothing_is_saved(
     assert run(settings, resume="auto").global_step == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compact", [False, True])
 def test_a_stop_while_the_best_weights_are_measured_saves_the_last_ones(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, compact: bool
@@ -304,6 +307,7 @@ def test_the_next_start_completes_a_move_that_was_cut_short(
     assert not Path("out", FINAL_READY).exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_staged_model_is_named_and_the_run_goes_on_from_its_checkpoint(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -316,6 +320,7 @@ def test_a_damaged_staged_model_is_named_and_the_run_goes_on_from_its_checkpoint
     verify_folder(Path("out"))
 
 
+@pytest.mark.slow
 def test_a_new_run_killed_before_its_first_save_can_be_started_again_over_the_old_one(
     settings: dict[str, Any],
 ) -> None:
@@ -324,6 +329,7 @@ def test_a_new_run_killed_before_its_first_save_can_be_started_again_over_the_ol
     assert run(settings, resume="auto").global_step == 8
 
 
+@pytest.mark.slow
 def test_another_thread_count_resumes_with_a_warning(
     settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -333,6 +339,7 @@ def test_another_thread_count_resumes_with_a_warning(
     assert "num_threads was 1, is now 2; results then agree to rounding" in caplog.text
 
 
+@pytest.mark.slow
 def test_another_device_or_version_is_said(
     settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -391,6 +398,7 @@ def test_a_full_disk_costs_a_whole_line_of_the_log(
     assert steps == [4, 6, 8]
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_of_the_system_costs_checkpoints_and_not_the_run(
     settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -191,6 +191,7 @@ def test_replacing_a_folder_is_all_or_nothing(tmp_path: Path) -> None:
     assert k > 25 and log.count("rename") == 2
 
 
+@pytest.mark.slow
 def test_a_kill_between_any_two_calls_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     for k in range(1, 200):
         output = tmp_path / f"{k}"
@@ -208,6 +209,7 @@ def test_a_kill_between_any_two_calls_leaves_a_whole_checkpoint(tmp_path: Path) 
     assert k > 20
 
 
+@pytest.mark.slow
 def test_a_kill_while_replacing_loses_neither(tmp_path: Path) -> None:
     restored = 0
     for k in range(1, 200):

@@ -26,7 +26,7 @@ from bertpair.evaluation.evaluate import EvaluationResult, evaluate_models
 from bertpair.evaluation.plots import draw_curves
 from bertpair.settings.command_line import parse_command_line
 
-pytestmark = pytest.mark.usefixtures("fresh_process")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
 
 HEADER = ("index", "sentence1", "sentence2", "label")
 WORDS = "the cat sat mat good bad food 中文".split()

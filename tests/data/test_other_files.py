@@ -259,6 +259,7 @@ def test_a_short_flag_is_no_value_and_a_negative_number_is() -> None:
     assert parse_command_line(flags.split(), "train").config.label_column == -1
 
 
+@pytest.mark.slow
 def test_train_from_elsewhere_says_where_the_sample_is(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)

@@ -12,6 +12,7 @@ measure = runpy.run_path(str(ROOT / "benchmarks" / "sample.py"))
 TRAIN, DEV = (measure["read_rows"](DATA / name) for name in ("train.tsv", "dev.tsv"))
 
 
+@pytest.mark.slow
 def test_the_generator_writes_these_very_files(tmp_path: Path) -> None:
     runpy.run_path(str(DATA / "generate.py"))["generate"](tmp_path)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -48,6 +49,7 @@ def test_dev_pairs_are_new_and_a_quarter_of_the_given_answers_too() -> None:
     assert measure["num_leaked"](DEV[:1] + TRAIN, DEV) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", [1, 2])
 def test_no_text_alone_tells_the_label(column: int) -> None:
     """Character n-grams of one text stay within ten points of the majority class."""

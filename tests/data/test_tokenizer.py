@@ -96,6 +96,7 @@ def assert_same(one: Tokens, other: Tokens) -> None:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
+@pytest.mark.slow
 def test_ids_equal_transformers_in_many_languages(both) -> None:
     ours, reference = both
     texts = [*LANGUAGES, *STRANGE]

@@ -26,6 +26,7 @@ def random_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return [tuple(" ".join(rng.choice(WORDS, rng.integers(1, 14))) for _ in "ab") for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_answers_come_in_the_order_given_whatever_they_ride_with(hf_folder: Path) -> None:
     model = PairClassifier.from_pretrained(hf_folder, max_batch_tokens=300)
     pairs = random_pairs(200)
@@ -285,6 +286,7 @@ def answer(model: PairClassifier) -> list[list[float]]:
     return model.logits(TYPED).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_other_processes_answer_alike(hf_folder: Path, method: str) -> None:
     model = PairClassifier.from_pretrained(hf_folder)
@@ -293,6 +295,7 @@ def test_other_processes_answer_alike(hf_folder: Path, method: str) -> None:
     assert np.allclose(found, model.logits(TYPED), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_child_forked_after_use_answers(tmp_path: Path) -> None:
     wide = write_tiny_bert(tmp_path / "wide", hidden_size=256, intermediate_size=1024)
     train_file = tmp_path / "train.tsv"

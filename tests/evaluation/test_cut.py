@@ -28,7 +28,7 @@ PAIRS = [  # nine tokens of text are left at this cut, of either text five at mo
 TRUNCATED = [True, True, True, False]
 NUM_TOKENS = [12, 12, 12, 6]
 
-pytestmark = pytest.mark.usefixtures("fresh_process")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
 
 
 @pytest.fixture(scope="module")

@@ -150,6 +150,7 @@ def test_measure_of_a_regression() -> None:
     assert found["pearson"] == pytest.approx(np.corrcoef(logits[:, 0], gold)[0, 1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_evaluated_is_still_whole(tmp_path: Path) -> None:
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     before = {path.name for path in Path("stopped/checkpoint-16").iterdir()}
@@ -180,6 +181,7 @@ def test_results_never_go_into_a_model_folder(tmp_path: Path) -> None:
     assert list(evaluate("out", "dev.tsv").folders)
 
 
+@pytest.mark.slow
 def test_every_model_has_a_row_of_its_own_in_the_table(tmp_path: Path) -> None:
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     shutil.copytree("finished", "final")
@@ -276,6 +278,7 @@ def test_models_of_one_name_are_compared_in_places_of_their_own(hf_folder: Path,
         assert said["model"] == str(Path(name).resolve())
 
 
+@pytest.mark.slow
 def test_a_new_run_takes_the_results_of_the_old_ones_model_away(tmp_path: Path) -> None:
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     old = Path(evaluate("finished", "dev.tsv").folders["finished"])
@@ -286,6 +289,7 @@ def test_a_new_run_takes_the_results_of_the_old_ones_model_away(tmp_path: Path) 
     assert Path(evaluate("finished", "dev.tsv").folders["finished"]) == old
 
 
+@pytest.mark.slow
 def test_limits_of_the_training_end_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     with caplog.at_level("INFO", "bertpair"):

@@ -40,6 +40,7 @@ def random_classes(random: np.random.Generator) -> tuple[Ids, Ids, int]:
     return gold, np.where(random.random(n) < random.random(), gold, guesses), num_labels
 
 
+@pytest.mark.slow
 def test_class_measures_match_sklearn(random: np.random.Generator) -> None:
     for _ in range(150):
         gold, predicted, num_labels = random_classes(random)

@@ -44,6 +44,7 @@ def records(steps: int, every: int) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_labels", [2, 3, 12, 40])
 def test_confusion_cells_are_large_enough_to_read(num_labels: int) -> None:
     labels = [f"class name {k}" for k in range(num_labels)]
@@ -52,6 +53,7 @@ def test_confusion_cells_are_large_enough_to_read(num_labels: int) -> None:
     assert max(height, width) < 2900
 
 
+@pytest.mark.slow
 def test_cells_grow_with_the_counts() -> None:
     labels = [str(k) for k in range(20)]
     small = pixels(draw_confusion(random_matrix(20), labels))
@@ -83,6 +85,7 @@ def test_odd_matrices_and_names_are_drawn_without_a_word(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+@pytest.mark.slow
 def test_the_smallest_of_many_classes_are_drawn_as_one() -> None:
     matrix = random_matrix(3 * MAX_CLASSES)
     matrix[7] = matrix[:, 7] = 0
@@ -133,6 +136,7 @@ def test_a_panel_is_there_for_a_watched_metric_only() -> None:
     assert with_metric.shape[0] > without.shape[0]
 
 
+@pytest.mark.slow
 def test_the_best_evaluation_is_marked_for_loss_at_its_least() -> None:
     lines = [{"step": k, "eval_loss": loss} for k, loss in enumerate([3.0, 1.0, 2.0])]
     moved = [{"step": k, "eval_loss": loss} for k, loss in enumerate([3.0, 2.0, 1.0])]
@@ -141,6 +145,7 @@ def test_the_best_evaluation_is_marked_for_loss_at_its_least() -> None:
     assert np.any(np.all(both == (43, 138, 87), axis=2))  # the watched metric's own colour
 
 
+@pytest.mark.slow
 def test_a_home_that_cannot_be_written_prints_nothing(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.write_text("a file where matplotlib wants a folder")

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 ROWS = [("the cat", "sat", "good"), ("the mat", "food", "bad"), ("мир", "hello", "good")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden_size", [32, BF16_HIDDEN_SIZE])
 def test_auto_says_what_it_chose_and_stores_it(tmp_path: Path, hidden_size: int) -> None:
     lines = ["index\tsentence1\tsentence2\tlabel", *(f"{i}\t" + "\t".join(row) for i, row in enumerate(ROWS))]

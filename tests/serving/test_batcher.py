@@ -235,6 +235,7 @@ async def test_admission_is_by_the_estimated_wait() -> None:
         assert batcher.estimated_wait == 0.0
 
 
+@pytest.mark.slow
 async def test_a_pause_between_batches_does_not_count_as_work() -> None:
     """Else the next burst would be refused for an estimate of minutes."""
     async with batching(digests, queue_deadline=5.0, max_queue_rows=10_000) as batcher:

@@ -14,6 +14,8 @@ from conftest import write_hf_folder
 from live_server import PAIR, Line
 from server_process import Process
 
+pytestmark = pytest.mark.slow
+
 BODY = json.dumps(PAIR).encode()
 POST = (
     b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

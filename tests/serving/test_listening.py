@@ -61,21 +61,24 @@ def test_a_socket_whose_server_is_too_busy_to_take_a_client_is_not_taken_for_sta
 # Ports
 
 
-@pytest.mark.parametrize("given", ["127.0.0.1", "::ffff:127.0.0.1", "10.1.2.3, 127.0.0.0/8"])
-def test_a_proxy_is_known_by_its_ipv4_address_on_both_kinds_of_socket(tmp_path: Path, given: str) -> None:
-    model = write_hf_folder(tmp_path / "hf-tiny")
-    for host in ("::", "127.0.0.1"):
-        with Process(
-            "--model_dir", str(model), "--port", "0", "--host", host, "--forwarded_allow_ips", given
-        ) as server:
-            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as line:
-                line.sendall(b"GET /livez HTTP/1.0\r\nX-Forwarded-For: 192.0.2.7, ::ffff:127.0.0.1\r\n\r\n")
-                assert line.recv(100).startswith(b"HTTP/1.1 200")
-            end = time.monotonic() + 20
-            while not server.access:
-                assert time.monotonic() < end
-                time.sleep(0.02)
-            assert json.loads(server.access[0])["client"] == "192.0.2.7"
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("host", "given"),
+    [("::", "127.0.0.1"), ("127.0.0.1", "::ffff:127.0.0.1"), ("::", "10.1.2.3, 127.0.0.0/8")],
+)
+def test_a_proxy_is_known_by_its_ipv4_address_on_both_kinds_of_socket(
+    tmp_path: Path, host: str, given: str
+) -> None:
+    flags = ["--model_dir", str(write_hf_folder(tmp_path / "hf-tiny")), "--port", "0", "--host", host]
+    with Process(*flags, "--forwarded_allow_ips", given) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as line:
+            line.sendall(b"GET /livez HTTP/1.0\r\nX-Forwarded-For: 192.0.2.7, ::ffff:127.0.0.1\r\n\r\n")
+            assert line.recv(100).startswith(b"HTTP/1.1 200")
+        end = time.monotonic() + 20
+        while not server.access:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert json.loads(server.access[0])["client"] == "192.0.2.7"
 
 
 def test_a_port_is_taken_from_the_moment_it_is_bound() -> None:
@@ -99,6 +102,7 @@ def test_a_port_is_taken_from_the_moment_it_is_bound() -> None:
             first = bind(make_config({"port": port}))
 
 
+@pytest.mark.slow
 def test_of_two_starts_on_one_port_the_second_ends_in_one_line(folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -188,6 +192,7 @@ def test_what_others_put_at_the_path_is_left_alone(tmp_path: Path) -> None:
         bind(at(tmp_path / "nowhere" / "s"))
 
 
+@pytest.mark.slow
 def test_a_killed_servers_socket_is_replaced(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "s"
     flags = ["--model_dir", str(folder), "--uds", str(path), "--drain_seconds", "0"]
@@ -202,6 +207,7 @@ def test_a_killed_servers_socket_is_replaced(folder: Path, tmp_path: Path) -> No
         assert stat.S_IMODE(path.stat().st_mode) == 0o660 and is_ready(path)
 
 
+@pytest.mark.slow
 def test_a_restart_over_a_unix_socket_loses_nobody(folder: Path, tmp_path: Path) -> None:
     """The new server is started while the old one drains; each ask finds one that answers."""
     path = tmp_path / "s"

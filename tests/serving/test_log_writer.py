@@ -19,6 +19,8 @@ from server_process import ROOT, Process, ask
 
 from bertpair.console import MAX_LINES, LogWriter
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

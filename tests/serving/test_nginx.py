@@ -39,7 +39,7 @@ http {{
 }}
 """
 
-pytestmark = pytest.mark.skipif(NGINX is None, reason="no nginx here")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NGINX is None, reason="no nginx here")]
 
 
 @pytest.fixture(scope="module")

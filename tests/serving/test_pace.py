@@ -79,12 +79,14 @@ def test_a_burst_beyond_the_deadline_is_not() -> None:
     assert 48 <= admitted <= 55 and set(refused) == {2}
 
 
+@pytest.mark.slow
 def test_a_full_batch_that_is_late_counts_before_it_ends() -> None:
     """Half a second so far for 400 tokens that were to take 40 ms."""
     admitted, refused = _burst([(400, 0.04)], first=400, late=1.0)
     assert admitted < 100 and len(refused) > 100
 
 
+@pytest.mark.slow
 def test_a_small_batch_that_is_late_does_not_speak_for_full_ones() -> None:
     """As long for 8 tokens: at that pace 1,600 would take 100 s."""
     assert _burst([(8, 0.008), (400, 0.04)], late=1.0) == (200, [])

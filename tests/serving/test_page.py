@@ -22,6 +22,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from bertpair.serving.app import PAGE, content_policy, page_response
 
+pytestmark = pytest.mark.slow
+
 CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(not (CHROME and DRIVER), reason="no chromium and chromedriver here")

@@ -46,6 +46,7 @@ def operations(live: LiveServer) -> list[Any]:
     return [result.ok() for result in api.get_all_operations()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["good", "bad"])
 def test_answers_conform(live: LiveServer, mode: GenerationMode) -> None:
     """Driven by hand: the pytest plugin of schemathesis 4.32 does not know pytest 9.2."""

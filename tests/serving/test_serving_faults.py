@@ -120,6 +120,7 @@ def test_16_a_forward_that_raises(live: LiveServer) -> None:
     assert live.predict().status == 200 and live.ask("GET", "/readyz").status == 200
 
 
+@pytest.mark.slow
 def test_16_a_forward_that_hangs_is_seen_by_the_probes(
     live: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +263,7 @@ def test_29_there_is_one_process_and_no_flag_for_more() -> None:
 # The process
 
 
+@pytest.mark.slow
 def test_24_sigterm_drains_and_a_second_one_ends_at_once(folder: Path) -> None:
     flags = ["--model_dir", str(folder), "--port", "0", "--amp", "off"]
     with Process(*flags, "--drain_seconds", "1.5") as server:
@@ -286,6 +288,7 @@ def test_24_sigterm_drains_and_a_second_one_ends_at_once(folder: Path) -> None:
         assert server.wait() == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_24_clients_that_left_do_not_spoil_the_exit(folder: Path) -> None:
     """Batches nobody waits for run on while the interpreter goes: that must not abort the process."""
     flags = ["--model_dir", str(folder), "--port", "0", "--amp", "off", "--drain_seconds", "0"]
@@ -307,6 +310,7 @@ def test_24_clients_that_left_do_not_spoil_the_exit(folder: Path) -> None:
         assert not [said for said in server.said if "terminate" in said or "Traceback" in said]
 
 
+@pytest.mark.slow
 def test_24_work_left_over_after_the_grace_is_exit_1(folder: Path) -> None:
     flags = ["--model_dir", str(folder), "--port", "0", "--amp", "off", "--drain_seconds", "0"]
     with Process(
@@ -325,6 +329,7 @@ def test_24_work_left_over_after_the_grace_is_exit_1(folder: Path) -> None:
         assert any("left over" in said for said in server.said)
 
 
+@pytest.mark.slow
 def test_27_what_cannot_start_says_so_in_one_line(folder: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -344,12 +349,13 @@ def test_27_what_cannot_start_says_so_in_one_line(folder: Path, tmp_path: Path) 
                 assert not [line for line in server.said if "Traceback" in line or "listening" in line]
 
 
+@pytest.mark.slow
 def test_a_batch_is_never_larger_than_all_that_may_wait(folder: Path) -> None:
-    """So that the warm-up does not prepare what cannot come: 256 rows of 64 tokens."""
-    flags = ["--model_dir", str(folder), "--port", "0", "--drain_seconds", "0"]
+    """So that the warm-up does not prepare what cannot come: 32 rows of 64 tokens."""
+    flags = ["--model_dir", str(folder), "--port", "0", "--drain_seconds", "0", "--max_queue_rows", "32"]
     with Process(*flags, "--max_batch_tokens", "1000000") as server:
         assert ask(server.port, "/v1/predict", PAIR)[0] == 200
-        server.wait_for("^ready: batches of up to 16384 tokens")
+        server.wait_for("^ready: batches of up to 2048 tokens")
         server.process.send_signal(signal.SIGTERM)
         assert server.wait() == 0
 
@@ -399,6 +405,7 @@ def test_quantize_check_compares_with_float32(folder: Path, tmp_path: Path) -> N
     assert not Agreement(256, 0.97, 0.1).is_enough
 
 
+@pytest.mark.slow
 def test_nothing_is_written_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every folder refuses a new file, and there is none for temporary files: as in a read-only container."""
     model = write_hf_folder(tmp_path / "hf-tiny")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CRASH = Path(__file__).parents[2] / "benchmarks" / "crash.py"
 
 
@@ -35,7 +37,7 @@ def test_two_signals_end_a_run_like_a_kill(memory: Path) -> None:
 
 
 def test_failing_system_calls_cost_no_checkpoint_and_do_not_end_the_run(memory: Path) -> None:
-    said = crash(memory, "--faults", "--every", "37")
+    said = crash(memory, "--faults", "--every", "61")
     assert re.search(r"\n[2-9]\d fault points tried", said) and "\n0 with another result" in said
 
 

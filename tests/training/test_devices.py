@@ -24,7 +24,7 @@ from bertpair.training import loop
 from bertpair.training.optim import AdamW, parameter_groups
 from bertpair.training.step import Meter, Objective, Stepper
 
-pytestmark = pytest.mark.usefixtures("fresh_process")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
 ROOT = Path(__file__).parents[2]
 
 

@@ -25,7 +25,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 from bertpair import Config, TrainingError, train
 from bertpair.data.batching import BatchStream
 
-pytestmark = pytest.mark.usefixtures("fresh_process")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
 
 ROOT = Path(__file__).parents[2]
 LABELS = ["negative", "neutral", "positive"]

@@ -210,6 +210,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Stepper, "step", stepped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 6, 12, 23])
 def test_stopped_and_resumed_equals_uninterrupted(
     settings: dict[str, object], whole: Path, monkeypatch: pytest.MonkeyPatch, step: int
@@ -225,6 +226,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert_same_run(whole, Path("out"), "checkpoint-24")
 
 
+@pytest.mark.slow
 def test_a_stop_in_an_evaluation_is_noted_and_the_resume_evaluates_first(
     settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +242,7 @@ def test_a_stop_in_an_evaluation_is_noted_and_the_resume_evaluates_first(
     assert [r["step"] for r in records if "eval_loss" in r] == [6, 12, 18, 24]
 
 
+@pytest.mark.slow
 def test_sigterm_in_the_middle_of_an_epoch_and_resume_end_bitwise_the_same(
     settings: dict[str, object], whole: Path
 ) -> None:
@@ -313,6 +316,7 @@ def test_the_best_weights_at_the_end(settings: dict[str, object]) -> None:
     assert waited == 2 or result.global_step == 24
 
 
+@pytest.mark.slow
 def test_overwriting_keeps_the_old_run_until_the_new_one_has_a_checkpoint(
     settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,6 +395,7 @@ def test_the_2020_command_line_trains_as_it_stands(settings: dict[str, object]) 
     assert Path("checkpoints/old.txt").read_text() == "kept"
 
 
+@pytest.mark.slow
 def test_a_compact_vocabulary_trains_to_the_same_model_and_resumes(
     settings: dict[str, object], whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,6 +418,7 @@ def test_a_compact_vocabulary_trains_to_the_same_model_and_resumes(
     assert_same_run(Path("compact"), Path("out"), "checkpoint-24")
 
 
+@pytest.mark.slow
 def test_do_eval_alone_measures_what_stands_in_output_dir(settings: dict[str, object], whole: Path) -> None:
     """As run_glue.py did; the model is not trained further and its files stay."""
     before = (whole / "model.safetensors").read_bytes()
