@@ -59,7 +59,6 @@ class Source:
             regression=self.regression,
             on_bad_row=self.settings.on_bad_row,
             limit=getattr(self.settings, limit),
-            limit_name=limit,
         )
 
     def columns_for(

@@ -44,14 +44,13 @@ def read_pairs(
     regression: bool = False,
     on_bad_row: str = "error",
     limit: int | None = None,
-    limit_name: str = "limit",
 ) -> Pairs:
     """Read the files one after the other; texts come back verbatim, labels without surrounding spaces.
 
     `labels`: a label outside them is a bad row. `regression`: a label must be a finite number.
     `on_bad_row`: `error` raises a DataError with the first ten faults, `skip` leaves bad rows out, counts
     and logs them; a file that cannot be read at all, or has no good row, is an error in both. `limit`: so
-    many good rows, no more; the log then says of how many, and names the setting `limit_name`.
+    many good rows, no more; the log then says of how many.
     """
     allowed = None if labels is None or regression else dict.fromkeys(labels)
     reader = _Reader(columns, allowed, regression, limit, skips=on_bad_row == "skip")
@@ -71,7 +70,8 @@ def read_pairs(
         raise DataError(list_faults(broken, limit=_SHOWN_FAULTS))
     num_rows = sum(file.num_rows for file in reader.files)
     if num_rows > len(reader.text_a) and reader.is_full:
-        logger.info("%s: the first %s of %s rows", limit_name, f"{limit:,}", f"{num_rows:,}")
+        found = f"{limit:,} of {num_rows:,} rows"
+        logger.info("%s: only the first %s", ", ".join(map(str, paths)), found)
     if faults:
         logger.warning("bad rows skipped: %d (on_bad_row: skip)\n%s", num_faults, all_faults)
     reader.warn_of_headers()

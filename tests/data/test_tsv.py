@@ -175,8 +175,8 @@ def test_the_limit_counts_good_rows_over_all_files_and_says_of_how_many(
     two = write(HEADER + "0\te\tf\tx\n1\n", "two.tsv")
     paths = [one, two]
     with caplog.at_level("INFO", "bertpair"):
-        pairs = read_pairs(paths, FOUR, on_bad_row="skip", limit=3, limit_name="max_rows")
-    assert "max_rows: the first 3 of 5 rows" in caplog.text
+        pairs = read_pairs(paths, FOUR, on_bad_row="skip", limit=3)
+    assert f"{one}, {two}: only the first 3 of 5 rows" in caplog.text
     assert pairs.text_a == ["a", "c", "e"] and "bad rows skipped: 1 (" in caplog.text
     assert read_pairs(paths, FOUR, limit=1).text_a == ["a"]
 

@@ -300,8 +300,8 @@ def test_limits_of_the_training_end_with_it(tmp_path: Path, caplog: pytest.LogCa
                 **{"max_steps": 1, "max_train_samples": 30, "max_eval_samples": 5, "on_bad_row": "skip"},
             )
         )
-    assert "max_train_samples: the first 30 of 40 rows" in caplog.text
-    assert "max_eval_samples: the first 5 of 16 rows" in caplog.text
+    assert "train.tsv: only the first 30 of 40 rows" in caplog.text
+    assert "dev.tsv: only the first 5 of 16 rows" in caplog.text
     assert evaluate("out").num_rows == evaluate("out", "dev.tsv").num_rows == 16
     assert run("--model_dir", "out", "--data_file", "dev.tsv", "--predict").num_rows == 16
     Path("bad.tsv").write_text(Path("dev.tsv").read_text(encoding="utf-8") + "9\tonly two\n")
@@ -310,7 +310,7 @@ def test_limits_of_the_training_end_with_it(tmp_path: Path, caplog: pytest.LogCa
     caplog.clear()
     with caplog.at_level("INFO", "bertpair"):
         limited = run("--model_dir", "out", "--max_eval_samples", "7")
-    assert limited.num_rows == 7 and "max_eval_samples: the first 7 of 16 rows" in caplog.text
+    assert limited.num_rows == 7 and "dev.tsv: only the first 7 of 16 rows" in caplog.text
 
 
 def test_a_model_of_pairs_is_not_scored_on_single_texts(tmp_path: Path) -> None:
