@@ -196,11 +196,14 @@ def weights_digest(folder: Path) -> str:
         raise CheckpointError(f"{folder}: no weights in it")
     entries = read_manifest(folder).files if (folder / MANIFEST_NAME).is_file() else ()
     known = {entry.name: entry.sha256 for entry in entries}
-    digests = []
-    for path in weight_files(found):
-        with path.open("rb") as file:
-            digests.append(known.get(path.name) or hashlib.file_digest(file, "sha256").hexdigest())
+    digests = [known.get(path.name) or file_digest(path) for path in weight_files(found)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def file_digest(path: str | Path) -> str:
+    """The sha256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def settings_folder(output_dir: Path) -> Path:

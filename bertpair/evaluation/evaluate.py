@@ -22,6 +22,7 @@ from bertpair.checkpoints.checkpoint import (
     COMPARED,
     INPUT_FILE,
     discard_parts,
+    file_digest,
     final_folder,
     is_model_folder,
     list_checkpoints,
@@ -304,12 +305,10 @@ def _check_place(config: Config, candidates: Sequence[_Candidate]) -> None:
 def _describe_data(pairs: Pairs) -> list[dict[str, Any]]:
     """Each data file by its path and content, and how many of its rows are scored."""
     rows = np.bincount(pairs.file_of_row, minlength=len(pairs.files)).tolist()
-    described = []
-    for name, count in zip(pairs.files, rows, strict=True):
-        with open(name, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        described.append({"path": os.path.realpath(name), "sha256": digest, "rows": count})
-    return described
+    return [
+        {"path": os.path.realpath(name), "sha256": file_digest(name), "rows": count}
+        for name, count in zip(pairs.files, rows, strict=True)
+    ]
 
 
 def _describe_input(config: Config, candidate: _Candidate, data: list[dict[str, Any]]) -> bytes:

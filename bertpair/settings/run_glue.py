@@ -7,8 +7,6 @@ from bertpair.settings.values import SWITCH, Kind, first_word, matching, or_null
 
 _ANYTHING = Kind("a value", lambda value: value)
 _BATCH = or_null(whole(1))  # Trainer's own default for per_gpu_… was null
-
-
 _MODEL_TYPE = matching("bert, the only type for now", "(?i:bert)")
 _SWITCH_ONCE = Kind(
     "a value or none", lambda value: value, lambda words: first_word(words) if words else True, "maybe"

@@ -28,7 +28,7 @@ _MEGABYTE = 2**20
 MOST_BODY_BYTES = 64 * _MEGABYTE
 CHARS_PER_TOKEN = 25  # of the cut: no more could matter to the model
 _ROWS = 32
-_BYTES_PER_CHAR = 6  # \uXXXX, as JSON may write any of them
+_BYTES_PER_CHAR = 6  # \u and four digits, as JSON may write any of them
 _BYTES_AROUND = 64  # a row's names and punctuation, or those around all rows
 
 
