@@ -4,15 +4,21 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 
 def main() -> int:
-    from bertpair.checkpoints.checkpoint import settings_folder
     from bertpair.console import say
-    from bertpair.evaluation.evaluate import evaluate_models
     from bertpair.settings.command_line import parse_command_line
 
-    parsed = parse_command_line(sys.argv[1:], "evaluate", settings_folder)
+    def settings_folder(model_dir: Path) -> Path:
+        from bertpair.checkpoints.checkpoint import settings_folder
+
+        return settings_folder(model_dir)
+
+    parsed = parse_command_line(sys.argv[1:], "evaluate", settings_folder)  # before torch is imported
+    from bertpair.evaluation.evaluate import evaluate_models
+
     result = evaluate_models(parsed.config, explicit=parsed.explicit, notes=parsed.notes)
     say(result.text)
     for name, folder in result.folders.items():

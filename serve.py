@@ -7,10 +7,11 @@ import sys
 
 
 def main() -> int:
-    from bertpair.serving.server import configure_serve_logging, serve
     from bertpair.settings.serve import parse_serve_command_line
 
-    config, notes = parse_serve_command_line(sys.argv[1:])
+    config, notes = parse_serve_command_line(sys.argv[1:])  # before torch is imported
+    from bertpair.serving.server import configure_serve_logging, serve
+
     configure_serve_logging()
     try:
         for note in notes:

@@ -1,6 +1,5 @@
 """Fine-tune a BERT on pairs of texts: `python train.py --help`."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -9,13 +8,14 @@ import sys
 
 def main() -> int:
     from bertpair.console import say
-    from bertpair.evaluation.evaluate import evaluate_models
     from bertpair.settings.command_line import parse_command_line
+
+    parsed = parse_command_line(sys.argv[1:], "train")  # before torch, whose import takes a second
+    from bertpair.evaluation.evaluate import evaluate_models
     from bertpair.training.train import train
 
-    parsed = parse_command_line(sys.argv[1:], "train")
     if not parsed.config.runs_training:  # --do_eval alone: the model that stands in output_dir
-        config = dataclasses.replace(parsed.config, model_dir=parsed.config.output_dir)
+        config = parsed.config.model_copy(update={"model_dir": parsed.config.output_dir})
         result = evaluate_models(config, explicit=parsed.explicit, notes=parsed.notes)
         say(result.text)
         say(json.dumps(result.summary(), ensure_ascii=False))

@@ -23,7 +23,7 @@ import bertpair.training.train
 from bertpair import Config
 from bertpair.checkpoints.checkpoint import list_checkpoints
 from bertpair.checkpoints.run_folder import RunFolder
-from bertpair.runtime import install_signal_handlers
+from bertpair.console import install_signal_handlers
 from bertpair.training.optim import AdamW
 from bertpair.training.step import Objective, Stepper
 

@@ -1,4 +1,4 @@
-"""What the scripts share: standard streams, log lines, the progress bar, and errors turned into exit codes.
+"""What the scripts share: standard streams, signals, log lines, the progress bar, exit codes.
 
 0 done; 1 a defect of ours (its traceback), or a run whose last save failed; 2 the user's error;
 128 + signal number after SIGINT (130) and SIGTERM (143).
@@ -11,24 +11,62 @@ import itertools
 import logging
 import os
 import select
+import signal
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from types import FrameType
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from bertpair.errors import BertpairError, StoppedError
-from bertpair.runtime import install_signal_handlers
 
 logger = logging.getLogger(__name__)
 
 MAX_LINES = 10_000  # that a log keeps while nobody takes them
 FLUSH_SECONDS = 1.0
 _LINES_AT_ONCE = 100
+
+
+class StopFlag:
+    """Set by a signal, polled by whatever runs long: between steps, batches, chunks of a file."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signum is not None
+
+    def request(self, signum: int) -> None:
+        self.signum = signum
+
+    def clear(self) -> None:
+        self.signum = None
+
+    def raise_if_set(self) -> None:
+        """Raise `StoppedError` with the signal's number if one has come."""
+        if self.signum is not None:
+            raise StoppedError(self.signum)
+
+
+stop_flag = StopFlag()
+
+
+def install_signal_handlers() -> None:
+    """SIGINT and SIGTERM set the stop flag; a second one, of either kind, kills the process at once."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        stop_flag.request(signum)
+        for each in signals:  # already now, so that the second one kills even inside a long torch call
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in signals:
+        signal.signal(each, stop)
 
 
 def run_script(main: Callable[[], int]) -> int:

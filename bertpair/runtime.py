@@ -1,4 +1,4 @@
-"""The machine under a run: device, precision, threads, seeds, random state, memory, and the stop flag.
+"""The machine under a run: device, precision, threads, seeds, random state and memory.
 
 Whatever is found out here (`auto`, a core count) comes back as a plain name or number that the caller stores
 with the run and passes in again on resume. What can change a result follows a rule, never a stopwatch.
@@ -11,62 +11,23 @@ import math
 import os
 import random
 import re
-import signal
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import FrameType
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bertpair.errors import BertpairError, ConfigError, StoppedError, first_line
+from bertpair.errors import BertpairError, ConfigError, first_line
 
 logger = logging.getLogger(__name__)
 
 PrecisionName = Literal["off", "bf16", "fp16"]
 BF16_HIDDEN_SIZE = 256  # bf16 pays on a CPU from this size on: see benchmarks/precision.py and LOG.md
 BF16_FLAGS = ("amx_bf16", "avx512_bf16", "svebf16", "bf16")  # as /proc/cpuinfo names them on x86 and Arm
-
-
-class StopFlag:
-    """Set by a signal, polled by whatever runs long: between steps, batches, chunks of a file."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-
-    def __bool__(self) -> bool:
-        return self.signum is not None
-
-    def request(self, signum: int) -> None:
-        self.signum = signum
-
-    def clear(self) -> None:
-        self.signum = None
-
-    def raise_if_set(self) -> None:
-        """Raise `StoppedError` with the signal's number if one has come."""
-        if self.signum is not None:
-            raise StoppedError(self.signum)
-
-
-stop_flag = StopFlag()
-
-
-def install_signal_handlers() -> None:
-    """SIGINT and SIGTERM set the stop flag; a second one, of either kind, kills the process at once."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        stop_flag.request(signum)
-        for each in signals:  # already now, so that the second one kills even inside a long torch call
-            signal.signal(each, signal.SIG_DFL)
-
-    for each in signals:
-        signal.signal(each, stop)
 
 
 def resolve_device(name: str) -> torch.device:

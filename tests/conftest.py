@@ -13,8 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared out already
 import pytest
 import torch
 
+from bertpair.console import stop_flag
 from bertpair.data.tokenizer import Tokenizer
-from bertpair.runtime import stop_flag
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789äéñßøżпривет"

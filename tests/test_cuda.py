@@ -28,6 +28,7 @@ from bertpair import Config, PairClassifier, StoppedError, TrainingError, train
 from bertpair.checkpoints.atomic import staged_folder
 from bertpair.checkpoints.checkpoint import load_tensors
 from bertpair.checkpoints.manifest import verify_folder
+from bertpair.console import stop_flag
 from bertpair.data.batching import Batch
 from bertpair.data.tokenizer import Tokens, offsets_of
 from bertpair.evaluation.classifier import Scorer
@@ -39,7 +40,6 @@ from bertpair.runtime import (
     random_state,
     resolve_device,
     set_deterministic,
-    stop_flag,
 )
 from bertpair.serving.batcher import MicroBatcher, QueueLimits, Worker
 from bertpair.serving.predictor import Predictor

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertpair import runtime
+from bertpair.console import StopFlag
 from bertpair.errors import ConfigError, StoppedError
 from bertpair.runtime import (
     LossScaler,
     Precision,
-    StopFlag,
     cpu_bf16_flag,
     keep_freed_memory,
     random_state,
@@ -51,7 +51,7 @@ def test_stop_flag_raises_only_once_requested() -> None:
 
 SIGNAL_PROGRAM = """
 import time
-from bertpair.runtime import install_signal_handlers, stop_flag
+from bertpair.console import install_signal_handlers, stop_flag
 install_signal_handlers()
 print("ready", flush=True)
 while not stop_flag:

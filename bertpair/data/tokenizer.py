@@ -23,9 +23,9 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import normalizers
 
+from bertpair.console import stop_flag
 from bertpair.data.wordpiece import MASK_TOKEN, entries_of, is_standard, read_wordpiece
 from bertpair.errors import CheckpointError, ConfigError, DataError, half_character, list_faults
-from bertpair.runtime import stop_flag
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bertpair.console import stop_flag
 from bertpair.data.columns import (
     Columns,
     FirstRow,
@@ -28,7 +29,6 @@ from bertpair.data.columns import (
 from bertpair.data.dataset import Pairs
 from bertpair.data.records import Record, is_blank, read_records
 from bertpair.errors import DataError, list_faults, listed, show
-from bertpair.runtime import stop_flag
 
 logger = logging.getLogger(__name__)
 

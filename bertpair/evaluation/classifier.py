@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from bertpair.checkpoints.checkpoint import open_model
+from bertpair.console import stop_flag
 from bertpair.data.batching import pad_batch, token_budget_batches
 from bertpair.data.tokenizer import Tokenizer, Tokens
 from bertpair.errors import CheckpointError, ConfigError, DataError
@@ -31,7 +32,6 @@ from bertpair.runtime import (
     resolve_device,
     resolve_precision,
     set_threads,
-    stop_flag,
     survive_fork,
 )
 from bertpair.settings.files import read_settings

@@ -247,7 +247,7 @@ def evaluate_models(
 def _resolve_files(config: Config) -> tuple[Source, tuple[Path, ...]]:
     """The data to score: data_file, else the dev file, or with `predict` the test file."""
     kind = "test" if config.predict and not config.data_file else "dev"
-    named = dataclasses.replace(config, dev_file=config.data_file) if config.data_file else config
+    named = config.model_copy(update={"dev_file": config.data_file}) if config.data_file else config
     source = resolve_source(named, needs=(kind,))
     for note in source.notes:
         logger.info("%s", note)
@@ -387,8 +387,7 @@ def _evaluate_one(
     config: Config, candidate: _Candidate, model: PairClassifier, pairs: Pairs, positive: str | None
 ) -> tuple[Evaluation, dict[str, bytes], str]:
     """Score `pairs`: the results, their files by name, and the tables for one model."""
-    cache = Path(config.token_cache_dir) if config.token_cache_dir else None
-    encoder = Encoder(model.tokenizer, model.max_seq_length, cache, config.overwrite_cache)
+    encoder = Encoder(model.tokenizer, model.max_seq_length)
     split = encoder.split(pairs, model.labels, name=candidate.name)
     evaluation = evaluate_split(
         model.scorer, split, model.labels, positive_label=positive, label=candidate.name

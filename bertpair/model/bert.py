@@ -9,16 +9,16 @@ still looked at, and nothing is approximated. `last_hidden_state` computes every
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bertpair.settings.values import Kind, choice, number, or_null, whole
+from bertpair.settings.fields import Finite, Group, Whole
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -27,39 +27,31 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _field(default: object, kind: Kind) -> Any:
-    return dataclasses.field(default=default, metadata={"kind": kind})
+_Share = Annotated[Finite, Field(ge=0.0, lt=1)]
 
 
-_SHARE = number(low=0, below=1)
-_SMALL = number(above=0, high=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class BertConfig:
+class BertConfig(Group):
     """What shapes the network: the names of config.json, what each may hold, and transformers' defaults.
 
     Beyond the upper bounds lies a damaged file, not a larger BERT.
     """
 
-    vocab_size: int = _field(30522, whole(1, 10_000_000))
-    hidden_size: int = _field(768, whole(1, 65_536))
-    num_hidden_layers: int = _field(12, whole(1, 1_000))
-    num_attention_heads: int = _field(12, whole(1, 65_536))
-    intermediate_size: int = _field(3072, whole(1, 1_000_000))
-    hidden_act: str = _field("gelu", choice(*ACTIVATIONS))
-    hidden_dropout_prob: float = _field(0.1, _SHARE)
-    attention_probs_dropout_prob: float = _field(0.1, _SHARE)
-    max_position_embeddings: int = _field(512, whole(1, 1_000_000))
-    type_vocab_size: int = _field(2, whole(1, 1_000_000))
-    initializer_range: float = _field(0.02, _SMALL)
-    layer_norm_eps: float = _field(1e-12, _SMALL)
+    vocab_size: Whole = Field(30522, ge=1, le=10_000_000)
+    hidden_size: Whole = Field(768, ge=1, le=65_536)
+    num_hidden_layers: Whole = Field(12, ge=1, le=1_000)
+    num_attention_heads: Whole = Field(12, ge=1, le=65_536)
+    intermediate_size: Whole = Field(3072, ge=1, le=1_000_000)
+    hidden_act: Literal["gelu", "gelu_new", "relu"] = "gelu"
+    hidden_dropout_prob: _Share = 0.1
+    attention_probs_dropout_prob: _Share = 0.1
+    max_position_embeddings: Whole = Field(512, ge=1, le=1_000_000)
+    type_vocab_size: Whole = Field(2, ge=1, le=1_000_000)
+    initializer_range: Finite = Field(0.02, gt=0, le=1)
+    layer_norm_eps: Finite = Field(1e-12, gt=0, le=1)
     # This row of the word table starts at zero and is never trained.
-    pad_token_id: int | None = _field(0, or_null(whole(0, 10_000_000)))
-    classifier_dropout: float | None = _field(None, or_null(_SHARE))  # None: hidden_dropout_prob
-    num_labels: int = _field(
-        2, or_null(whole(1, 1_000_000))
-    )  # C; config.json may leave it to the label names
+    pad_token_id: Whole | None = Field(0, ge=0, le=10_000_000)
+    classifier_dropout: _Share | None = None  # None: hidden_dropout_prob
+    num_labels: Whole = Field(2, ge=1, le=1_000_000)  # C
 
 
 class Embeddings(nn.Module):

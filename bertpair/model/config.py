@@ -7,12 +7,15 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal
 
-from bertpair.errors import CheckpointError, ConfigError, half_character, list_faults, listed, show
+from pydantic import ConfigDict, Field, PlainValidator
+
+from bertpair.errors import CheckpointError, ConfigError, half_character, list_faults, listed
 from bertpair.model.bert import BertConfig
+from bertpair.settings.config import DataSettings
+from bertpair.settings.fields import Group, Switch, Whole, said, typed
 from bertpair.settings.files import read_json
-from bertpair.settings.values import LABELS, Kind, convert
 
 logger = logging.getLogger(__name__)
 
@@ -28,23 +31,59 @@ NOT_WRITTEN = (  # would be untrue of what we write: float32, plain BERT, other 
 CLASSIFICATION, REGRESSION = "single_label_classification", "regression"
 
 
-def _only(expected: str, *values: object) -> Kind:
-    def accept(value: object) -> object:
-        if value is not None and value not in values:
+def _names(table: object) -> tuple[str, ...]:
+    """The label names of an id2label or a label2id, in id order."""
+    by_id = table if isinstance(table, dict) else {}
+    if all(type(i) is int for i in by_id.values()):
+        by_id = {str(i): name for name, i in by_id.items()}
+    names = [by_id.get(str(i)) for i in range(len(by_id))]
+    if not names or len(set(map(str, names))) < len(names) or len(by_id) < len(table):  # type: ignore[arg-type]
+        raise ValueError
+    for name in names:
+        if not isinstance(name, str) or not name or half_character(name) is not None:
             raise ValueError
-        return value
-
-    return Kind(expected, accept)
+    return tuple(map(str, names))
 
 
-KINDS = {
-    "position_embedding_type": _only("absolute", "absolute"),
-    "is_decoder": _only("false: only encoders are supported", False),
-    "add_cross_attention": _only("false: only encoders are supported", False),
-    "pruned_heads": _only("none: only whole layers are supported", {}, []),
-    **{field.name: field.metadata["kind"] for field in dataclasses.fields(BertConfig)},
-    "problem_type": _only(f"{CLASSIFICATION} or {REGRESSION}", CLASSIFICATION, REGRESSION),
-}
+def _nothing(value: object) -> object:
+    if value not in (None, {}, []):
+        raise ValueError
+    return value
+
+
+_Names = Annotated[
+    tuple[str, ...],
+    PlainValidator(lambda table: () if table is None else _names(table)),
+    said("names, none empty and none twice, with the ids 0, 1, 2, … without a gap"),
+]
+_Encoder = Annotated[Literal[False] | None, said("false: only encoders are supported")]
+
+
+class _Layout(Group):
+    """What config.json says in an object of ours, which transformers ignores."""
+
+    takes_pairs: Switch
+    header: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # the training file's
+
+
+class _ConfigJson(BertConfig):
+    """What is read of config.json: the shape of the network, its labels, and what must not be asked."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model_type: Annotated[Literal["bert"] | None, said("bert, the only type for now")] = None
+    architectures: Annotated[list[str] | None, said("names of BERT classes")] = None
+    position_embedding_type: Literal["absolute"] | None = None
+    is_decoder: _Encoder = None
+    add_cross_attention: _Encoder = None
+    pruned_heads: Annotated[Any, PlainValidator(_nothing), said("none: only whole layers are supported")] = (
+        None
+    )
+    problem_type: Literal["single_label_classification", "regression"] | None = None
+    num_labels: Whole | None = Field(None, ge=1, le=1_000_000)  # type: ignore[assignment]
+    id2label: _Names = ()
+    label2id: _Names = ()
+    bertpair: Annotated[_Layout | None, said("takes_pairs (true or false) and header (names or null)")] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +111,58 @@ def read_folder(path: Path, *, config_name: str | Path | None = None) -> ModelFo
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; a model folder holds one, and a vocabulary and weights")
     raw = read_json(file)
-    wrong = _wrong_fields(raw)
+    values, wrong = typed(_ConfigJson, raw)
+    said = _ConfigJson(**{name: raw[name] for name in values})
     faults = [f"{name}: {fault}" for name, fault in wrong.items()]
-    sound = {name: value for name, value in raw.items() if name not in wrong}
-    names, count, regression = _read_labels(sound, faults)
-    takes_pairs, header = _read_layout(raw, faults)
+    if said.model_type is None and "model_type" not in wrong and not _looks_like_bert(said):
+        faults.append("model_type: expected bert, found none, and this describes no BERT")
+    if (
+        not {"hidden_size", "num_attention_heads"} & wrong.keys()
+        and said.hidden_size % said.num_attention_heads
+    ):
+        expected = f"a multiple of num_attention_heads ({said.num_attention_heads})"
+        faults.append(f"hidden_size: expected {expected}, found {said.hidden_size}")
+    if "vocab_size" not in wrong and (said.pad_token_id or 0) >= said.vocab_size:
+        expected = f"a whole number under vocab_size ({said.vocab_size})"
+        faults.append(f"pad_token_id: expected {expected}, found {said.pad_token_id}")
+    names, count, regression = _read_labels(said, faults)
     if faults:
         raise CheckpointError(list_faults([f"{file}: {fault}" for fault in faults]))
-    fields = {field.name for field in dataclasses.fields(BertConfig)} - {"num_labels"}
-    config = BertConfig(**{name: raw[name] for name in fields & set(raw)}, num_labels=count)
-    return ModelFolder(path, config, names, regression, takes_pairs, header, raw)
+    shape = {name: values[name] for name in BertConfig.model_fields if name in values}
+    layout = said.bertpair
+    return ModelFolder(
+        path,
+        BertConfig(**shape | {"num_labels": count}),
+        names,
+        regression,
+        None if layout is None else layout.takes_pairs,
+        None if layout is None else layout.header,
+        raw,
+    )
+
+
+def _looks_like_bert(said: _ConfigJson) -> bool:
+    classes = said.architectures or []
+    return "hidden_size" in said.model_fields_set and all(name.startswith("Bert") for name in classes)
+
+
+def _read_labels(said: _ConfigJson, faults: list[str]) -> tuple[tuple[str, ...] | None, int, bool]:
+    """Label names in id order (None: no names), the number of outputs, regression? Adds to `faults`."""
+    # Tables of LABEL_k say nothing: old transformers wrote two of them beside any num_labels.
+    tables = [table for table in (said.id2label, said.label2id) if table]
+    named = [table for table in tables if any(name != f"LABEL_{i}" for i, name in enumerate(table))]
+    names = named[0] if named else None
+    if named and named[-1] != names:
+        faults.append("label2id: contradicts id2label")
+    stated, problem = said.num_labels, said.problem_type
+    if names is not None and stated is not None and stated != len(names):
+        faults.append(f"num_labels: found {stated}, but {len(names)} labels are named")
+    counts = [len(table) for table in (names, *tables) if table]
+    count = stated or next(iter(counts), 1 if problem == REGRESSION else BertConfig().num_labels)
+    regression = problem == REGRESSION or (problem is None and count == 1)
+    if regression != (count == 1):
+        faults.append(f"problem_type: found {problem} with {count} labels; one label means {REGRESSION}")
+    return None if regression else names, count, regression
 
 
 def label_order(
@@ -125,10 +206,7 @@ def name_labels(folder: ModelFolder, given: Sequence[str] | None) -> tuple[str, 
     None for a regression. Raises ConfigError where `given` names another set, or another number of labels.
     """
     if given is not None:
-        try:
-            given = [label.strip() for label in cast(list[str], convert(LABELS, given))]
-        except ValueError as error:
-            raise ConfigError(f"labels: {error}") from None
+        given = [label.strip() for label in DataSettings(labels=list(given)).labels or ()]
     if folder.regression:
         if given is not None:
             raise ConfigError(f"labels: found {listed(given)}; {folder.path} is a regression model")
@@ -163,8 +241,7 @@ def config_json(
     """
     names = labels if labels is not None else [f"LABEL_{i}" for i in range(config.num_labels)]
     kept = {key: value for key, value in (raw or {}).items() if key not in NOT_WRITTEN}
-    shape = dataclasses.asdict(config)
-    del shape["num_labels"]
+    shape = config.model_dump(exclude={"num_labels"})
     document = {
         **kept,
         **shape,
@@ -179,86 +256,3 @@ def config_json(
     return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode(
         errors="backslashreplace"  # a lone surrogate that somebody wrote as an escape stays one
     )
-
-
-def _wrong_fields(raw: Mapping[str, Any]) -> dict[str, str]:
-    """Fields that are missing, of a wrong type or out of range, and what is wrong with each."""
-    shape = {**dataclasses.asdict(BertConfig()), "num_labels": None, **raw}
-    faults = {}
-    kind, classes = raw.get("model_type"), raw.get("architectures") or []
-    if kind is None and "hidden_size" in raw:
-        if not isinstance(classes, list) or not all(str(name).startswith("Bert") for name in classes):
-            faults["architectures"] = f"found {classes!r:.200}; expected a BERT"
-    elif kind != "bert":
-        faults["model_type"] = f"found {show(kind)}; only bert is supported, and this describes no BERT"
-    for name, kind in KINDS.items():
-        if not _is_sound(kind, shape.get(name)):
-            faults[name] = f"found {show(shape.get(name))}; expected {kind.expected}"
-    heads, words, pad = shape["num_attention_heads"], shape["vocab_size"], shape["pad_token_id"]
-    if not faults.keys() & {"num_attention_heads", "hidden_size"} and shape["hidden_size"] % heads:
-        expected = f"a multiple of num_attention_heads ({heads})"
-        faults["hidden_size"] = f"found {shape['hidden_size']}; expected {expected}"
-    if not faults.keys() & {"vocab_size", "pad_token_id"} and pad is not None and pad >= words:
-        faults["pad_token_id"] = f"found {pad}; expected a whole number under vocab_size ({words})"
-    return faults
-
-
-def _is_sound(kind: Kind, value: object) -> bool:
-    try:
-        return kind.accept(value) == value  # a quoted number is text here, as it is to transformers
-    except ValueError:
-        return False
-
-
-def _read_labels(raw: Mapping[str, Any], faults: list[str]) -> tuple[tuple[str, ...] | None, int, bool]:
-    """Label names in id order (None: no names), the number of outputs, regression? Adds to `faults`."""
-    by_id, by_name = (_read_names(raw, key, faults) for key in ("id2label", "label2id"))
-    # Tables of LABEL_k say nothing: old transformers wrote two of them beside any num_labels.
-    named = [table for table in (by_id, by_name) if any(name != f"LABEL_{i}" for i, name in enumerate(table))]
-    names = named[0] if named else None
-    if named and named[-1] != names:
-        faults.append("label2id: contradicts id2label")
-    stated, problem = raw.get("num_labels"), raw.get("problem_type")
-    if names is not None and stated is not None and stated != len(names):
-        faults.append(f"num_labels: found {stated}, but {len(names)} labels are named")
-    tables = [len(table) for table in (names, by_id, by_name) if table]
-    count = stated or next(iter(tables), 1 if problem == REGRESSION else BertConfig.num_labels)
-    regression = problem == REGRESSION or (problem is None and count == 1)
-    if regression != (count == 1):
-        faults.append(f"problem_type: found {problem} with {count} labels; one label means {REGRESSION}")
-    return None if regression else names, count, regression
-
-
-def _read_names(raw: Mapping[str, Any], key: str, faults: list[str]) -> tuple[str, ...]:
-    """The names of id2label or label2id in id order, () where there are none. Adds to `faults`."""
-    table = raw.get(key)
-    if table is None:
-        return ()
-    by_id = table if isinstance(table, dict) else {}
-    if key == "label2id":
-        by_id = {str(i): name for name, i in by_id.items() if type(i) is int}
-    names = [by_id.get(str(i)) for i in range(len(table))] if by_id else []
-    is_sound = all(isinstance(name, str) and name and half_character(name) is None for name in names)
-    if not names or not is_sound or len(set(names)) < len(names):
-        faults.append(
-            f"{key}: found {table!r:.200}; expected names, none empty and none twice, "
-            "with the ids 0, 1, 2, … without a gap"
-        )
-        return ()
-    return tuple(map(str, names))
-
-
-def _read_layout(raw: Mapping[str, Any], faults: list[str]) -> tuple[bool | None, tuple[str, ...] | None]:
-    """Whether the model takes pairs, and the training file's header. Adds to `faults`."""
-    layout = raw.get("bertpair")
-    if layout is None:
-        return None, None
-    said = layout if isinstance(layout, dict) else {}
-    takes_pairs, header = said.get("takes_pairs"), said.get("header")
-    is_header = isinstance(header, list) and header and all(isinstance(name, str) for name in header)
-    if isinstance(takes_pairs, bool) and (header is None or is_header):
-        return takes_pairs, tuple(header) if header else None
-    faults.append(
-        f"bertpair: found {layout!r:.200}; expected takes_pairs (true or false) and header (names or null)"
-    )
-    return None, None

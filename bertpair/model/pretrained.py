@@ -6,7 +6,6 @@ unpickler (`weights_only=True`) or not at all. Of a model on the hub only the fi
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import pickle
@@ -115,7 +114,7 @@ def load_model(
     generator; with `require_head` lacking one is an error: nobody wants a random model's answers.
     Raises CheckpointError listing all that is missing, surplus, of another shape or not finite.
     """
-    config = dataclasses.replace(folder.config, num_labels=num_labels)
+    config = folder.config.model_copy(update={"num_labels": num_labels})
     file = find_weights(folder.path)
     if file is None and require_head:
         raise CheckpointError(f"{folder.path}: no weights in it ({', '.join(WEIGHT_FILES)}): train it first")

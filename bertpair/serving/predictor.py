@@ -172,8 +172,7 @@ def compare(found: Sequence[Prediction], exact: Sequence[Prediction]) -> Agreeme
 
 def _read_rows(path: str, settings: Mapping[str, Any], classifier: PairClassifier) -> list[tuple[str, str]]:
     """The first texts of a file laid out like the training data; labels are not looked at."""
-    names = {field.name for field in dataclasses.fields(DataSettings)}
-    known = {name: value for name, value in settings.items() if name in names}
+    known = {name: value for name, value in settings.items() if name in DataSettings.model_fields}
     known |= {"dev_file": [path], "max_eval_samples": CHECK_ROWS}
     source = resolve_source(DataSettings(**known), needs=("dev",))
     columns = source.columns_for(path, with_labels=False, header=classifier.header)

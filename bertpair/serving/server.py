@@ -22,9 +22,9 @@ from typing import Any, NoReturn, TextIO
 
 import uvicorn
 
-from bertpair.console import LogWriter
+from bertpair.console import LogWriter, stop_flag
 from bertpair.errors import first_line
-from bertpair.runtime import is_device_lost, is_out_of_memory, set_threads, stop_flag
+from bertpair.runtime import is_device_lost, is_out_of_memory, set_threads
 from bertpair.serving.app import Service
 from bertpair.serving.batcher import MicroBatcher, QueueLimits
 from bertpair.serving.listening import (

@@ -5,46 +5,41 @@ sample's config.yaml is read unasked, but never for work on somebody's own model
 run's settings under those that are `explicit` here: they are in the checkpoint, which training opens.
 """
 
-from __future__ import annotations
-
+import argparse
 import os
-import re
 import shlex
 import sys
-import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from bertpair.console import say
 from bertpair.errors import ConfigError, plain, show
+from bertpair.settings import fields
 from bertpair.settings.config import (
+    GROUPS,
     SETTINGS,
     TRAINING_ARGS,
     Config,
-    Setting,
-    joint_faults,
+    contradictions,
+    missing,
     model_settings,
     raise_faults,
     settle,
 )
+from bertpair.settings.fields import Group, expected, from_words, placed, suggest, typed
 from bertpair.settings.files import read_settings
-from bertpair.settings.run_glue import OLD_KINDS, translate
-from bertpair.settings.values import NUMBER, PATH, Kind, convert, convert_all, suggest
+from bertpair.settings.run_glue import OldNames, translate
 
 Script = Literal["train", "evaluate", "serve"]
 IMPLICIT = "config.yaml"
 _OWN = ("model_name_or_path", "task_name", "data_dir", "train_file")
 _PER_CALL = ("resume", "resume_anyway", "overwrite_output_dir", "output_dir")
-_GROUPS = {
-    "train": ("data", "model", "optimisation", "device", "run"),
-    "evaluate": ("data", "device", "evaluate"),
-}
-_ALSO_IN_EVALUATE = ("per_device_eval_batch_size", "pad_to_multiple_of")
+_DASHES = "-–—−"  # text processors make one long dash of two
 
-_USAGE = """\
-usage: python {script}.py [--config FILE] [--name value | --name=value] …
+_USAGE = """python {script}.py [--config FILE] [--name value | --name=value] …
        python {script}.py FILE.json
 
 A switch is --name, --name true or --name false; a list is several words; null is the word null.
@@ -62,6 +57,16 @@ REPLACES = (
     ("eval_steps", "eval_strategy"),
     ("eval_strategy", "evaluate_during_training"),
 )
+
+
+class Names(OldNames, Config):
+    """What a settings file may say."""
+
+
+class _Flags(Group):
+    """What only a command line may say."""
+
+    config: fields.Path = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,26 @@ class Layer:
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def fill(self, raw: Mapping[str, object], names: type[Group], script: Script) -> None:
+        """Add the typed values of `raw`, what its old names mean today, and its faults."""
+        values, faults = typed(names, raw)
+        self.bad |= faults.keys()
+        self.faults += placed(faults, self.where)
+        old = {name: values.pop(name) for name in values.keys() & OldNames.model_fields.keys()}
+        self.values |= values
+        for name in [name for name in raw if name in old]:
+            where = self.where[name]
+            meaning, note = translate(name, old[name], script)
+            if note:
+                self.notes.append(f"{where} {note}")
+            for today, wanted in meaning.items():
+                found = self.values.setdefault(today, wanted)
+                self.where.setdefault(today, self.where[name])
+                if found != wanted:
+                    self.faults.append(
+                        f"{where} means {today} {show(wanted)}, found {today} {show(found)} as well"
+                    )
+
 
 def parse_command_line(
     argv: Sequence[str], script: Script, settings_folder: Callable[[Path], Path] = lambda folder: folder
@@ -93,8 +118,18 @@ def parse_command_line(
     """
     if len(argv) == 1 and argv[0].lower().endswith(".json") and not argv[0].startswith("-"):
         argv = ["--config", *argv]
-    flags, path = flag_layer(argv, SETTINGS, script)
+    flags, path = flag_layer(argv, Names, script, _help_groups(script), _USAGE)
     return _train(flags, path) if script == "train" else _evaluate(flags, path, settings_folder)
+
+
+def _help_groups(script: Script) -> dict[str, list[str]]:
+    """The names that --help shows, by group: those that change something in train.py or evaluate.py."""
+    names = {title: list(group.model_fields) for title, group in GROUPS.items()}
+    if script == "train":
+        return {title: names[title] for title in names if title != "evaluate"}
+    names["device"] += ["per_device_eval_batch_size", "pad_to_multiple_of"]
+    names["evaluate"][-1:] = ["output_dir"]  # eval_output_dir's name on this command line
+    return {title: names[title] for title in ("data", "device", "evaluate")}
 
 
 def _train(flags: Layer, path: str | None) -> Parsed:
@@ -104,7 +139,7 @@ def _train(flags: Layer, path: str | None) -> Parsed:
     named = [name for name in _OWN if name in flags.values or name in flags.bad]
     is_there = path is None and os.path.exists(IMPLICIT)
     is_read = is_there and not named
-    yaml = file_layer(IMPLICIT if is_read else path, SETTINGS, "train")
+    yaml = file_layer(IMPLICIT if is_read else path, Names, "train")
     weak: Collection[str] = ()
     if is_there and named:
         yaml.notes.append(f"{IMPLICIT} is not read: --{named[0]} says what to work on instead")
@@ -125,12 +160,17 @@ def _train(flags: Layer, path: str | None) -> Parsed:
 def _evaluate(flags: Layer, path: str | None, settings_folder: Callable[[Path], Path]) -> Parsed:
     if "model_name_or_path" in flags.values:
         flags.faults.append("--model_name_or_path: evaluate.py scores a trained folder, named by --model_dir")
-    working = {*_shown("evaluate"), "do_eval", "output_dir", "model_name_or_path"}
+    working = {
+        *sum(_help_groups("evaluate").values(), []),
+        "do_eval",
+        "eval_output_dir",
+        "model_name_or_path",
+    }
     idle = [name for name in flags.values if name not in working]
     flags.notes += [f"{flags.where[name]} changes nothing in evaluate.py" for name in idle]
     if "output_dir" in flags.values:  # here it says where to write
         flags.values["eval_output_dir"] = flags.values.pop("output_dir")
-    yaml = file_layer(path, SETTINGS, "evaluate")
+    yaml = file_layer(path, Names, "evaluate")
     model_dir = flags.values.get("model_dir") or yaml.values.get("model_dir") or yaml.values.get("output_dir")
     if not model_dir and path is None:
         model_dir = sample_output_dir(yaml)
@@ -148,7 +188,7 @@ def _evaluate(flags: Layer, path: str | None, settings_folder: Callable[[Path], 
 
 def sample_output_dir(layer: Layer) -> str | None:
     """The output_dir of the working directory's config.yaml, if there is one; `layer` gets the notes."""
-    sample = file_layer(IMPLICIT if os.path.exists(IMPLICIT) else None, SETTINGS, "evaluate")
+    sample = file_layer(IMPLICIT if os.path.exists(IMPLICIT) else None, Names, "evaluate")
     folder: str | None = sample.values.get("output_dir")
     if "output_dir" in sample.bad:
         layer.faults += sample.faults
@@ -164,11 +204,12 @@ def _finish(script: Script, stored: Layer, yaml: Layer, flags: Layer, weak: Coll
     values = settle(merged)
     config = Config(**values)
     bad = flags.bad | yaml.bad
-    is_new = script == "train" and not config.resume and config.runs_training
-    missing = joint_faults(config, is_new, bad)
+    faults = [*yaml.faults, *flags.faults, *contradictions(config)]
+    if script == "train" and not config.resume and config.runs_training:
+        faults += missing(config, bad)
     if config.resume == "auto" and script == "train" and not config.output_dir and "output_dir" not in bad:
-        missing.append("output_dir must be set: resume goes on with the run in it")
-    raise_faults([*yaml.faults, *flags.faults, *missing])
+        faults.append("output_dir must be set: resume goes on with the run in it")
+    raise_faults(faults)
     aside = [
         f"{winner} sets aside {loser} {show(old)}"
         for winner, loser, old in set_aside
@@ -188,26 +229,13 @@ def merge(layers: Sequence[Layer]) -> tuple[dict[str, Any], list[tuple[str, str,
     for layer in layers:
         for winner, loser in REPLACES:
             if layer.values.get(winner) and loser not in layer.values and loser in values:
-                set_aside.append((layer.where.get(winner, winner), loser, values.pop(loser)))
+                where = layer.where.get(winner, winner)
+                set_aside.append((where, loser, values.pop(loser)))
         values.update(layer.values)
     return values, set_aside
 
 
-def flag_layer(
-    argv: Sequence[str], settings: Mapping[str, Setting], script: Script, usage: str = _USAGE
-) -> tuple[Layer, str | None]:
-    """What the flags say, and the settings file they name. `--help` prints the help page and exits."""
-    if "--help" in argv or "-h" in argv:
-        say(help_page(script, settings, usage))
-        raise SystemExit(0)
-    kinds = {"config": PATH, **{name: item.kind for name, item in settings.items()}}
-    layer = read_flags(argv, kinds if script == "serve" else OLD_KINDS | kinds)
-    layer.where = {name: f"--{name}" for name in layer.values}
-    _give_types(layer, kinds, script)
-    return layer, layer.values.pop("config", None)
-
-
-def file_layer(path: str | None, settings: Mapping[str, Setting], script: Script) -> Layer:
+def file_layer(path: str | None, names: type[Group], script: Script) -> Layer:
     """What a settings file says, faults and all; nothing without a path. serve.py passes over what training
     alone reads."""
     if path is None:
@@ -215,127 +243,88 @@ def file_layer(path: str | None, settings: Mapping[str, Setting], script: Script
     try:
         file = read_settings(path)
     except ConfigError as error:
-        return Layer(faults=[str(error)], bad=set(settings))
-    layer = Layer(file.values, bad=file.lines.keys() - file.values.keys())
-    if script == "serve":
-        layer.values = {
-            name: v for name, v in file.values.items() if name in settings or name not in SETTINGS
-        }
-    layer.where = {name: f"{file.where(name)}: {name}" for name in layer.values}
-    layer.faults, layer.notes = file.faults, [f"settings read from {path}"]
-    _give_types(layer, {name: item.kind for name, item in settings.items()}, script)
+        return Layer(faults=[str(error)], bad=set(names.model_fields))
+    layer = Layer(where=file.where, bad=file.where.keys() - file.values.keys(), faults=file.faults)
+    layer.notes = [f"settings read from {path}"]
+    is_known = names.model_fields.keys() if script == "serve" else SETTINGS.keys()
+    layer.fill({n: v for n, v in file.values.items() if n in is_known or n not in SETTINGS}, names, script)
     return layer
 
 
-def _give_types(layer: Layer, kinds: Mapping[str, Kind], script: Script) -> None:
-    """Convert the values as they were read, and put in what old names mean today."""
-    raw = layer.values
-    old = [name for name in raw if name in OLD_KINDS and script != "serve"]
-    today = {name: value for name, value in raw.items() if name not in old}
-    layer.values, faults = convert_all(kinds, today, layer.where)
-    layer.bad |= today.keys() - layer.values.keys()
-    layer.faults += faults
-    for name in old:
-        _add_old(layer, name, raw[name], script)
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
 
 
-def _add_old(layer: Layer, name: str, value: object, script: Script) -> None:
-    where = layer.where[name]
-    try:
-        meaning, note = translate(name, convert(OLD_KINDS[name], value), script)
-    except ValueError as error:
-        layer.faults.append(f"{where}: {error}")
-        return
-    if note:
-        layer.notes.append(f"{where} {note}")
-    for today, wanted in meaning.items():
-        found = layer.values.setdefault(today, wanted)
-        layer.where.setdefault(today, where)
-        if found != wanted:
-            layer.faults.append(f"{where} means {today} {show(wanted)}, found {today} {show(found)} as well")
+class _Help(argparse.HelpFormatter):
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return ""  # what may follow stands in the text
 
 
-_SHORT = re.compile("-.|[–—−]+[A-Za-z]")  # text processors make one long dash of two
-
-
-def read_flags(argv: Sequence[str], kinds: Mapping[str, Kind]) -> Layer:
-    """`--name value`, `--name=value`, `--name`, `--name several words`, as YAML would give the values."""
-    flags = Layer()
-    hungry = ""
-    for flag, words in _split(argv, flags.faults, kinds):
-        name, equals, value = flag.removeprefix("--").partition("=")
-        near = suggest(flag.lstrip("-–—−"), kinds)
-        if not flag.startswith("--") and hungry:
-            expected = f"--{hungry}: expected {kinds[hungry].expected}"
-            flags.faults[-1] = f"{expected}, found the flag {plain(flag)}{near}"
-        elif not flag.startswith("--"):
-            flags.faults.append(f"flags begin with two dashes, found {show(flag)}{near}")
-        elif name in kinds:
-            _add(flags, name, [value, *words] if equals else words, kinds[name])
-        else:
-            flags.faults.append(f"unknown setting {plain('--' + name)}{suggest(name, kinds)}")
-        needs_value = name in kinds and kinds[name].arity != "maybe"
-        hungry = name if needs_value and not words and not equals else ""
-    return flags
-
-
-def _split(argv: Sequence[str], faults: list[str], names: Mapping[str, Kind]) -> list[tuple[str, list[str]]]:
-    """Each flag with the words after it. A word that begins with a dash and is no number is one too."""
-    found: list[tuple[str, list[str]]] = []
-    for word in argv:
-        if word.startswith("--") or (_SHORT.match(word) and not NUMBER.fullmatch(word)):
-            found.append((word, []))
-        elif found:
-            found[-1][1].append(word)
-        else:
+def flag_layer(
+    argv: Sequence[str], names: type[Group], script: Script, shown: Mapping[str, Sequence[str]], usage: str
+) -> tuple[Layer, str | None]:
+    """What the flags say, and the settings file they name. `--help` shows some by group, and exits."""
+    parser = _parser(names, script, shown, usage)
+    if "--help" in argv or "-h" in argv:
+        say(parser.format_help().rstrip())
+        raise SystemExit(0)
+    given, rest = parser.parse_known_args(argv)
+    layer = Layer()
+    for before, word in zip(["", *rest], rest, strict=False):
+        if word[:1] in _DASHES and len(word) > 1:
+            flag = word.partition("=")[0]
+            near = suggest(flag.strip(_DASHES), names.model_fields)
+            layer.faults.append(f"unknown setting {plain(flag)}{near}")
+        elif not before or before[0] not in _DASHES:
             is_file = word.endswith((".yaml", ".yml", ".json"))
             hint = "; a settings file is named by --config" if is_file else ""
-            example = "output_dir" if "output_dir" in names else "model_dir"
-            faults.append(f"expected a flag such as --{example}, found {show(word)}{hint}")
-    return found
+            example = "output_dir" if script == "train" else "model_dir"
+            layer.faults.append(f"expected a flag such as --{example}, found {show(word)}{hint}")
+    raw: dict[str, object] = {}
+    for name, uses in vars(given).items():
+        layer.where[name] = f"--{name}"
+        model = _Flags if name == "config" else names
+        try:
+            found = [from_words(words, model.model_fields[name].annotation) for words in uses]
+        except ValueError as error:
+            layer.faults.append(f"--{name}: expected {expected(model)[name]}, found {error}")
+            layer.bad.add(name)
+            continue
+        raw[name] = found[-1]
+        if any(value != found[-1] for value in found):
+            layer.notes.append(f"--{name} is given more than once: the last, {show(found[-1])}, counts")
+    config, faults = typed(_Flags, {name: raw.pop(name) for name in _Flags.model_fields if name in raw})
+    layer.faults += placed(faults, layer.where)
+    layer.fill(raw, names, script)
+    return layer, config.get("config")
 
 
-def _add(flags: Layer, name: str, words: list[str], kind: Kind) -> None:
-    found = ""
-    if not words and kind.arity != "maybe":
-        found = "nothing"
-    elif len(words) > 1 and kind.arity != "many":
-        found = f"{len(words)} words, {show(' '.join(words))}"
-    if found:
-        flags.faults.append(f"--{name}: expected {kind.expected}, found {found}")
-        flags.bad.add(name)
-        return
-    value = kind.read(words)
-    if flags.values.get(name, value) != value:
-        flags.notes.append(f"--{name} is given more than once: the last, {show(value)}, counts")
-    flags.values[name] = value
-
-
-def _shown(script: Script) -> list[str]:
-    """The settings that change something in train.py or evaluate.py."""
-    also = _ALSO_IN_EVALUATE if script == "evaluate" else ()
-    return [name for name, item in SETTINGS.items() if item.group in _GROUPS[script] or name in also]
-
-
-def help_page(script: Script, settings: Mapping[str, Setting], usage: str) -> str:
-    """Every setting of the script, by group, with its meaning, what it may be and its default."""
-    items = [settings[name] for name in _shown(script)] if script in _GROUPS else list(settings.values())
-    lines = [usage.format(script=script)]
-    for item, before in zip(items, [None, *items], strict=False):
-        if before is None or item.group != before.group:
-            lines.append(f"\n{item.group}:")
-        lines.append(help_lines("output_dir" if item.name == "eval_output_dir" else item.name, item))
-    if script != "serve":
-        old = f"names of run_glue.py, obeyed or said to be idle: {', '.join(sorted(OLD_KINDS))}"
-        lines += ["", textwrap.fill(old, 100)]
-    return "\n".join(lines)
-
-
-def help_lines(name: str, item: Setting) -> str:
-    """The entry of one setting."""
-    wrapper = textwrap.TextWrapper(100, break_long_words=False, break_on_hyphens=False)
-    wrapper.initial_indent, wrapper.subsequent_indent = f"  --{name:<28} ", " " * 33
-    return wrapper.fill(f"{item.help} ({item.kind.expected}; default {_word(item.default)})")
+def _parser(
+    names: type[Group], script: Script, shown: Mapping[str, Sequence[str]], usage: str
+) -> argparse.ArgumentParser:
+    old = f"names of run_glue.py, obeyed or said to be idle: {', '.join(sorted(OldNames.model_fields))}"
+    parser = _Parser(
+        usage=usage.format(script=script),
+        epilog=None if script == "serve" else old,
+        prefix_chars=_DASHES,
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=partial(_Help, max_help_position=34, width=100),
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for title, members in shown.items():
+        groups |= dict.fromkeys(members, parser.add_argument_group(title))
+    for name, item in (_Flags.model_fields | names.model_fields).items():
+        if name == "output_dir" and script == "evaluate":
+            item = names.model_fields["eval_output_dir"]
+        help = f"{item.description} ({expected(names).get(name)}; default {_word(item.default)})"
+        group = groups.get(name)
+        (group or parser).add_argument(
+            f"--{name}", action="append", nargs="*", help=help if group else argparse.SUPPRESS
+        )
+    return parser
 
 
 def _word(value: object) -> str:

@@ -1,16 +1,12 @@
-"""A YAML or JSON file of settings, read strictly: plain values only, every fault with its line.
+"""Settings in YAML or JSON, and a model folder's JSON: plain values only, every fault with its line.
 
-The YAML is composed with PyYAML's safe loader and turned into values here, so that lines are known, a name
-that stands twice is seen, and nothing reads as what it does not look like (010 as 8, 1:30 as 90). Aliases are
-refused: flat settings need none, and nested ones are how small files become huge.
+PyYAML composes the YAML into nodes that know their lines; they become values here, so that nothing reads as
+what it does not look like (010 as 8, 1:30 as 90). Aliases are refused: flat settings need none, and nested
+ones are how small files become huge.
 """
-
-from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,57 +14,34 @@ from typing import Any
 import yaml
 
 from bertpair.errors import CheckpointError, ConfigError, plain, show
-from bertpair.settings.values import NUMBER
+from bertpair.settings.fields import NUMBER
 
 MAX_BYTES = 256 * 1024
+MAX_JSON_BYTES = 16 << 20  # real ones hold kilobytes; somebody's surprise must not fill the memory
 _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
 _TAG = "tag:yaml.org,2002:"
 
 
 @dataclass
 class SettingsFile:
-    """The values by name, the line of each (YAML only), and the faults found so far."""
+    """The values by name, where each stands (`config.yaml:3: seed`), and the faults found so far."""
 
     path: str
     values: dict[str, object] = field(default_factory=dict)
-    lines: dict[str, int] = field(default_factory=dict)
+    where: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
-    def where(self, name: str) -> str:
-        """`config.yaml:3`, as a fault begins."""
-        return f"{self.path}:{self.lines[name]}" if name in self.lines else self.path
 
-
-class _NoAliasLoader(yaml.SafeLoader):
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
-        return super().compose_node(parent, index)
-
-
-class _LineError(ValueError):
+class _NodeError(ValueError):
     """A value that cannot be read, and the line it stands on."""
 
-    def __init__(self, node: yaml.Node, problem: str) -> None:
+    def __init__(self, node: yaml.Node | yaml.Event, problem: str) -> None:
         super().__init__(problem)
-        self.line = node.start_mark.line + 1
+        self.line = node.start_mark.line + 1 if node.start_mark else 1
 
 
 def read_settings(path: str | Path) -> SettingsFile:
     """The settings in a YAML file, or a JSON file if its name ends so; ConfigError if it is neither."""
-    return parse_settings(_read_text(str(path)), str(path))
-
-
-def parse_settings(text: str, path: str) -> SettingsFile:
-    """The settings in the text of such a file."""
-    try:
-        return _read_json(path, text) if path.lower().endswith(".json") else _read_yaml(path, text)
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply; settings are names and plain values") from None
-
-
-def _read_text(path: str) -> str:
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -79,99 +52,81 @@ def _read_text(path: str) -> str:
         raise ConfigError(f"{path}: the settings file cannot be read: {reason}") from None
     if len(data) > MAX_BYTES:
         raise ConfigError(f"{path}: found more than {MAX_BYTES // 1024} KiB; settings are a short file")
+    return parse_settings(data, str(path))
+
+
+def parse_settings(data: bytes, path: str) -> SettingsFile:
+    """The settings in the bytes of such a file."""
+    if path.lower().endswith(".json"):
+        try:
+            values = parse_json(data, path)
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from None
+        return SettingsFile(path, values, {name: f"{path}: {name}" for name in values})
     try:
-        return data.decode("utf-8-sig")
+        return _read_yaml(path, data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{path}:{line}: found bytes that are not UTF-8") from None
-
-
-def _read_json(path: str, text: str) -> SettingsFile:
-    read = SettingsFile(path)
-
-    def mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        names = Counter(name for name, _ in pairs)
-        read.faults += [f"{path}: {plain(name)} stands twice" for name, n in names.items() if n > 1]
-        return dict(pairs)
-
-    try:
-        values = json.loads(text, object_pairs_hook=mapping)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON that can be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f'{path}: expected {{"name": value, …}}, found something else')
-    read.values = values
-    return read
+        number = data[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{number}: found bytes that are not UTF-8") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply; settings are names and plain values") from None
+    except _NodeError as error:
+        raise ConfigError(f"{path}:{error.line}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        said = getattr(error, "problem", None) or " ".join(str(error).split())
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not YAML that can be read: {said}") from None
 
 
 def _read_yaml(path: str, text: str) -> SettingsFile:
-    root = _compose(path, text)
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise _NodeError(event, "not YAML that can be read: aliases (*name) are not allowed")
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
     read = SettingsFile(path)
-    if root is None or (isinstance(root, yaml.ScalarNode) and root.tag == f"{_TAG}null"):
+    if root is None or root.tag == f"{_TAG}null":
         return read
     if not isinstance(root, yaml.MappingNode):
-        line = root.start_mark.line + 1
-        raise ConfigError(f"{path}:{line}: expected lines of `name: value`, found no mapping")
+        raise _NodeError(root, "expected lines of `name: value`, found no mapping")
     for key, node in root.value:
         try:
-            name = _name(key, read.lines)
-            read.lines[name] = key.start_mark.line + 1
+            name = _value(key)
+            if not isinstance(name, str):
+                raise _NodeError(key, f"expected a name, found {show(name)}; names are text")
+            if name in read.where:
+                raise _NodeError(key, f"{plain(name)} stands twice")
+            read.where[name] = f"{path}:{key.start_mark.line + 1}: {name}"
             read.values[name] = _value(node)
-        except _LineError as error:
+        except _NodeError as error:
             read.faults.append(f"{path}:{error.line}: {error}")
     return read
 
 
-def _compose(path: str, text: str) -> yaml.Node | None:
-    try:
-        loader = _NoAliasLoader(text)
-        try:
-            return loader.get_single_node()
-        finally:
-            loader.dispose()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = path if mark is None else f"{path}:{mark.line + 1}"
-        raise ConfigError(f"{where}: not YAML that can be read: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML that can be read: {' '.join(str(error).split())}") from None
-
-
-def _name(key: yaml.Node, taken: Container[object]) -> str:
-    name = _value(key)
-    if not isinstance(name, str):
-        raise _LineError(key, f"expected a name, found {show(name)}; names are text")
-    if name in taken:
-        raise _LineError(key, f"{plain(name)} stands twice")
-    return name
-
-
 def _value(node: yaml.Node) -> object:
-    if isinstance(node, yaml.ScalarNode):
-        return _scalar(node)
-    if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
+    kind = node.tag.removeprefix(_TAG)
+    if isinstance(node, yaml.SequenceNode) and kind == "seq":
         return [_value(item) for item in node.value]
-    if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
-        return _mapping(node)
-    raise _LineError(node, f"found the tag {plain(node.tag)}; only plain values are allowed")
-
-
-def _mapping(node: yaml.MappingNode) -> dict[object, object]:
-    values: dict[object, object] = {}
-    for key, item in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            raise _LineError(key, "expected a plain name, found a list or mapping as one")
-        name = _scalar(key)
-        if name in values:
-            raise _LineError(key, f"{show(name)} stands twice")
-        values[name] = _value(item)
-    return values
-
-
-def _scalar(node: yaml.ScalarNode) -> object:
-    kind, text = node.tag.removeprefix(_TAG), node.value
+    if isinstance(node, yaml.MappingNode) and kind == "map":
+        values: dict[object, object] = {}
+        for key, item in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _NodeError(key, "expected a plain name, found a list or mapping as one")
+            name = _value(key)
+            if name in values:
+                raise _NodeError(key, f"{show(name)} stands twice")
+            values[name] = _value(item)
+        return values
+    if not isinstance(node, yaml.ScalarNode) or kind not in (
+        "str",
+        "timestamp",
+        "null",
+        "bool",
+        "int",
+        "float",
+    ):
+        raise _NodeError(node, f"found the tag {plain(node.tag)}; only plain values are allowed")
+    text = node.value
     if kind in ("str", "timestamp"):
         return text
     if kind == "null":
@@ -182,10 +137,7 @@ def _scalar(node: yaml.ScalarNode) -> object:
         return int(text)
     if kind == "float" and NUMBER.fullmatch(text):
         return float(text)
-    raise _LineError(node, f"found {show(text)}; write a plain decimal number, or quote it if it is text")
-
-
-MAX_JSON_BYTES = 16 << 20  # real ones hold kilobytes; somebody's surprise must not fill the memory
+    raise _NodeError(node, f"found {show(text)}; write a plain decimal number, or quote it if it is text")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,29 +3,12 @@
 A name either stands for a setting of today, or is said, in one line, to mean nothing any more.
 """
 
-from bertpair.settings.values import SWITCH, Kind, first_word, matching, or_null, whole
+from typing import Annotated, Any
 
-_ANYTHING = Kind("a value", lambda value: value)
-_BATCH = or_null(whole(1))  # Trainer's own default for per_gpu_… was null
-_MODEL_TYPE = matching("bert, the only type for now", "(?i:bert)")
-_SWITCH_ONCE = Kind(
-    "a value or none", lambda value: value, lambda words: first_word(words) if words else True, "maybe"
-)
+from pydantic import Field, create_model
 
-RENAMED = {
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-}
-# A switch that was on stands for a setting and its value; in evaluate.py there are two more.
-SWITCHED: dict[str, tuple[str, object]] = {"fp16": ("amp", "fp16"), "no_cuda": ("device", "cpu")}
-SWITCHED_IN_EVALUATE: dict[str, tuple[str, object]] = {
-    "do_predict": ("predict", True),
-    "eval_all_checkpoints": ("all_checkpoints", True),
-}
-ELSEWHERE = {
-    "do_predict": "is done by evaluate.py --predict --data_file FILE: ignored here",
-    "eval_all_checkpoints": "is done by evaluate.py --all_checkpoints: ignored here",
-}
+from bertpair.settings.fields import Group, Switch, Whole, said, setting
+
 _GONE = "no longer means anything: ignored"
 IGNORED = {
     "fp16_opt_level": f"{_GONE} (amp has no levels)",
@@ -39,25 +22,40 @@ IGNORED = {
     "debug": _GONE,
     "dataloader_drop_last": f"{_GONE} (every row counts, those of a smaller last batch too)",
     "past_index": _GONE,
+    "token_cache_dir": f"{_GONE} (texts are tokenized anew each time, which takes seconds)",
+    "overwrite_cache": f"{_GONE} (texts are tokenized anew each time, which takes seconds)",
 }
-_OLD_SWITCHES = ("logging_first_step", "tpu_metrics_debug", "debug", "dataloader_drop_last")
-
-OLD_KINDS: dict[str, Kind] = {
-    "model_type": _MODEL_TYPE,
-    **dict.fromkeys(RENAMED, _BATCH),
-    **dict.fromkeys([*SWITCHED, *SWITCHED_IN_EVALUATE], SWITCH),
-    **{name: _SWITCH_ONCE if name in _OLD_SWITCHES else _ANYTHING for name in IGNORED},
+ELSEWHERE = {
+    "do_predict": "is done by evaluate.py --predict --data_file FILE: ignored here",
+    "eval_all_checkpoints": "is done by evaluate.py --all_checkpoints: ignored here",
 }
+_ModelType = Annotated[str, Field(pattern="^(?i:bert)$", strict=True), said("bert, the only type for now")]
 
 
-def translate(name: str, value: object, script: str) -> tuple[dict[str, object], str]:
+class OldNames(create_model("Ignored", __base__=Group, **dict.fromkeys(IGNORED, (Any, None)))):  # type: ignore[misc]
+    """Every old name, and what may stand there. Trainer's own default for per_gpu_… was null."""
+
+    model_type: _ModelType = "bert"
+    per_gpu_train_batch_size: Whole | None = setting(None, "", ge=1)
+    per_gpu_eval_batch_size: Whole | None = setting(None, "", ge=1)
+    fp16: Switch = False
+    no_cuda: Switch = False
+    do_predict: Switch = False
+    eval_all_checkpoints: Switch = False
+
+
+def translate(name: str, value: Any, script: str) -> tuple[dict[str, Any], str]:
     """What an old name with this (sound) value means: settings of today, and what to say of it or nothing."""
-    if name in RENAMED:
-        return ({} if value is None else {RENAMED[name]: value}), ""
-    switched = SWITCHED | (SWITCHED_IN_EVALUATE if script == "evaluate" else {})
-    if name in switched:
-        today, meaning = switched[name]
-        return ({today: meaning} if value else {}), ""
-    if name in ELSEWHERE:
-        return {}, ELSEWHERE[name] if value else ""
-    return {}, IGNORED.get(name, "")
+    if name in IGNORED:
+        return {}, IGNORED[name]
+    if value in (None, False) or name == "model_type":
+        return {}, ""
+    if name in ELSEWHERE and script == "train":
+        return {}, ELSEWHERE[name]
+    setting, meaning = {
+        "fp16": ("amp", "fp16"),
+        "no_cuda": ("device", "cpu"),
+        "do_predict": ("predict", True),
+        "eval_all_checkpoints": ("all_checkpoints", True),
+    }.get(name) or (name.replace("gpu", "device"), value)
+    return {setting: meaning}, ""

@@ -10,7 +10,6 @@ from bertpair.errors import ConfigError, near_misses
 
 CLASS_METRICS = ("acc", "f1", "macro_f1", "mcc")
 SCORE_METRICS = ("pearson", "spearmanr", "corr")
-METRICS = (*CLASS_METRICS, *SCORE_METRICS, "loss")
 
 
 @dataclass(frozen=True)
@@ -21,14 +20,14 @@ class Task:
     text_a: int | str = 1
     text_b: int | str | None = 2
     label: int | str = -1
+    test_text_a: int | str = 1
+    test_text_b: int | str | None = 2
     labels: tuple[str, ...] | None = None
     regression: bool = False
     has_header: bool = True
     train_file: str = "train.tsv"
     dev_file: str = "dev.tsv"
     test_file: str = "test.tsv"
-    test_text_a: int | str = 1
-    test_text_b: int | str | None = 2
     test_has_header: bool = True
     metrics: tuple[str, ...] = ("acc",)
     positive_label: str | None = None  # that f1 is of, where it is measured
@@ -36,61 +35,28 @@ class Task:
 
 
 def _mnli(name: str, suffix: str) -> Task:
-    return Task(
-        name,
-        text_a=8,
-        text_b=9,
-        labels=("contradiction", "entailment", "neutral"),
-        dev_file=f"dev_{suffix}.tsv",
-        test_file=f"test_{suffix}.tsv",
-        test_text_a=8,
-        test_text_b=9,
-    )
+    labels = ("contradiction", "entailment", "neutral")
+    return Task(name, 8, 9, -1, 8, 9, labels, dev_file=f"dev_{suffix}.tsv", test_file=f"test_{suffix}.tsv")
 
 
 _YES_NO = ("0", "1")
 _ENTAILMENT = ("entailment", "not_entailment")
+_STRINGS = ("#1 String", "#2 String")
+_QUESTIONS = ("question1", "question2")
+_F1 = ("acc", "f1")
 
 FOUR_COLUMN = Task("four-column", label=3, metrics=("acc", "macro_f1"))  # index sentence1 sentence2 label
-
+_COLA = Task(
+    "cola", 3, None, 1, 1, None, _YES_NO, has_header=False, metrics=("mcc",), text_names=("sentence",)
+)
 GLUE_TASKS = (
-    Task(
-        "cola",
-        text_a=3,
-        text_b=None,
-        label=1,
-        labels=_YES_NO,
-        has_header=False,
-        test_text_b=None,
-        metrics=("mcc",),
-        text_names=("sentence",),
-    ),
+    _COLA,
     _mnli("mnli", "matched"),
     _mnli("mnli-mm", "mismatched"),
-    Task(
-        "mrpc",
-        text_a=3,
-        text_b=4,
-        label=0,
-        labels=_YES_NO,
-        test_text_a=3,
-        test_text_b=4,
-        metrics=("acc", "f1"),
-        positive_label="1",
-        text_names=("#1 String", "#2 String"),
-    ),
-    Task("sst-2", 0, None, label=1, labels=_YES_NO, test_text_b=None, text_names=("sentence",)),
-    Task("sts-b", 7, 8, regression=True, test_text_a=7, test_text_b=8, metrics=SCORE_METRICS),
-    Task(
-        "qqp",
-        text_a=3,
-        text_b=4,
-        label=5,
-        labels=_YES_NO,
-        metrics=("acc", "f1"),
-        positive_label="1",
-        text_names=("question1", "question2"),
-    ),
+    Task("mrpc", 3, 4, 0, 3, 4, _YES_NO, metrics=_F1, positive_label="1", text_names=_STRINGS),
+    Task("sst-2", 0, None, 1, 1, None, _YES_NO, text_names=("sentence",)),
+    Task("sts-b", 7, 8, -1, 7, 8, regression=True, metrics=SCORE_METRICS),
+    Task("qqp", 3, 4, 5, labels=_YES_NO, metrics=_F1, positive_label="1", text_names=_QUESTIONS),
     Task("qnli", labels=_ENTAILMENT, text_names=("question", "sentence")),
     Task("rte", labels=_ENTAILMENT),
     Task("wnli", labels=_YES_NO),
@@ -116,8 +82,7 @@ def find_task(name: str | None) -> Task:
     """The preset of that name, the four-column default for None; ConfigError lists what there is."""
     if name is None:
         return FOUR_COLUMN
-    task = _BY_KEY.get(_key(name))
-    if task is not None:
+    if task := _BY_KEY.get(_key(name)):
         return task
     near = near_misses(_key(name), _BY_KEY)
     hint = f"did you mean {' or '.join(_BY_KEY[key].name for key in near)}? " if near else ""

@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bertpair.checkpoints.run_folder import RunFolder, WriteCheckpoint
-from bertpair.console import Progress
+from bertpair.console import Progress, stop_flag
 from bertpair.data.batching import BatchStream, pad_batch, padded_lengths, slice_batch
 from bertpair.errors import StoppedError, TrainingError, plain
 from bertpair.evaluation.evaluate import Evaluation
 from bertpair.evaluation.metrics import finite_or_null, is_better
-from bertpair.runtime import peak_memory_gb, stop_flag
+from bertpair.runtime import peak_memory_gb
 from bertpair.training.setup import Job, digest_of, make_plan
 from bertpair.training.step import SkippedStep, Stepper, loss_weight
 

@@ -7,7 +7,6 @@ import logging
 import shlex
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from bertpair.checkpoints.run_folder import RunFolder, RunState, versions
 from bertpair.errors import CheckpointError, ConfigError, list_faults
@@ -29,7 +28,7 @@ def name_output_dir(config: Config) -> Config:
     """The settings with output_dir filled in, where a resume names a checkpoint and nothing else."""
     if config.resume in (False, "auto") or config.output_dir is not None:
         return config
-    return dataclasses.replace(config, output_dir=str(Path(str(config.resume)).absolute().parent))
+    return config.model_copy(update={"output_dir": str(Path(str(config.resume)).absolute().parent)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,19 +101,16 @@ def merge_settings(config: Config, explicit: Collection[str], run: RunState) -> 
 
     Raises ConfigError naming every refused change with both values, and what to do about it.
     """
-    now = dataclasses.asdict(config)
-    own: dict[str, Any] = dict(stored_settings(run.folder))
-    old = dataclasses.asdict(Config(**own))
-    given = {name: now[name] for name in explicit if not (name in RESOLVED and now[name] == RESOLVED[name])}
-    merged = {**old, **given, "resume": config.resume, "resume_anyway": config.resume_anyway}
-    merged["output_dir"] = config.output_dir
-    merged["overwrite_output_dir"] = False
+    old = Config(**stored_settings(run.folder))
+    now = {name: getattr(config, name) for name in {*explicit, "resume", "resume_anyway", "output_dir"}}
+    given = {name: value for name, value in now.items() if name not in RESOLVED or value != RESOLVED[name]}
+    merged = old.model_copy(update={**given, "overwrite_output_dir": False})
     changes = [change for change in changed_settings(old, merged) if SETTINGS[change[0]].resume != "free"]
     new_run = f"start a new run from the weights: --model_name_or_path {shlex.quote(str(run.folder))}"
     _refuse("never", changes, run, f"a resume cannot change this; {new_run}")
     if not config.resume_anyway:
         _refuse("anyway", changes, run, "--resume_anyway accepts this")
-    return check_config(Config(**merged)), changes
+    return check_config(merged), changes
 
 
 def _refuse(rule: str, changes: list[Change], run: RunState, advice: str) -> None:

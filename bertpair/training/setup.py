@@ -7,7 +7,6 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -99,8 +98,8 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
         model = model.to(device)
         weights = None if weights is None else weights.to(device)
     return Job(
-        config=dataclasses.replace(
-            config, amp=precision.name, num_threads=torch.get_num_threads(), positive_label=positive
+        config=config.model_copy(
+            update={"amp": precision.name, "num_threads": torch.get_num_threads(), "positive_label": positive}
         ),
         model=model,
         folder=folder,
@@ -198,8 +197,7 @@ def _make_encoder(config: Config, folder: ModelFolder, tokenizer: Tokenizer) -> 
         raise ConfigError(
             f"max_seq_length: found {config.max_seq_length}; {folder.path} has {positions} positions"
         )
-    cache = Path(config.token_cache_dir) if config.token_cache_dir else None
-    return Encoder(tokenizer, config.max_seq_length, cache, config.overwrite_cache)
+    return Encoder(tokenizer, config.max_seq_length)
 
 
 def _resolve_precision(config: Config, folder: ModelFolder, device: torch.device) -> Precision:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bertpair.checkpoints.atomic import Staging
 from bertpair.checkpoints.run_folder import OPTIMIZER_FILE, STATE_FILE, RunFolder, RunState
+from bertpair.console import stop_flag
 from bertpair.errors import CheckpointError, ConfigError, StoppedError, TrainingError, first_line
 from bertpair.evaluation.classifier import Scorer
 from bertpair.evaluation.evaluate import Evaluation, curves_file, evaluate_split, result_files
@@ -30,9 +31,8 @@ from bertpair.runtime import (
     random_state,
     release_locals,
     restore_random_state,
-    stop_flag,
 )
-from bertpair.settings.config import TRAINING_ARGS, Config, changed_settings, check_config, dump_yaml
+from bertpair.settings.config import TRAINING_ARGS, Config, check_config, dump_yaml
 from bertpair.training.loop import Loop
 from bertpair.training.optim import AdamW, load_state_tensors, parameter_groups
 from bertpair.training.optim import state_tensors as optimizer_tensors
@@ -70,14 +70,14 @@ def train(
 ) -> TrainResult:
     """Fine-tune as `config` says and return what came out; the model is in `config.output_dir`.
 
-    `explicit` names the settings that were given; by default those that differ from the defaults. On a
-    resume they are compared with the run's own, which hold for all others.
+    `explicit` names the settings that were given; by default those that `config` was made with. On a resume
+    they are compared with the run's own, which hold for all others.
     Raises ConfigError, DataError or CheckpointError before anything is written; later StoppedError after a
     checkpoint, or TrainingError.
     """
     if not config.runs_training:
         raise ConfigError("do_train is false: there is nothing to train; bertpair.evaluate measures a model")
-    given = changed_from_defaults(config) if explicit is None else explicit
+    given = config.model_fields_set if explicit is None else explicit
     config = check_config(config, training=not config.resume)
     for note in notes:
         logger.info("%s", note)
@@ -98,11 +98,6 @@ def train(
 def _stored_result(finished: RunState) -> TrainResult:
     logger.info("%s: this run is finished; its result:", finished.folder)
     return TrainResult(**{**finished.state["result"], "output_dir": str(finished.folder)})
-
-
-def changed_from_defaults(config: Config) -> set[str]:
-    """Names of the settings that differ from their defaults."""
-    return {name for name, _, _ in changed_settings({}, dataclasses.asdict(config))}
 
 
 class _Run:

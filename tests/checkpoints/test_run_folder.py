@@ -19,8 +19,8 @@ from bertpair.checkpoints.atomic import Staging
 from bertpair.checkpoints.checkpoint import FINAL_READY, newest_whole
 from bertpair.checkpoints.lock import RunLock
 from bertpair.checkpoints.manifest import verify_folder
+from bertpair.console import stop_flag
 from bertpair.evaluation.classifier import Scorer
-from bertpair.runtime import stop_flag
 from bertpair.training.loop import Loop
 from bertpair.training.setup import Plan
 from bertpair.training.step import Stepper

@@ -122,8 +122,10 @@ def test_explicit_settings_beat_the_preset(folder: Path) -> None:
 def test_a_named_column_implies_a_header_and_false_forbids_it() -> None:
     cola = DataSettings(data_dir=str(GLUE / "cola"), task_name="cola")
     assert not resolve_source(cola).columns.has_header and resolve_source(cola).test_columns.has_header
-    assert resolve_source(replace(cola, label_column="grade")).columns.has_header
-    assert resolve_source(replace(cola, has_header=True)).columns == Columns(3, None, 1, checks_header=False)
+    assert resolve_source(cola.model_copy(update=dict(label_column="grade"))).columns.has_header
+    assert resolve_source(cola.model_copy(update=dict(has_header=True))).columns == Columns(
+        3, None, 1, checks_header=False
+    )
 
 
 def test_problem_type_beats_the_preset(folder: Path) -> None:
@@ -150,7 +152,7 @@ def test_settings_that_contradict_each_other_are_refused(
     folder: Path, settings: DataSettings, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        resolve_source(replace(settings, data_dir=str(folder)))
+        resolve_source(settings.model_copy(update=dict(data_dir=str(folder))))
 
 
 def test_missing_files_are_listed_with_the_places_looked_at(folder: Path) -> None:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertTokenizerFast
 
+from bertpair.console import stop_flag
 from bertpair.data import tokenizer as module
 from bertpair.data.tokenizer import Tokenizer, Tokens
 from bertpair.errors import ConfigError, DataError, StoppedError
-from bertpair.runtime import stop_flag
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LANGUAGES = [

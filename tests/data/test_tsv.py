@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bertpair.console import stop_flag
 from bertpair.data.columns import Columns
 from bertpair.data.dataset import Pairs
 from bertpair.data.records import first_row
 from bertpair.data.tsv import read_pairs
 from bertpair.errors import DataError, StoppedError
-from bertpair.runtime import stop_flag
 
 FAST = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FOUR = Columns(1, 2, 3)

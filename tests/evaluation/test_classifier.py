@@ -13,10 +13,11 @@ import torch
 from conftest import write_tiny_bert
 
 from bertpair import CheckpointError, Config, ConfigError, DataError, PairClassifier, StoppedError, train
+from bertpair.console import stop_flag
 from bertpair.data.tokenizer import Tokens
 from bertpair.evaluation.classifier import make_predictions, softmax
 from bertpair.model.bert import BertClassifier
-from bertpair.runtime import allowed_precisions, stop_flag
+from bertpair.runtime import allowed_precisions
 
 WORDS = "the cat sat mat good bad food café 中文 数据库 [SEP] hello, (x)".split()
 

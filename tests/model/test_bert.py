@@ -1,7 +1,5 @@
 """The network against transformers' BERT and torch's own layer, its initialisation, and the loss."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,14 +19,14 @@ TINY = BertConfig(
     max_position_embeddings=20,
     num_labels=3,
 )
-STILL = dataclasses.replace(TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+STILL = TINY.model_copy(update=dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 LENGTHS = torch.tensor([12, 5, 1, 9])
 
 
 def make_twins(**changes: object) -> tuple[BertClassifier, BertForSequenceClassification]:
     """The same random weights, biases and norms included, in our network and in transformers'."""
-    config = dataclasses.replace(TINY, **changes)
-    theirs = BertForSequenceClassification(HuggingFaceConfig(**dataclasses.asdict(config))).eval()
+    config = TINY.model_copy(update=dict(**changes))
+    theirs = BertForSequenceClassification(HuggingFaceConfig(**config.model_dump())).eval()
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, mean=0.1, std=0.3)
     ours = BertClassifier(config).eval()
@@ -145,7 +143,9 @@ def test_no_rows_give_no_logits() -> None:
 
 def test_initialised_as_bert_is() -> None:
     torch.manual_seed(0)  # small tensors stray from their expected spread
-    model = BertClassifier(dataclasses.replace(TINY, vocab_size=5000, initializer_range=0.05, pad_token_id=3))
+    model = BertClassifier(
+        TINY.model_copy(update=dict(vocab_size=5000, initializer_range=0.05, pad_token_id=3))
+    )
     words = model.embeddings.words.weight
     assert not words[3].any()
     assert words[0].any()
@@ -180,7 +180,7 @@ def test_initial_weights_follow_the_seed_or_the_generator() -> None:
 
 
 def test_a_vocabulary_without_padding_trains_every_row() -> None:
-    model = BertClassifier(dataclasses.replace(STILL, pad_token_id=None))
+    model = BertClassifier(STILL.model_copy(update=dict(pad_token_id=None)))
     model(torch.zeros(2, 4, dtype=torch.long)).sum().backward()
     assert model.embeddings.words.weight.grad[0].any()
 
@@ -195,7 +195,7 @@ def test_a_vocabulary_without_padding_trains_every_row() -> None:
     ],
 )
 def test_each_dropout_acts_in_training_only(changes: dict[str, float], is_random: bool) -> None:
-    model = BertClassifier(dataclasses.replace(STILL, **changes, initializer_range=0.5))
+    model = BertClassifier(STILL.model_copy(update=dict(**changes, initializer_range=0.5)))
     ids = make_batch()[0]
     assert torch.equal(model(ids), model(ids)) != is_random
     model.eval()
@@ -203,6 +203,6 @@ def test_each_dropout_acts_in_training_only(changes: dict[str, float], is_random
 
 
 def test_classifier_dropout_defaults_to_that_of_the_hidden_states() -> None:
-    assert BertClassifier(dataclasses.replace(TINY, hidden_dropout_prob=0.3)).dropout.p == 0.3
-    config = dataclasses.replace(TINY, hidden_dropout_prob=0.3, classifier_dropout=0.0)
+    assert BertClassifier(TINY.model_copy(update=dict(hidden_dropout_prob=0.3))).dropout.p == 0.3
+    config = TINY.model_copy(update=dict(hidden_dropout_prob=0.3, classifier_dropout=0.0))
     assert BertClassifier(config).dropout.p == 0.0

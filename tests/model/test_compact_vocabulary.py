@@ -1,7 +1,5 @@
 """Training on the rows in use against training on the whole table; the decay that unused rows get."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -99,7 +97,7 @@ def build() -> BertClassifier:
 
 
 def build_compact(full: BertClassifier, used: np.ndarray) -> BertClassifier:
-    config = replace(CONFIG, vocab_size=len(used), pad_token_id=compact_id(PAD_ID, used))
+    config = CONFIG.model_copy(update=dict(vocab_size=len(used), pad_token_id=compact_id(PAD_ID, used)))
     model = BertClassifier(config)
     tensors = {name: tensor.clone() for name, tensor in full.state_dict().items()}
     tensors["embeddings.words.weight"] = compact(word_table(full), used)

@@ -43,7 +43,7 @@ def live(loaded: tuple[SteeredPredictor, ServeConfig]) -> Iterator[LiveServer]:
 def hasty(loaded: tuple[SteeredPredictor, ServeConfig]) -> Iterator[LiveServer]:
     """A server that waits for half a second, not ten."""
     predictor, config = loaded
-    config = dataclasses.replace(config, receive_timeout=0.5, keep_alive=1.0)
+    config = config.model_copy(update=dict(receive_timeout=0.5, keep_alive=1.0))
     with serving(SteeredPredictor(**vars_of(predictor)), config) as server:
         yield server
 
@@ -307,7 +307,7 @@ def test_connections_above_the_cap_are_closed_and_others_served(
     loaded: tuple[SteeredPredictor, ServeConfig],
 ) -> None:
     predictor, config = loaded
-    config = dataclasses.replace(config, max_connections=3)
+    config = config.model_copy(update=dict(max_connections=3))
     with serving(predictor, config) as live:
         held = [live.line() for _ in range(3)]
         for line in held:

@@ -43,8 +43,8 @@ def loaded(folder: Path) -> tuple[SteeredPredictor, ServeConfig]:
 @pytest.fixture
 def live(loaded: tuple[SteeredPredictor, ServeConfig]) -> Iterator[LiveServer]:
     predictor, config = loaded
-    config = dataclasses.replace(config, queue_deadline=0.6, stall_seconds=0.5, max_queue_rows=4)
-    config = dataclasses.replace(config, max_request_rows=4)
+    config = config.model_copy(update=dict(queue_deadline=0.6, stall_seconds=0.5, max_queue_rows=4))
+    config = config.model_copy(update=dict(max_request_rows=4))
     with serving(predictor, config) as server:
         yield server
 
@@ -124,7 +124,7 @@ def test_16_a_forward_that_raises(live: LiveServer) -> None:
 def test_16_a_forward_that_hangs_is_seen_by_the_probes(
     live: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = dataclasses.replace(live.service.config, stall_seconds=1.0)
+    config = live.service.config.model_copy(update=dict(stall_seconds=1.0))
     monkeypatch.setattr(live.service, "config", config)
     gate = Gate(live)
     hung = ask_aside(live)

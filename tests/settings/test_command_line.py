@@ -97,6 +97,7 @@ def test_all_of_the_2020_flags_together() -> None:
     said = {note.split()[0] for note in parsed.notes}
     assert said == {
         "--eval_all_checkpoints",
+        "--overwrite_cache",
         "--fp16_opt_level",
         "--local_rank",
         "--server_ip",

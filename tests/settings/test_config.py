@@ -1,17 +1,17 @@
 """The settings as one dataclass: documented, checked, written and read back, compared on a resume."""
 
 import inspect
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bertpair.errors import ConfigError
+from bertpair.settings.command_line import parse_command_line
 from bertpair.settings.config import (
     SETTINGS,
     Config,
@@ -22,13 +22,12 @@ from bertpair.settings.config import (
     stored_settings,
 )
 from bertpair.settings.files import parse_settings, read_settings
-from bertpair.settings.tasks import METRICS
-from bertpair.settings.values import convert
+from bertpair.settings.tasks import CLASS_METRICS, SCORE_METRICS
 
 DESIGNED = {
     "data": """data_dir train_file dev_file test_file task_name text_a_column text_b_column
         label_column has_header quoting labels positive_label problem_type on_bad_row max_seq_length
-        max_train_samples max_eval_samples token_cache_dir overwrite_cache""",
+        max_train_samples max_eval_samples""",
     "model": """model_name_or_path revision cache_dir config_name tokenizer_name do_lower_case
         from_scratch new_head compact_vocabulary""",
     "optimisation": """learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
@@ -87,9 +86,9 @@ def test_every_designed_setting_is_there_in_its_group() -> None:
     found: dict[str, list[str]] = {}
     for name, item in SETTINGS.items():
         found.setdefault(item.group, []).append(name)
-        assert item.help and item.name == name
+        assert item.help
     assert found == {group: names.split() for group, names in DESIGNED.items()}
-    assert list(SETTINGS) == [field.name for field in fields(Config)]
+    assert list(SETTINGS) == list(Config.model_fields)
 
 
 @pytest.mark.parametrize(("name", "value"), RUN_GLUE_DEFAULTS.items())
@@ -106,8 +105,7 @@ def test_of_the_other_defaults_those_that_decide_something_are_known() -> None:
 
 def test_defaults_are_sound_and_of_their_own_kind() -> None:
     assert check_config(Config()) == Config()
-    for item in SETTINGS.values():
-        assert convert(item.kind, item.default) == item.default
+    assert Config(**{name: item.default for name, item in SETTINGS.items()}) == Config()
     assert Config().report_to is not Config().report_to
 
 
@@ -136,21 +134,21 @@ def test_the_interval_of_evaluations() -> None:
 
 
 def test_all_faults_come_at_once() -> None:
-    message = refusal(
-        learning_rate=-1, seed="x", labels=["a", True], amp="fp32", warmup_steps=1, warmup_ratio=0.5
-    )
-    lines = message.splitlines()
-    assert [line.split(":")[0] for line in lines[:4]] == ["labels", "learning_rate", "seed", "amp"]
-    assert "quote it" in lines[0] and "two warm-ups" in lines[4] and len(lines) == 5
+    lines = refusal(learning_rate=-1, seed="x", labels=["a", True], amp="fp32").splitlines()
+    assert [line.split(":")[0] for line in lines] == ["labels", "learning_rate", "seed", "amp"]
+    assert "quote it" in lines[0]
+    lines = refusal(warmup_steps=1, warmup_ratio=0.5, do_train=False, do_eval=False).splitlines()
+    assert len(lines) == 2 and "two warm-ups" in lines[0] and "nothing to do" in lines[1]
 
 
-def test_checking_gives_values_their_own_types() -> None:
-    given = Config(
+def test_values_get_their_own_types_and_do_not_change() -> None:
+    config = Config(
         data_dir=Path("d"), train_file="t.tsv", learning_rate="2e-5", resume=True, num_train_epochs=3
     )  # type: ignore[arg-type]
-    config = check_config(given)
     assert (config.data_dir, config.train_file, config.learning_rate) == ("d", ["t.tsv"], 2e-5)
     assert config.resume == "auto" and isinstance(config.num_train_epochs, float)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
 
 
 def test_training_needs_more_than_an_evaluation() -> None:
@@ -228,7 +226,7 @@ def test_any_sound_settings_read_back_the_same(
         weight_decay=decay,
         seed=seed,
     )
-    found = parse_settings(dump_yaml(config), "training_args.yaml")
+    found = parse_settings(dump_yaml(config).encode(), "training_args.yaml")
     assert not found.faults and check_config(Config(**found.values)) == config
 
 
@@ -240,7 +238,7 @@ def test_a_resume_knows_what_may_change() -> None:
         compact_vocabulary seed per_device_train_batch_size gradient_accumulation_steps max_train_samples
         group_by_length""".split()
     free = """output_dir train_file logging_steps save_steps save_total_limit per_device_eval_batch_size
-        token_cache_dir resume resume_anyway do_train""".split()
+        resume resume_anyway do_train""".split()
     end = """data_dir dev_file max_eval_samples do_eval eval_strategy eval_steps positive_label
         metric_for_best_model load_best_model_at_end early_stopping_patience""".split()
     warn = ["device", "num_threads"]
@@ -250,14 +248,91 @@ def test_a_resume_knows_what_may_change() -> None:
 
 
 def test_changed_settings_are_listed_with_both_values() -> None:
-    old = asdict(Config(seed=1, labels=["a", "b"]))
-    new = asdict(replace(Config(seed=1, labels=["b", "a"]), learning_rate=1e-4))
+    old, new = Config(seed=1, labels=["a", "b"]), Config(seed=1, labels=["b", "a"], learning_rate=1e-4)
     assert changed_settings(old, new) == [("labels", ["a", "b"], ["b", "a"]), ("learning_rate", 2e-5, 1e-4)]
-    del new["learning_rate"]
-    assert [name for name, _, _ in changed_settings(old, new)] == ["labels"], "absent counts as the default"
 
 
 def test_metrics_to_watch_are_those_that_are_measured() -> None:
-    for metric in METRICS:
+    for metric in (*CLASS_METRICS, *SCORE_METRICS, "loss"):
         assert check_config(Config(metric_for_best_model=metric)).metric_for_best_model == metric
     assert "metric_for_best_model: expected one of acc, f1" in refusal(metric_for_best_model="accuracy")
+
+
+def test_settings_of_an_earlier_version_are_passed_over_in_a_models_folder(tmp_path: Path) -> None:
+    (tmp_path / "training_args.yaml").write_text("token_cache_dir: c\noverwrite_cache: true\nseed: 3\n")
+    assert stored_settings(tmp_path) == {"seed": 3}
+
+
+plain_words = words.filter(lambda text: text not in ("null", "true", "false") and text[0] not in "-–—−~")
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "data_dir": plain_words.filter(str.strip),
+    "train_file": st.lists(plain_words.filter(str.strip), min_size=1, max_size=3),
+    "text_a_column": st.integers(-9999, 9999) | plain_words.filter(lambda text: text.strip("+0123456789")),
+    "text_b_column": st.none() | st.just("second text"),
+    "has_header": st.sampled_from(["auto", True]),
+    "labels": st.lists(plain_words.filter(str.strip), min_size=2, max_size=5, unique=True),
+    "class_weights": st.just("balanced")
+    | st.dictionaries(plain_words.filter(str.strip), st.floats(1e-6, 1e6), min_size=1, max_size=3),
+    "learning_rate": st.floats(1e-300, 1),
+    "max_steps": st.integers(1, 2**31 - 1) | st.just(-1),
+    "seed": st.integers(0, 2**32 - 1),
+    "amp": st.sampled_from(["auto", "off", "bf16"]),
+    "do_lower_case": st.sampled_from([None, True, False]),
+    "save_total_limit": st.none() | st.integers(1, 99),
+    "metric_for_best_model": st.none() | st.sampled_from(["loss", "acc"]),
+    "output_dir": plain_words.filter(str.strip),
+    "num_train_epochs": st.floats(1e-3, 1e6),
+}
+FAULTS: dict[str, tuple[object, list[str]]] = {
+    "learning_rate": ("fast", ["fast"]),
+    "seed": (-1, ["-1"]),
+    "amp": ("fp32", ["fp32"]),
+    "labels": (["a"], ["a"]),
+    "has_header": ("maybe", ["maybe"]),
+    "data_dir": ([], []),
+    "class_weights": ({"a": 0}, ["a=0"]),
+    "max_steps": (0, ["0"]),
+    "learning_rte": (1, ["1"]),
+}
+
+
+def as_words(value: object) -> list[str]:
+    if isinstance(value, list):
+        return value
+    if isinstance(value, dict):
+        return [f"{label}={weight!r}" for label, weight in value.items()]
+    return ["null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)]
+
+
+@settings(max_examples=100, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.fixed_dictionaries({}, optional=VALUES), st.sets(st.sampled_from(sorted(FAULTS)), max_size=3))
+def test_yaml_and_flags_give_the_same_and_every_fault_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], faulty: set[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"model_name_or_path": "m", "data_dir": "d", "output_dir": "o", **given}
+    if "labels" in given:  # weights of other labels contradict them
+        given.pop("class_weights", None)
+    in_yaml = {**given, **{name: FAULTS[name][0] for name in faulty}}
+    in_words = {name: as_words(value) for name, value in given.items()} | {
+        name: FAULTS[name][1] for name in faulty
+    }
+    text = yaml.safe_dump(in_yaml, sort_keys=False, allow_unicode=True)
+    Path("own.yaml").write_text(text, encoding="utf-8")
+    flags = [word for name, value in in_words.items() for word in (f"--{name}", *value)]
+    if not faulty:
+        by_file = parse_command_line(["--config", "own.yaml"], "train")
+        assert by_file.config == parse_command_line(flags, "train").config
+        assert by_file.explicit >= given.keys()
+        return
+    with pytest.raises(ConfigError) as of_file:
+        parse_command_line(["--config", "own.yaml"], "train")
+    with pytest.raises(ConfigError) as of_flags:
+        parse_command_line(flags, "train")
+    lines = text.split("\n")
+    for name in faulty:
+        number = next(number for number, line in enumerate(lines, 1) if line.startswith(f"{name}:"))
+        what = "unknown setting learning_rte" if name == "learning_rte" else f"{name}: "
+        assert any(line.startswith(f"own.yaml:{number}: {what}") for line in str(of_file.value).splitlines())
+        flag = "unknown setting --learning_rte" if name == "learning_rte" else f"--{name}: "
+        assert any(line.startswith(flag) for line in str(of_flags.value).splitlines())

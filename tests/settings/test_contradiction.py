@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from bertpair.settings.config import Config, contradictions, joint_faults
+from bertpair.settings.config import Config, contradictions, missing
 
 
 def found(**values: Any) -> list[str]:
@@ -57,11 +57,7 @@ def test_sound_settings_have_no_fault(values: dict[str, Any]) -> None:
 
 
 def test_training_needs_a_model_data_and_a_folder() -> None:
-    assert joint_faults(Config(), training=False) == []
-    missing = joint_faults(Config(), training=True)
-    assert [fault.split()[0] for fault in missing] == ["model_name_or_path", "data_dir", "output_dir"]
-    assert len(joint_faults(Config(), training=True, known={"train_file", "output_dir"})) == 1
-    assert (
-        joint_faults(Config(model_name_or_path="m", train_file=["t.tsv"], output_dir="o"), training=True)
-        == []
-    )
+    found = missing(Config())
+    assert [fault.split()[0] for fault in found] == ["model_name_or_path", "data_dir", "output_dir"]
+    assert len(missing(Config(), known={"train_file", "output_dir"})) == 1
+    assert missing(Config(model_name_or_path="m", train_file=["t.tsv"], output_dir="o")) == []

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from bertpair.settings.command_line import REPLACES, Layer, file_layer, flag_layer, merge
-from bertpair.settings.config import SETTINGS, Config
+from bertpair.settings.command_line import REPLACES, Layer, Names, file_layer, flag_layer, merge
+from bertpair.settings.config import Config
 
 
 def flags(*argv: str) -> Layer:
-    return flag_layer(argv, SETTINGS, "train")[0]
+    return flag_layer(argv, Names, "train", {}, "")[0]
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def yaml(text: str) -> Layer:
     Path("c.yaml").write_text(text, encoding="utf-8")
-    return file_layer("c.yaml", SETTINGS, "train")
+    return file_layer("c.yaml", Names, "train")
 
 
 def test_flags_and_files_give_the_same_settings() -> None:
@@ -32,7 +32,7 @@ def test_flags_and_files_give_the_same_settings() -> None:
 
 def test_the_settings_file_is_named_by_a_flag() -> None:
     def read(*argv: str) -> tuple[Layer, str | None]:
-        return flag_layer(argv, SETTINGS, "train")
+        return flag_layer(argv, Names, "train", {}, "")
 
     assert read("--config", "c.yaml")[1] == "c.yaml"
     assert read()[1] is read("--config", "null")[1] is None
@@ -112,4 +112,4 @@ def test_within_one_layer_nothing_is_set_aside() -> None:
 
 
 def test_pairs_that_void_each_other_are_settings() -> None:
-    assert {name for pair in REPLACES for name in pair} <= set(Config.__dataclass_fields__)
+    assert {name for pair in REPLACES for name in pair} <= Config.model_fields.keys()

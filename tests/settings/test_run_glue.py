@@ -3,8 +3,8 @@
 import pytest
 
 from bertpair.settings.config import SETTINGS
-from bertpair.settings.run_glue import IGNORED, OLD_KINDS, RENAMED, SWITCHED, SWITCHED_IN_EVALUATE, translate
-from bertpair.settings.values import convert
+from bertpair.settings.fields import typed
+from bertpair.settings.run_glue import IGNORED, OldNames, translate
 
 ARGPARSE_ERA = """data_dir model_type model_name_or_path task_name output_dir config_name
         tokenizer_name cache_dir max_seq_length do_train do_eval evaluate_during_training do_lower_case
@@ -19,14 +19,7 @@ TRAINER_ERA = """do_predict per_device_train_batch_size per_device_eval_batch_si
 
 @pytest.mark.parametrize("name", ARGPARSE_ERA + TRAINER_ERA)
 def test_every_flag_of_run_glue_is_known(name: str) -> None:
-    assert (name in SETTINGS) != (name in OLD_KINDS)
-
-
-def test_old_names_stand_for_settings_that_exist() -> None:
-    targets = [*RENAMED.values(), *(name for name, _ in [*SWITCHED.values(), *SWITCHED_IN_EVALUATE.values()])]
-    assert set(targets) <= SETTINGS.keys()
-    for name, value in [*SWITCHED.values(), *SWITCHED_IN_EVALUATE.values()]:
-        assert convert(SETTINGS[name].kind, value) == value
+    assert (name in SETTINGS) != (name in OldNames.model_fields)
 
 
 def test_what_old_names_mean() -> None:
@@ -34,6 +27,7 @@ def test_what_old_names_mean() -> None:
     assert translate("fp16", False, "train") == ({}, "")
     assert translate("no_cuda", True, "train") == ({"device": "cpu"}, "")
     assert translate("per_gpu_train_batch_size", 8, "train") == ({"per_device_train_batch_size": 8}, "")
+    assert translate("per_gpu_eval_batch_size", 8, "train") == ({"per_device_eval_batch_size": 8}, "")
     assert translate("per_gpu_eval_batch_size", None, "train") == ({}, "")
     assert translate("model_type", "BERT", "train") == ({}, "")
 
@@ -47,6 +41,13 @@ def test_evaluation_moved_to_its_own_script() -> None:
     assert translate("do_predict", False, "train") == ({}, "")
 
 
+@pytest.mark.parametrize("name", sorted(OldNames.model_fields))
+def test_what_an_old_name_stands_for_is_a_setting(name: str) -> None:
+    for value in (True, 8):
+        meaning, _ = translate(name, value, "evaluate")
+        assert meaning.keys() <= SETTINGS.keys()
+
+
 @pytest.mark.parametrize("name", sorted(IGNORED))
 def test_nothing_is_swallowed(name: str) -> None:
     meaning, note = translate(name, "1", "train")
@@ -55,7 +56,7 @@ def test_nothing_is_swallowed(name: str) -> None:
 
 def test_only_bert_is_a_model_type() -> None:
     for word in ("BERT", "bert", "Bert"):
-        assert convert(OLD_KINDS["model_type"], word) == word
+        assert typed(OldNames, {"model_type": word}) == ({"model_type": word}, {})
     for value in ("roberta", "", None, 3):
-        with pytest.raises(ValueError, match="expected bert, the only type for now"):
-            convert(OLD_KINDS["model_type"], value)
+        _, faults = typed(OldNames, {"model_type": value})
+        assert faults["model_type"].startswith("expected bert, the only type for now")

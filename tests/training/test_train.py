@@ -23,7 +23,7 @@ from bertpair import (
     TrainResult,
     train,
 )
-from bertpair.runtime import stop_flag
+from bertpair.console import stop_flag
 from bertpair.settings.command_line import parse_command_line
 from bertpair.training.step import Stepper
 

@@ -1,0 +1,307 @@
+"""What a field of settings may hold: types, the words for them, and all faults of a group at once.
+
+Types are strict, since YAML has types: a quoted number is text. But every float may be text, because PyYAML
+reads 2e-5 as a string.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+)
+
+from bertpair.errors import ConfigError, half_character, list_faults, near_misses, plain, show
+
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_WHOLE = re.compile(r"[-+]?[0-9]{1,18}")
+_MANY = 2**31 - 1
+_QUOTE_IT = "YAML reads an unquoted yes, no, on, off, true, null or number as something else: quote it"
+# What people know a setting by: its name here, or a sentence about it.
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "max_length": "max_seq_length",
+    "max_len": "max_seq_length",
+    "validation_file": "dev_file",
+    "eval_file": "dev_file",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "seeds": "seed",
+    "scheduler": "lr_scheduler_type",
+    "dropout": "it is set in the model's config.json: hidden_dropout_prob and classifier_dropout",
+    "bf16": "mixed precision is set by amp: bf16",
+    "gpu": "the GPU is chosen by device: cuda, or cuda:1 for the second",
+    "cuda": "the GPU is chosen by device: cuda, or cuda:1 for the second",
+    "gradient_checkpointing": "there is none; a smaller per_device_train_batch_size with more "
+    "gradient_accumulation_steps saves memory too",
+}
+
+
+class FieldError(ConfigError):
+    """Values that a group of settings refuses: the fault of each, by its name."""
+
+    def __init__(self, faults: Mapping[str, str]) -> None:
+        super().__init__(list_faults(placed(faults, {name: name for name in faults})))
+        self.faults = faults
+
+
+def placed(faults: Mapping[str, str], where: Mapping[str, str]) -> list[str]:
+    """Each fault after its place, such as `config.yaml:3: seed`; an unknown name stands in its fault."""
+    return [
+        where[name].removesuffix(name) + fault if fault.startswith("unknown") else f"{where[name]}: {fault}"
+        for name, fault in faults.items()
+    ]
+
+
+class Group(BaseModel):
+    """Settings that belong together: typed when made, never changed. FieldError lists all faults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, /, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise FieldError(_explain(type(self), values, error)) from None
+
+
+def setting(default: object, help: str, **facts: Any) -> Any:
+    """A field with its default, its meaning for --help, bounds, and `resume` and `owner` (see `Config`).
+
+    A whole number from `ge` on is below 2**31 if nothing else is said; lower bounds of others are floats.
+    """
+    if isinstance(facts.get("ge"), int) and not {"le", "lt"} & facts.keys():
+        facts["le"] = _MANY
+    own: dict[str, Any] = {name: facts.pop(name) for name in ("resume", "owner") if name in facts}
+    return Field(default, description=help, json_schema_extra=own, **facts)
+
+
+def typed(model: type[Group], raw: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Typed values of the sound ones in `raw`, and the fault of each of the others, in its order."""
+    try:
+        made = model(**raw)
+    except FieldError as error:
+        sound, _ = typed(model, {name: value for name, value in raw.items() if name not in error.faults})
+        return sound, {name: error.faults[name] for name in raw if name in error.faults}
+    return {name: getattr(made, name) for name in raw if name in model.model_fields}, {}
+
+
+def _explain(model: type[Group], values: Mapping[str, object], error: ValidationError) -> dict[str, str]:
+    faults: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        name = str(item["loc"][0])
+        if item["type"] == "extra_forbidden":
+            faults[name] = f"unknown setting {plain(name)}{suggest(name, model.model_fields)}"
+        elif said := str(item.get("ctx", {}).get("error", "")):
+            faults[name] = said
+        else:
+            faults.setdefault(name, f"expected {expected(model)[name]}, found {show(values[name])}")
+    return faults
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean …?`, a sentence about what people call so, or nothing."""
+    known = list(known)
+    other = OTHER_NAMES.get(name.strip("-").replace("-", "_").lower(), "")
+    if " " in other and "seed" in known:
+        return f": {other}"
+    near = [other] if other in known else near_misses(name, known)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+@cache
+def expected(model: type[Group]) -> dict[str, str]:
+    """What each field may hold, in words."""
+    return {name: _words(item) for name, item in model.model_json_schema()["properties"].items()}
+
+
+def _words(schema: Mapping[str, Any]) -> str:
+    if said := schema.get("format"):
+        return str(said)
+    if "anyOf" in schema:
+        return ", or ".join(map(_words, schema["anyOf"]))
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    if "const" in schema:
+        return show(schema["const"]).strip("'")
+    low, high = schema.get("minimum"), schema.get("maximum", _MANY)
+    if schema.get("type") == "integer" and low is not None:
+        return (
+            f"a whole number of at least {low}" if high == _MANY else f"a whole number from {low} to {high}"
+        )
+    if schema.get("type") == "number":
+        keys = {"exclusiveMinimum": "above", "minimum": "of at least", "maximum": "at most"}
+        bounds = [
+            f"{word} {schema[key]:g}"
+            for key, word in (keys | {"exclusiveMaximum": "below"}).items()
+            if key in schema
+        ]
+        return f"a number {' and '.join(bounds)}".strip()
+    return {"boolean": "true or false", "null": "null"}.get(str(schema.get("type")), "a value")
+
+
+def plain_types(annotation: Any) -> set[type]:
+    """The types that an annotation allows, without what it asks of them."""
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if get_origin(annotation) is Annotated:
+        return plain_types(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, type(int | str)):
+        return set().union(*map(plain_types, get_args(annotation)))
+    return {get_origin(annotation) or annotation}
+
+
+def from_words(words: Sequence[str], annotation: Any) -> object:
+    """The words after a flag as YAML would give the value; ValueError says what was found if it is none."""
+    types = plain_types(annotation)
+    if types & {list, dict} and words:
+        return None if list(words) == ["null"] and type(None) in types else list(words)
+    if not words and bool in types:
+        return True
+    if len(words) != 1 and Any not in types:
+        raise ValueError(f"{len(words)} words, {show(' '.join(words))}" if words else "nothing")
+    word = " ".join(words)
+    if bool in types and word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    if int in types and _WHOLE.fullmatch(word):
+        return int(word)
+    return None if word == "null" else word
+
+
+def as_text(value: object) -> str:
+    """Text that can be written to YAML and handed to the system; ValueError otherwise."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    if "\0" in value or half_character(value) is not None:
+        raise ValueError(f"expected text without NUL or bytes that are not UTF-8, found {show(value)}")
+    return value
+
+
+def as_path(value: object) -> str:
+    """The same for a path; `~` is the home folder."""
+    text = as_text(value)
+    if text.isspace():
+        raise ValueError(f"expected a path, found {show(text)}")
+    return os.path.expanduser(text)
+
+
+def _as_number(value: object) -> object:
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str | os.PathLike) else value
+
+
+def as_label(value: object) -> str:
+    """A label as text; a plain whole number is one too, anything else that YAML made of it is refused."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:d}"
+    if not isinstance(value, str):
+        raise ValueError(f"expected labels that are text, found {show(value)}; {_QUOTE_IT}")
+    if not value.strip():
+        raise ValueError("expected labels that are not empty, found an empty one")
+    return as_text(value)
+
+
+def _as_labels(value: object) -> list[str]:
+    if not isinstance(value, list | tuple):
+        raise ValueError
+    labels = [as_label(item) for item in value]
+    if len(labels) < 2:
+        raise ValueError(f"expected at least two labels, found {', '.join(map(show, labels)) or 'none'}")
+    return _once(labels)
+
+
+def _once(labels: list[str]) -> list[str]:
+    twice = [show(label) for label, count in Counter(labels).items() if count > 1]
+    if twice:
+        raise ValueError(f"expected every label once, found {', '.join(twice[:5])} more than once")
+    return labels
+
+
+def _as_weights(value: object) -> object:
+    if value in ("balanced", ["balanced"]):
+        return "balanced"
+    if isinstance(value, list):  # label=weight, from a command line
+        pairs = [str(item).rpartition("=") for item in value]
+        value = {label: weight for label, _, weight in pairs} if all(label for label, _, _ in pairs) else None
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError
+    weights = dict(
+        zip(_once([as_label(label) for label in value]), map(_as_number, value.values()), strict=True)
+    )
+    for weight in weights.values():  # float32 holds a sum of losses so weighted
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 1e-6 <= weight <= 1e6:
+            raise ValueError(f"expected weights of at least 1e-06 and at most 1e+06, found {show(weight)}")
+    return {label: float(weight) for label, weight in weights.items()}  # type: ignore[arg-type]
+
+
+def _as_column(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10_000:
+        return value
+    if value is None or isinstance(value, bool | float):
+        raise ValueError(f"expected a header name or a column number, found {show(value)}; {_QUOTE_IT}")
+    return as_text(value)
+
+
+def said(words: str) -> WithJsonSchema:
+    """What a type of its own rules may hold, in words."""
+    return WithJsonSchema({"format": words})
+
+
+_UNSET = BeforeValidator(lambda value: None if value == "" else value)  # as run_glue's "" meant
+OFF = BeforeValidator(lambda value: "off" if value is False else value)  # PyYAML reads an unquoted off so
+NO = BeforeValidator(lambda value: "no" if value is False else value)
+Switch = Annotated[bool, Field(strict=True)]
+Whole = Annotated[int, Field(strict=True)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Real = Annotated[Finite, BeforeValidator(_as_number)]
+SomeText = Annotated[str, PlainValidator(as_text), said("text")]
+SomePath = Annotated[str, PlainValidator(as_path), said("a path")]
+Text = Annotated[SomeText | None, _UNSET]
+Path = Annotated[SomePath | None, _UNSET]
+Paths = (
+    Annotated[list[SomePath], Field(min_length=1), BeforeValidator(_as_list), said("one path or several")]
+    | None
+)
+Label = Annotated[str, PlainValidator(as_label), said("a label")] | None
+Labels = Annotated[list[str], PlainValidator(_as_labels), said("a list of at least two labels")] | None
+Weights = (
+    Annotated[
+        str | dict[str, float],
+        PlainValidator(_as_weights),
+        said("balanced, or a weight from 1e-6 to 1e6 by label (label=weight …)"),
+    ]
+    | None
+)
+Column = Annotated[
+    int | str,
+    PlainValidator(_as_column),
+    said("auto, a header name, or a column number (from 0; -1 is the last)"),
+]
+Device = Annotated[
+    str,
+    Field(strict=True, pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"),
+    said("auto, cpu, mps, cuda or cuda:N"),
+]
+Amp = Annotated[Literal["auto", "off", "bf16", "fp16"], OFF]
