@@ -1,6 +1,7 @@
 """The settings as one dataclass: documented, checked, written and read back, compared on a resume."""
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -263,16 +264,18 @@ def test_settings_of_an_earlier_version_are_passed_over_in_a_models_folder(tmp_p
     assert stored_settings(tmp_path) == {"seed": 3}
 
 
-plain_words = words.filter(lambda text: text not in ("null", "true", "false") and text[0] not in "-–—−~")
+plain_words = st.text(
+    st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=9
+).filter(lambda text: text not in ("null", "true", "false") and text[0] not in "-–—−~")
 VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "data_dir": plain_words.filter(str.strip),
-    "train_file": st.lists(plain_words.filter(str.strip), min_size=1, max_size=3),
+    "data_dir": plain_words,
+    "train_file": st.lists(plain_words, min_size=1, max_size=3),
     "text_a_column": st.integers(-9999, 9999) | plain_words.filter(lambda text: text.strip("+0123456789")),
     "text_b_column": st.none() | st.just("second text"),
     "has_header": st.sampled_from(["auto", True]),
-    "labels": st.lists(plain_words.filter(str.strip), min_size=2, max_size=5, unique=True),
+    "labels": st.lists(plain_words, min_size=2, max_size=5, unique=True),
     "class_weights": st.just("balanced")
-    | st.dictionaries(plain_words.filter(str.strip), st.floats(1e-6, 1e6), min_size=1, max_size=3),
+    | st.dictionaries(plain_words, st.floats(1e-6, 1e6), min_size=1, max_size=3),
     "learning_rate": st.floats(1e-300, 1),
     "max_steps": st.integers(1, 2**31 - 1) | st.just(-1),
     "seed": st.integers(0, 2**32 - 1),
@@ -280,7 +283,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "do_lower_case": st.sampled_from([None, True, False]),
     "save_total_limit": st.none() | st.integers(1, 99),
     "metric_for_best_model": st.none() | st.sampled_from(["loss", "acc"]),
-    "output_dir": plain_words.filter(str.strip),
+    "output_dir": plain_words,
     "num_train_epochs": st.floats(1e-3, 1e6),
 }
 FAULTS: dict[str, tuple[object, list[str]]] = {
@@ -317,12 +320,12 @@ def test_yaml_and_flags_give_the_same_and_every_fault_its_place(
     in_words = {name: as_words(value) for name, value in given.items()} | {
         name: FAULTS[name][1] for name in faulty
     }
-    text = yaml.safe_dump(in_yaml, sort_keys=False, allow_unicode=True)
+    text = "".join(f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in in_yaml.items())
     Path("own.yaml").write_text(text, encoding="utf-8")
     flags = [word for name, value in in_words.items() for word in (f"--{name}", *value)]
     if not faulty:
         by_file = parse_command_line(["--config", "own.yaml"], "train")
-        assert by_file.config == parse_command_line(flags, "train").config
+        assert by_file.config.model_dump() == parse_command_line(flags, "train").config.model_dump(), flags
         assert by_file.explicit >= given.keys()
         return
     with pytest.raises(ConfigError) as of_file:
@@ -333,6 +336,6 @@ def test_yaml_and_flags_give_the_same_and_every_fault_its_place(
     for name in faulty:
         number = next(number for number, line in enumerate(lines, 1) if line.startswith(f"{name}:"))
         what = "unknown setting learning_rte" if name == "learning_rte" else f"{name}: "
-        assert any(line.startswith(f"own.yaml:{number}: {what}") for line in str(of_file.value).splitlines())
+        assert f"\nown.yaml:{number}: {what}" in f"\n{of_file.value}", text
         flag = "unknown setting --learning_rte" if name == "learning_rte" else f"--{name}: "
-        assert any(line.startswith(flag) for line in str(of_flags.value).splitlines())
+        assert f"\n{flag}" in f"\n{of_flags.value}", flags
