@@ -23,12 +23,11 @@ from bertpair.checkpoints.atomic import (
     FILE_MODE,
     fsync_file,
     fsync_folder,
-    naming,
     remove,
     replace_file,
+    replacing,
     retire_folder,
 )
-from bertpair.checkpoints.lock import is_alive
 from bertpair.checkpoints.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -76,14 +75,9 @@ _CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]{0,17})")
 def load_tensors(folder: Path, name: str, manifest: Manifest | None = None) -> dict[str, Tensor]:
     """The tensors of a verified safetensors file, on the CPU; CheckpointError says what is wrong.
 
-    The bytes that are parsed are the bytes that were hashed. The tensors are views of one buffer, which
-    lives as long as any of them. A NaN or an infinity is an error too.
+    The bytes that are parsed are the bytes that were hashed. A NaN or an infinity is an error too.
     """
-    data = read_verified(folder, name, manifest)
-    try:
-        tensors, _ = parse_tensors(data)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder / name}: {error}") from error
+    tensors = parse_tensors(read_verified(folder, name, manifest), str(folder / name))
     floating = {key: t for key, t in tensors.items() if t.is_floating_point() and t.numel()}
     # The extremes of a tensor with a NaN are NaN: one pass without a mask of the tensor's size.
     bad = [key for key, t in floating.items() if not torch.stack(torch.aminmax(t)).isfinite().all()]
@@ -238,20 +232,13 @@ def _place(source: Path, target: Path) -> None:
     if target.exists() and os.path.samefile(source, target):
         return  # placed before a crash; renaming a link over its own file would do nothing and leave it
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    with naming(target):
-        temporary.unlink(missing_ok=True)
+    with replacing(target, temporary):
         try:
-            try:
-                os.link(source, temporary)
-            except OSError:  # a file system without links
-                shutil.copyfile(source, temporary)
-                os.chmod(temporary, FILE_MODE)
-                fsync_file(temporary)
-            os.replace(temporary, target)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+            os.link(source, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, temporary)
+            os.chmod(temporary, FILE_MODE)
+            fsync_file(temporary)
 
 
 # What stays and what goes
@@ -344,11 +331,20 @@ def _restored(aside: Path, name: Path) -> bool:
 
 
 def _is_dead_file(path: Path) -> bool:
-    """Whether it is half a file of ours, whose writer is gone."""
+    """Whether it is half a file of ours, whose writer is gone (on Windows: was this process)."""
     matched = _TEMPORARY_FILE.fullmatch(path.name)
     if matched is None or matched[1] not in (*MODEL_FILES, *RUN_FILES, MANIFEST_NAME):
         return False
-    return int(matched[2]) == os.getpid() or not is_alive(int(matched[2]))
+    pid = int(matched[2])
+    if pid == os.getpid() or os.name == "nt":  # where signal 0 means Ctrl-C
+        return pid == os.getpid()
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 # Results of evaluations
