@@ -107,19 +107,19 @@ def fsync_folder(path: Path) -> None:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Put `data` under the name `path`, durably: a reader sees the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with replacing(path, temporary):
+    with replacing(path) as temporary:
         write_file(temporary, [data])
     fsync_folder(path.parent)
 
 
 @contextmanager
-def replacing(path: Path, temporary: Path) -> Iterator[None]:
-    """Rename `temporary`, which is made inside, to `path`; after an exception it is gone."""
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary name; the file that is made there becomes `path`, or is gone after an exception."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with naming(path):
         temporary.unlink(missing_ok=True)
         try:
-            yield
+            yield temporary
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):

@@ -160,15 +160,6 @@ def _check(file: FileIO, digest: str, entry: FileEntry) -> None:
         raise CheckpointError(f"{file.name}: its contents have changed: their sha256 is not the manifest's")
 
 
-def extra_files(folder: Path, manifest: Manifest) -> list[str]:
-    """The names of visible files and folders in `folder` that its manifest does not name."""
-    known = {entry.name for entry in manifest.files} | {MANIFEST_NAME}
-    try:
-        return sorted(name for name in os.listdir(folder) if name not in known and name[0] != ".")
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be listed: {error.strerror}") from error
-
-
 @contextmanager
 def _opened(path: Path, entry: FileEntry | None = None) -> Iterator[FileIO]:
     """A plain file, of the size that its entry says; anything else, or any trouble, is a CheckpointError."""
