@@ -1,8 +1,8 @@
 """How long a durable checkpoint of mBERT's size takes, beside safetensors.save_file + torch.save + fsync.
 
 Both write the same 0.7 GB of weights and 1.4 GB of optimizer state (random numbers) to the same disk, turn
-by turn. bertpair's also takes checksums, a manifest, fsync of the folders and a rename; its seconds are
-printed apart (the checksums run beside the writing, on another core).
+by turn. bertpair's also takes checksums (beside the writing, on another core), a manifest, fsync of the
+folders and a rename.
 
     python benchmarks/save.py [--folder DIR] [--repeats N] [--layers N]
 """
@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bertpair.checkpoints.atomic import SaveSeconds, fsync_file, staged_folder
+from bertpair.checkpoints.atomic import fsync_file, staged_folder
 from bertpair.checkpoints.checkpoint import load_tensors, newest_whole
 
 VOCABULARY, HIDDEN, INTERMEDIATE, POSITIONS = 119_547, 768, 3_072, 512
@@ -80,13 +80,10 @@ def random_weights(num_layers: int) -> dict[str, Tensor]:
 
 
 def compare(folder: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], repeats: int) -> None:
-    parts: list[SaveSeconds] = []
-
     def ours() -> None:
         with staged_folder(folder / "checkpoint-1", meta={"step": 1}) as staging:
             staging.write_tensors("model.safetensors", weights, {"format": "pt"})
             staging.write_tensors("optimizer.safetensors", optimizer)
-        parts.append(staging.seconds)
 
     def plain() -> None:
         (folder / "plain").mkdir()
@@ -104,7 +101,7 @@ def compare(folder: Path, weights: dict[str, Tensor], optimizer: dict[str, Tenso
                 check(folder, weights)
             shutil.rmtree(folder / written)
             os.sync()
-    report({name: values[1:] for name, values in seconds.items()}, parts[1:])
+    report({name: values[1:] for name, values in seconds.items()})
 
 
 def timed(save: Callable[[], None]) -> float:
@@ -125,12 +122,10 @@ def check(folder: Path, weights: dict[str, Tensor]) -> None:
     print(f"verified whole in {verified - started:.2f} s; weights loaded in {done - verified:.2f} s")
 
 
-def report(seconds: dict[str, list[float]], parts: list[SaveSeconds]) -> None:
+def report(seconds: dict[str, list[float]]) -> None:
     for name, values in seconds.items():
         listed = " ".join(f"{value:.2f}" for value in values)
         print(f"{name:9} {statistics.median(values):6.2f} s median, {min(values):.2f} s best   ({listed})")
-    for part in ("write", "checksum", "fsync"):
-        print(f"  {part:9} {statistics.median(getattr(p, part) for p in parts):6.2f} s")
     ratio = statistics.median(seconds["bertpair"]) / statistics.median(seconds["plain"])
     best = min(seconds["bertpair"]) / min(seconds["plain"])
     print(json.dumps({"ratio": round(ratio, 3), "ratio_of_best": round(best, 3), "allowed": 1.5}))

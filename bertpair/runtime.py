@@ -317,7 +317,7 @@ def cpu_bf16_flag(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
 
 
 class LossScaler:
-    """fp16's loss scale, by torch.amp.GradScaler's rule, kept on the device: no step waits to read it.
+    """fp16's loss scale, as torch.amp.GradScaler has it, kept on the device: no step waits to read it.
 
     It is never below `FLOOR`: gradients that overflow there do so by themselves, and halving is no help.
     """
@@ -332,16 +332,10 @@ class LossScaler:
 
     def update(self, found_inf: Tensor) -> None:
         """Halve the scale after a step whose gradients overflowed, double it after enough good ones."""
-        if not self.enabled:
-            return
-        bad = found_inf.reshape(()) != 0
-        good_steps = torch.where(bad, 0, self.growth_tracker + 1)
-        is_due = good_steps == self.growth_interval
-        doubled = self.scale * 2.0
-        grows = is_due & torch.isfinite(doubled)
-        halved = (self.scale * 0.5).clamp(min=self.FLOOR)
-        self.scale.copy_(torch.where(bad, halved, torch.where(grows, doubled, self.scale)))
-        self.growth_tracker.copy_(torch.where(is_due, 0, good_steps))
+        if self.enabled:
+            state = self.scale, self.growth_tracker
+            torch._amp_update_scale_(*state, found_inf, 2.0, 0.5, self.growth_interval)
+            self.scale.clamp_(min=self.FLOOR)
 
     def state_dict(self) -> dict[str, float | int]:
         """Plain numbers, for JSON. Waits for the device."""

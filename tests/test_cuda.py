@@ -157,7 +157,7 @@ def test_a_step_never_waits_for_the_device(device: torch.device, name: Precision
 
 
 @on_each
-def test_the_fused_update_equals_that_of_lists(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_update_equals_the_plain_one(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """20 updates by the same gradients, which clipping makes smaller."""
     states = []
     for is_fused in (True, False):

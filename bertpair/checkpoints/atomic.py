@@ -1,8 +1,8 @@
 """Files and folders that are whole or not there: complete writes, fsync, staging, renames, free space.
 
-A folder is written in this order: files into `<name>.tmp-<pid>`, fsync of each, manifest.json last, fsync of
-the folder, rename, fsync of the parent. A crash at any point leaves the final name as it was, and at most a
-temporary folder, which the next start removes.
+A folder is written in this order: each file into `<name>.tmp-<pid>` with an fsync, manifest.json last, fsync
+of the folder, rename, fsync of the parent. A crash at any point leaves the final name as it was, and at most
+a temporary folder, which the next start removes.
 
 Each system call that changes the disk is looked up in `os` at the moment it is made, so that a test can
 fail it or kill the process there. A failed fsync is never tried again on the same file: the kernel may
@@ -14,20 +14,18 @@ import json
 import logging
 import os
 import shutil
-import time
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from bertpair.checkpoints.manifest import MANIFEST_NAME, FileEntry, Manifest, encode_manifest, is_plain_name
-from bertpair.checkpoints.tensor_file import encode_header, file_order, tensor_bytes
+from bertpair.checkpoints.tensor_file import encode_tensors
 from bertpair.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -58,19 +56,25 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         try:
             yield descriptor
         finally:
-            os.close(descriptor)
+            os.close(descriptor)  # network file systems report a full disk only here
 
 
-def create_file(path: Path) -> int:
-    """Open a file that must not exist yet; returns its descriptor."""
-    descriptor = os.open(path, _NEW_FILE, FILE_MODE)
-    try:
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
+    """Write a file that must not exist yet, durably; what a manifest is to say of it.
+
+    Each chunk is hashed in a second thread while it is written.
+    """
+    digest, size = sha256(), 0
+    with ThreadPoolExecutor(1) as hasher, _opened(path, _NEW_FILE) as descriptor:
         if hasattr(os, "fchmod"):
             os.fchmod(descriptor, FILE_MODE)  # whatever the umask
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+        for chunk in chunks:
+            hashing = hasher.submit(digest.update, chunk)
+            write_all(descriptor, chunk)
+            hashing.result()
+            size += len(chunk)
+        os.fsync(descriptor)
+    return FileEntry(path.name, size, digest.hexdigest())
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
@@ -103,26 +107,24 @@ def fsync_folder(path: Path) -> None:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Put `data` under the name `path`, durably: a reader sees the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with naming(path):
-            temporary.unlink(missing_ok=True)
-            _write_durably(temporary, data)
-            os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        write_file(temporary, [data])
     fsync_folder(path.parent)
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    descriptor = create_file(path)
-    try:
-        write_all(descriptor, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary name; the file that is made there becomes `path`, or is gone after an exception."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with naming(path):
+        temporary.unlink(missing_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def append(path: Path, data: bytes) -> None:
@@ -218,151 +220,38 @@ def check_free_space(folder: Path, bytes_needed: int, what: str) -> None:
         )
 
 
-_MAX_PENDING_BYTES = 512 << 20  # written, and waiting for their checksum
-
-
-@dataclass
-class SaveSeconds:
-    """Where the time of a save went; `checksum` runs beside the others, in a thread of its own."""
-
-    write: float = 0.0
-    checksum: float = 0.0
-    fsync: float = 0.0
-
-
-class _HashedFile:
-    """An open file whose bytes are hashed in a thread of its own while they, and later files, are written."""
-
-    def __init__(self, name: str, descriptor: int, seconds: SaveSeconds) -> None:
-        self._name = name
-        self._digest = sha256()
-        self._size = 0
-        self._descriptor = descriptor
-        self._hasher = ThreadPoolExecutor(1)
-        self._seconds = seconds
-        self._pending: deque[tuple[int, Future[None]]] = deque()
-
-    def write(self, data: bytes | memoryview) -> None:
-        started = time.monotonic()
-        self._pending.append((len(data), self._hasher.submit(self._hash, data)))
-        write_all(self._descriptor, data)
-        self._seconds.write += time.monotonic() - started
-        self._size += len(data)
-        # What waits to be hashed may be copies from a device: they must not pile up.
-        while sum(size for size, _ in self._pending) > _MAX_PENDING_BYTES:
-            self._pending.popleft()[1].result()
-
-    def fsync(self) -> None:
-        started = time.monotonic()
-        os.fsync(self._descriptor)
-        self._seconds.fsync += time.monotonic() - started
-
-    def entry(self) -> FileEntry:
-        """Wait for the checksum; what the manifest is to say."""
-        while self._pending:
-            self._pending.popleft()[1].result()
-        self._hasher.shutdown()
-        return FileEntry(self._name, self._size, self._digest.hexdigest())
-
-    def drop(self) -> None:
-        """Hash no further."""
-        self._hasher.shutdown(cancel_futures=True)
-
-    def _hash(self, data: bytes | memoryview) -> None:
-        started = time.monotonic()
-        self._digest.update(data)
-        self._seconds.checksum += time.monotonic() - started
-
-
 class Staging:
-    """A folder being written under a temporary name; made, finished and undone by `staged_folder`.
+    """A folder being written under a temporary name; made and undone by `staged_folder`.
 
     `meta` goes into the manifest and may be filled until the end. OSErrors name the file.
     """
 
-    def __init__(self, final: Path, versions: Mapping[str, str], meta: Mapping[str, Any]) -> None:
-        self.final = final
+    def __init__(self, final: Path, meta: Mapping[str, Any]) -> None:
         self.folder = final.with_name(f"{final.name}.tmp-{os.getpid()}")
-        self.versions = dict(versions)
+        number = count(2)
+        while os.path.lexists(self.folder):  # what is left of an earlier attempt is never written into again
+            self.folder = final.with_name(f"{final.name}.tmp-{os.getpid()}-{next(number)}")
         self.meta = dict(meta)
-        self.seconds = SaveSeconds()
-        self._files: list[_HashedFile] = []
-        self._open: dict[Path, int] = {}  # kept open until fsync: its errors reach only who had the file open
+        self.entries: list[FileEntry] = []
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write one file."""
-        with self._new_file(name) as file:
-            file.write(data)
+        self._write(name, [data])
 
     def write_json(self, name: str, value: object) -> None:
         """Write a value as indented UTF-8 JSON; NaN and infinity are refused (ValueError)."""
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-        self.write_bytes(name, text.encode("utf-8") + b"\n")
+        self._write(name, [text.encode("utf-8") + b"\n"])
 
     def write_tensors(
         self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
     ) -> None:
-        """Write a safetensors file, one tensor at a time: only one that must come from a device is copied.
+        """Write a safetensors file, one tensor at a time: only one that must come from a device is copied."""
+        self._write(name, encode_tensors(tensors, metadata))
 
-        The tensors must stay as they are until the folder is finished: their checksum may lag behind.
-        """
-        with self._new_file(name) as file:
-            file.write(encode_header(tensors, metadata or {}))
-            for tensor_name in file_order(tensors):
-                file.write(tensor_bytes(tensors[tensor_name]))
-            file.fsync()  # at once: the checksum is still being computed meanwhile
-
-    @contextmanager
-    def _new_file(self, name: str) -> Iterator[_HashedFile]:
+    def _write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         assert is_plain_name(name) and name != MANIFEST_NAME, name
-        path = self.folder / name
-        with naming(path):
-            self._open[path] = create_file(path)
-            self._files.append(_HashedFile(name, self._open[path], self.seconds))
-            yield self._files[-1]
-
-    def _begin(self) -> None:
-        attempt = 1
-        while os.path.lexists(self.folder) and not (self.folder.is_dir() and remove(self.folder)):
-            # An earlier attempt of this very process that cannot be removed: never written into again.
-            attempt += 1
-            self.folder = self.final.with_name(f"{self.final.name}.tmp-{os.getpid()}-{attempt}")
-        os.mkdir(self.folder, FOLDER_MODE)
-        os.chmod(self.folder, FOLDER_MODE)  # whatever the umask
-
-    def _finish(self) -> None:
-        self._make_durable()
-        manifest = Manifest(tuple(file.entry() for file in self._files), self.versions, self.meta)
-        path = self.folder / MANIFEST_NAME
-        with naming(path):
-            self._open[path] = create_file(path)
-            write_all(self._open[path], encode_manifest(manifest))
-        self._make_durable()
-        started = time.monotonic()
-        fsync_folder(self.folder)
-        # What stands there and has no manifest is not ours to delete.
-        install_folder(self.folder, self.final, keep_old=not (self.final / MANIFEST_NAME).is_file())
-        self.seconds.fsync += time.monotonic() - started
-
-    def _make_durable(self) -> None:
-        started = time.monotonic()
-        for path in list(self._open):
-            with naming(path):
-                os.fsync(self._open[path])
-                os.close(self._open.pop(path))  # network file systems report a full disk only here
-        self.seconds.fsync += time.monotonic() - started
-
-    def _undo(self) -> None:
-        for file in self._files:
-            file.drop()
-        for descriptor in self._open.values():
-            try:
-                os.close(descriptor)
-            except OSError:
-                pass
-        self._open.clear()
-        if self.folder.is_dir():
-            remove(self.folder)
+        self.entries.append(write_file(self.folder / name, chunks))
 
 
 @contextmanager
@@ -374,11 +263,18 @@ def staged_folder(
     On any exception, in the block or in finishing (OSError), nothing is left and `final` is as it was.
     A folder of ours already there is replaced; one that bertpair did not write is moved aside and kept.
     """
-    staging = Staging(final, versions or {}, meta or {})
+    staging = Staging(final, meta or {})
+    folder = staging.folder
     try:
-        staging._begin()
+        os.mkdir(folder, FOLDER_MODE)
+        os.chmod(folder, FOLDER_MODE)  # whatever the umask
         yield staging
-        staging._finish()
+        manifest = Manifest(tuple(staging.entries), dict(versions or {}), staging.meta)
+        write_file(folder / MANIFEST_NAME, [encode_manifest(manifest)])
+        fsync_folder(folder)
+        # What stands there and has no manifest is not ours to delete.
+        install_folder(folder, final, keep_old=not (final / MANIFEST_NAME).is_file())
     except BaseException:
-        staging._undo()
+        if folder.is_dir():
+            remove(folder)
         raise

@@ -19,24 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bertpair.checkpoints.atomic import (
-    FILE_MODE,
-    fsync_file,
-    fsync_folder,
-    naming,
-    remove,
-    replace_file,
-    retire_folder,
-)
-from bertpair.checkpoints.lock import is_alive
-from bertpair.checkpoints.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    extra_files,
-    read_manifest,
-    read_verified,
-    verify_folder,
-)
+from bertpair.checkpoints import atomic
+from bertpair.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest, read_verified, verify_folder
 from bertpair.checkpoints.tensor_file import parse_tensors
 from bertpair.errors import CheckpointError, ConfigError, list_faults
 from bertpair.model.config import ModelFolder, read_folder
@@ -48,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 FINAL_READY = "final.ready"
 INPUT_FILE = "input.json"
+COMPARED = "compare-"  # begins the names of folders with a compared model's results
 RESULT_FILES = (
     "confusion_matrix.png",
     "eval_results.json",
@@ -55,40 +40,28 @@ RESULT_FILES = (
     "predictions.tsv",
     INPUT_FILE,
 )
-MODEL_FILES = (
-    "config.json",
-    "model.safetensors",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "trainer_state.json",
-    "vocab.txt",
-)
-COMPARED = "compare-"  # begins the names of folders with a compared model's results
-RUN_FILES = (".run.json", "curves.png", "metrics.jsonl", "training_args.yaml", *RESULT_FILES)
-_FOLDER_NAME = rf"checkpoint-(?:0|[1-9]\d{{0,17}})|{re.escape(FINAL_READY)}"
-_TEMPORARY_FOLDER = re.compile(rf"({_FOLDER_NAME})\.(tmp|old)-\d{{1,10}}(?:-\d{{1,10}})?", re.ASCII)
-_PART_NAME = re.compile(rf"(?:{_FOLDER_NAME})|{COMPARED}.+", re.DOTALL)
-_TEMPORARY_FILE = re.compile(r"\.(.+)\.tmp-(\d{1,10})", re.ASCII)
+TOKENIZER_FILES = ("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+MODEL_FILES = ("config.json", "model.safetensors", "trainer_state.json", MANIFEST_NAME, *TOKENIZER_FILES)
+RUN_FILES = (".run.json", "curves.png", "metrics.jsonl", TRAINING_ARGS, *RESULT_FILES)
 _CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]{0,17})")
+_FOLDER_NAME = rf"{_CHECKPOINT.pattern}|{re.escape(FINAL_READY)}"
+_PART_NAME = re.compile(rf"{_FOLDER_NAME}|{COMPARED}.+", re.DOTALL)
+_TEMPORARY_FOLDER = re.compile(rf"(?P<name>{_FOLDER_NAME})\.(?P<kind>tmp|old)-[0-9]{{1,10}}(-[0-9]{{1,10}})?")
+_TEMPORARY_FILE = re.compile(r"\.(.+)\.tmp-([0-9]{1,10})")
 
 
 def load_tensors(folder: Path, name: str, manifest: Manifest | None = None) -> dict[str, Tensor]:
     """The tensors of a verified safetensors file, on the CPU; CheckpointError says what is wrong.
 
-    The bytes that are parsed are the bytes that were hashed. The tensors are views of one buffer, which
-    lives as long as any of them. A NaN or an infinity is an error too.
+    The bytes that are parsed are the bytes that were hashed. A NaN or an infinity is an error too.
     """
-    data = read_verified(folder, name, manifest)
-    try:
-        tensors, _ = parse_tensors(data)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder / name}: {error}") from error
+    path = folder / name
+    tensors = parse_tensors(read_verified(folder, name, manifest), str(path))
     floating = {key: t for key, t in tensors.items() if t.is_floating_point() and t.numel()}
     # The extremes of a tensor with a NaN are NaN: one pass without a mask of the tensor's size.
     bad = [key for key, t in floating.items() if not torch.stack(torch.aminmax(t)).isfinite().all()]
     if bad:
-        raise CheckpointError(list_faults([f"{folder / name}: {key!r} holds NaN or infinity" for key in bad]))
+        raise CheckpointError(list_faults([f"{path}: {key!r} holds NaN or infinity" for key in bad]))
     return tensors
 
 
@@ -105,18 +78,13 @@ def output_dir_of(folder: Path) -> Path:
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """Step and folder of every `checkpoint-N`, whole or not, in numeric order; links are not followed."""
-    found = []
     try:
-        entries = list(os.scandir(output_dir))
+        names = [entry.name for entry in os.scandir(output_dir) if entry.is_dir(follow_symlinks=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise CheckpointError(f"{output_dir}: cannot be listed: {error.strerror}") from error
-    for entry in entries:
-        matched = _CHECKPOINT.fullmatch(entry.name)
-        if matched and entry.is_dir(follow_symlinks=False):
-            found.append((int(matched[1]), output_dir / entry.name))
-    return sorted(found)
+    return sorted((int(m[1]), output_dir / m[0]) for m in map(_CHECKPOINT.fullmatch, names) if m)
 
 
 class Newest(NamedTuple):
@@ -224,12 +192,11 @@ def publish_final(output_dir: Path) -> bool:
     if not os.path.lexists(ready):
         return False
     manifest = verify_folder(ready)
-    for entry in manifest.files:
-        _place(ready / entry.name, output_dir / entry.name)
-    fsync_folder(output_dir)  # the files' new names are durable before the manifest that vouches for them
-    _place(ready / MANIFEST_NAME, output_dir / MANIFEST_NAME)
-    fsync_folder(output_dir)
-    retire_folder(ready)
+    for names in ([entry.name for entry in manifest.files], [MANIFEST_NAME]):
+        for name in names:
+            _place(ready / name, output_dir / name)
+        atomic.fsync_folder(output_dir)  # the names are durable before the manifest that vouches for them
+    atomic.retire_folder(ready)
     return True
 
 
@@ -237,21 +204,13 @@ def _place(source: Path, target: Path) -> None:
     """Replace `target` by `source`, which stays: through a second name for it, or a copy."""
     if target.exists() and os.path.samefile(source, target):
         return  # placed before a crash; renaming a link over its own file would do nothing and leave it
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    with naming(target):
-        temporary.unlink(missing_ok=True)
+    with atomic.replacing(target) as temporary:
         try:
-            try:
-                os.link(source, temporary)
-            except OSError:  # a file system without links
-                shutil.copyfile(source, temporary)
-                os.chmod(temporary, FILE_MODE)
-                fsync_file(temporary)
-            os.replace(temporary, target)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+            os.link(source, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, temporary)
+            os.chmod(temporary, atomic.FILE_MODE)
+            atomic.fsync_file(temporary)
 
 
 # What stays and what goes
@@ -297,13 +256,13 @@ def run_of(folder: Path) -> str | None:
 
 def _retire(folder: Path) -> bool:
     """Delete a checkpoint; what somebody added to it stays, in a folder whose name is no checkpoint's."""
-    manifest = read_manifest(folder)
-    added = extra_files(folder, manifest)
+    ours = {entry.name for entry in read_manifest(folder).files} | {MANIFEST_NAME}
+    added = sorted(name for name in os.listdir(folder) if name not in ours and name[0] != ".")
     if not added:
-        return retire_folder(folder)
+        return atomic.retire_folder(folder)
     kept = folder.with_name(f"{folder.name}.kept-{os.getpid()}")
     os.rename(folder, kept)
-    for name in (*(entry.name for entry in manifest.files), MANIFEST_NAME):
+    for name in ours:
         (kept / name).unlink(missing_ok=True)
     logger.warning("%s is deleted; %s, which bertpair did not write, is now in %s", folder, added[0], kept)
     return True
@@ -314,17 +273,13 @@ def remove_leftovers(output_dir: Path) -> list[Path]:
 
     A checkpoint that had stepped aside for a new one comes back if the new one never took its place.
     """
-    gone = []
-    for path in _children(output_dir):
-        if path.is_symlink():
-            continue
-        if path.is_dir() and (matched := _TEMPORARY_FOLDER.fullmatch(path.name)):
-            if matched[2] == "old" and _restored(path, output_dir / matched[1]):
-                continue
-            gone += [path] if remove(path) else []
-        elif path.is_file() and _is_dead_file(path):
-            gone += [path] if remove(path) else []
-    return gone
+    paths = [path for path in _children(output_dir) if not path.is_symlink()]
+    files = [path for path in paths if path.is_file() and _is_dead_file(path)]
+    for path in filter(Path.is_dir, paths):
+        if matched := _TEMPORARY_FOLDER.fullmatch(path.name):
+            if matched["kind"] == "tmp" or not _restored(path, output_dir / matched["name"]):
+                files.append(path)
+    return [path for path in files if atomic.remove(path)]
 
 
 def _children(folder: Path) -> list[Path]:
@@ -344,11 +299,20 @@ def _restored(aside: Path, name: Path) -> bool:
 
 
 def _is_dead_file(path: Path) -> bool:
-    """Whether it is half a file of ours, whose writer is gone."""
+    """Whether it is half a file of ours, whose writer is gone (on Windows: was this process)."""
     matched = _TEMPORARY_FILE.fullmatch(path.name)
-    if matched is None or matched[1] not in (*MODEL_FILES, *RUN_FILES, MANIFEST_NAME):
+    if matched is None or matched[1] not in (*MODEL_FILES, *RUN_FILES):
         return False
-    return int(matched[2]) == os.getpid() or not is_alive(int(matched[2]))
+    pid = int(matched[2])
+    if pid == os.getpid() or os.name == "nt":  # where signal 0 means Ctrl-C
+        return pid == os.getpid()
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 # Results of evaluations
@@ -366,7 +330,7 @@ def write_results(folder: Path, files: Mapping[str, bytes]) -> None:
         for name in RESULT_FILES:
             (folder / name).unlink(missing_ok=True)
         for name, data in files.items():
-            replace_file(folder / name, data)
+            atomic.replace_file(folder / name, data)
     except OSError as error:
         reason = error.strerror or error
         advice = "name another place with --output_dir"
@@ -376,12 +340,9 @@ def write_results(folder: Path, files: Mapping[str, bytes]) -> None:
 def discard_evaluations(output_dir: Path, run_id_to_keep: str) -> None:
     """Delete the results that evaluate.py wrote for models of other runs, once those models are gone."""
     for folder in _children(output_dir / "eval"):
-        try:
-            said = read_json(folder / INPUT_FILE)
-        except CheckpointError:
-            continue  # not evaluate.py's
-        if said.get("run_id") != run_id_to_keep:
-            _discard_results(folder)
+        with suppress(CheckpointError):  # not evaluate.py's
+            if read_json(folder / INPUT_FILE).get("run_id") != run_id_to_keep:
+                _discard_results(folder)
 
 
 def discard_parts(folder: Path) -> None:

@@ -7,39 +7,58 @@ own remainder. So every flipped bit shows, even in white space. Nothing it does 
 import hashlib
 import json
 import os
-import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, field
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from bertpair.errors import CheckpointError, list_faults
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from bertpair.errors import CheckpointError, list_faults, show
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 MAX_MANIFEST_BYTES = 4 << 20
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
+def is_plain_name(name: str) -> bool:
+    """True for a name that cannot leave its folder: no separator, drive, NUL, `.`, `..`, and not empty."""
+    return name not in ("", ".", "..") and not any(character in name for character in "/\\:\0")
+
+
+def _plain(name: str) -> str:
+    if not is_plain_name(name):
+        raise ValueError(f"{show(name)} is not a plain file name")
+    return name
+
+
+@dataclass(frozen=True, config={"extra": "forbid"})
 class FileEntry:
     """One file of a folder."""
 
-    name: str
-    size: int
-    sha256: str
+    name: Annotated[str, AfterValidator(_plain)]
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-@dataclass(frozen=True)
+def _named_once(files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
+    folded = {entry.name.casefold() for entry in files} | {MANIFEST_NAME}
+    if len(folded) != len(files) + 1:
+        raise ValueError("a file is named twice")
+    return files
+
+
+@dataclass(frozen=True, config={"extra": "forbid"})
 class Manifest:
     """What a whole folder holds, which versions wrote it, and the writer's own notes (`meta`)."""
 
-    files: tuple[FileEntry, ...]
-    versions: Mapping[str, str] = field(default_factory=dict)
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    files: Annotated[tuple[FileEntry, ...], AfterValidator(_named_once)]
+    versions: dict[str, str] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
 
     def entry(self, name: str) -> FileEntry:
         """The entry of a file; CheckpointError if the manifest does not name it."""
@@ -56,84 +75,41 @@ class Manifest:
         return run_id if isinstance(run_id, str) else None
 
 
-def is_plain_name(name: str) -> bool:
-    """True for a name that cannot leave its folder: no separator, drive, NUL, `.`, `..`, and not empty."""
-    return name not in ("", ".", "..") and not any(character in name for character in "/\\:\0")
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The canonical bytes of manifest.json: equal manifests give equal bytes. ValueError if too large."""
-    files = sorted(manifest.files, key=lambda entry: entry.name)
-    rest = {
-        "format": FORMAT,
-        "files": [{"name": e.name, "size": e.size, "sha256": e.sha256} for e in files],
-        "versions": dict(manifest.versions),
-        "meta": dict(manifest.meta),
-    }
-    data = _encode({**rest, "sha256": _digest(rest)})
+    said = {"format": FORMAT, **asdict(manifest)}
+    said["files"] = sorted(said["files"], key=lambda entry: entry["name"])
+    style: dict[str, Any] = {"sort_keys": True, "ensure_ascii": False, "allow_nan": False}
+    compact = json.dumps(said, separators=(",", ":"), **style)
+    said["sha256"] = hashlib.sha256(compact.encode("utf-8")).hexdigest()
+    data = json.dumps(said, indent=1, **style).encode("utf-8") + b"\n"
     if len(data) > MAX_MANIFEST_BYTES:
         raise ValueError(f"a manifest of {len(data)} bytes; {MAX_MANIFEST_BYTES} are allowed")
     return data
 
 
-def _encode(value: object) -> bytes:
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8") + b"\n"
-
-
-def _digest(rest: object) -> str:
-    compact = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(compact.encode("utf-8")).hexdigest()
-
-
 def parse_manifest(data: bytes) -> Manifest:
     """Read manifest.json; CheckpointError says what is wrong with it (the caller says which file it is)."""
     try:
-        manifest = _unsealed(json.loads(data))
-        canonical = encode_manifest(manifest) == data
+        said = json.loads(data)
+        if not isinstance(said, dict) or "format" not in said:
+            raise CheckpointError("not a manifest of bertpair's")
+        if (stated := said.pop("format")) != FORMAT:
+            raise CheckpointError(f"format {show(stated)} is unknown; this program reads format {FORMAT}")
+        said.pop("sha256", None)
+        manifest = _MANIFEST.validate_python(said)
+        if encode_manifest(manifest) != data:  # its sha256 included
+            raise CheckpointError("damaged: these are not the bytes that bertpair wrote")
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise CheckpointError(f"damaged: {place}: {fault['msg']}; found {show(fault['input'])}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"damaged: {str(error) or type(error).__name__}") from error
-    if not canonical:
-        raise CheckpointError("damaged: not written the way bertpair writes it")
     return manifest
-
-
-def _unsealed(parsed: object) -> Manifest:
-    if not isinstance(parsed, dict) or "format" not in parsed:
-        raise CheckpointError("not a manifest of bertpair's")
-    if parsed.get("sha256") != _digest({key: value for key, value in parsed.items() if key != "sha256"}):
-        raise CheckpointError("damaged: it does not have the sha256 that it states")
-    if type(parsed["format"]) is not int or parsed["format"] != FORMAT:
-        raise CheckpointError(f"format {parsed['format']!r} is unknown; this program reads format {FORMAT}")
-    return _checked_manifest(parsed)
-
-
-def _checked_manifest(parsed: dict[str, Any]) -> Manifest:
-    files, versions, meta = (parsed.get(key) for key in ("files", "versions", "meta"))
-    if set(parsed) != {"format", "files", "versions", "meta", "sha256"} or not isinstance(files, list):
-        raise CheckpointError("its fields must be files, format, meta, sha256 and versions")
-    if not isinstance(meta, dict) or not isinstance(versions, dict):
-        raise CheckpointError("meta and versions must be objects")
-    if not all(isinstance(version, str) for version in versions.values()):
-        raise CheckpointError("versions must be strings")
-    entries = tuple(_checked_entry(item) for item in files)
-    folded = {entry.name.casefold() for entry in entries} | {MANIFEST_NAME}
-    if len(folded) != len(entries) + 1:
-        raise CheckpointError("a file is named twice")
-    return Manifest(entries, versions, meta)
-
-
-def _checked_entry(item: object) -> FileEntry:
-    if not isinstance(item, dict) or set(item) != {"name", "size", "sha256"}:
-        raise CheckpointError("each file must have a name, a size and a sha256")
-    name, size, sha256 = item["name"], item["size"], item["sha256"]
-    if not isinstance(name, str) or not is_plain_name(name):
-        raise CheckpointError(f"{name!r} is not a plain file name")
-    if type(size) is not int or size < 0:
-        raise CheckpointError(f"{name}: size {size!r} is not a number of bytes")
-    if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-        raise CheckpointError(f"{name}: sha256 must be 64 hexadecimal digits")
-    return FileEntry(name, size, sha256)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -156,75 +132,43 @@ def verify_folder(folder: Path) -> Manifest:
     are never loaded.
     """
     manifest = read_manifest(folder)
-    faults = [fault for entry in manifest.files if (fault := _size_fault(folder, entry))]
-    if not faults:
-        faults = [fault for entry in manifest.files if (fault := file_fault(folder, entry))]
-    if faults:
-        raise CheckpointError(list_faults(faults))
+    for is_hashed in (False, True):
+        faults = []
+        for entry in manifest.files:
+            try:
+                with _opened(folder / entry.name, entry) as file:
+                    if is_hashed:
+                        _check(file, hashlib.file_digest(file, "sha256").hexdigest(), entry)
+            except CheckpointError as error:
+                faults.append(str(error))
+        if faults:
+            raise CheckpointError(list_faults(faults))
     return manifest
 
 
-def extra_files(folder: Path, manifest: Manifest) -> list[str]:
-    """The names of visible files and folders in `folder` that its manifest does not name."""
-    known = {entry.name for entry in manifest.files} | {MANIFEST_NAME}
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be listed: {error.strerror}") from error
-    return [name for name in names if name not in known and name[0] != "."]
-
-
-def _size_fault(folder: Path, entry: FileEntry) -> str | None:
-    path = folder / entry.name
-    try:
-        status = os.lstat(path)
-    except OSError as error:
-        return f"{path}: {error.strerror}"
-    if not stat.S_ISREG(status.st_mode):
-        return f"{path}: a symbolic link, folder or device; only plain files are read"
-    if status.st_size != entry.size:
-        return f"{path}: {status.st_size} bytes; the manifest says {entry.size}"
-    return None
-
-
-def file_fault(folder: Path, entry: FileEntry) -> str | None:
-    """What is wrong with a file, contents included, or None."""
-    if fault := _size_fault(folder, entry):
-        return fault
-    try:
-        with _opened(folder / entry.name) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except CheckpointError as error:
-        return str(error)
-    return None if digest == entry.sha256 else _content_fault(folder / entry.name)
-
-
-def read_verified(folder: Path, name: str, manifest: Manifest | None = None) -> bytearray:
+def read_verified(folder: Path, name: str, manifest: Manifest | None = None) -> bytes:
     """The bytes of a file, which are what the manifest (read here unless given) says; or CheckpointError."""
     entry = (manifest or read_manifest(folder)).entry(name)
-    path = folder / name
-    if fault := _size_fault(folder, entry):  # before a buffer of the stated size is made
-        raise CheckpointError(fault)
-    data = bytearray(entry.size)
-    view, filled = memoryview(data), 0
-    with _opened(path) as file:
-        while filled < entry.size and (count := file.readinto(view[filled:])):
-            filled += count
-    if filled != entry.size or hashlib.sha256(view).hexdigest() != entry.sha256:
-        raise CheckpointError(_content_fault(path))
+    with _opened(folder / name, entry) as file:  # which compares the size before memory is taken for it
+        data = file.readall()
+        _check(file, hashlib.sha256(data).hexdigest(), entry)
     return data
 
 
-def _content_fault(path: Path) -> str:
-    return f"{path}: its contents have changed: their sha256 is not the manifest's"
+def _check(file: FileIO, digest: str, entry: FileEntry) -> None:
+    if digest != entry.sha256:
+        raise CheckpointError(f"{file.name}: its contents have changed: their sha256 is not the manifest's")
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[FileIO]:
-    """A plain file of a folder of ours, unbuffered; anything else, or any trouble, is a CheckpointError."""
+def _opened(path: Path, entry: FileEntry | None = None) -> Iterator[FileIO]:
+    """A plain file, of the size that its entry says; anything else, or any trouble, is a CheckpointError."""
     try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path}: a symbolic link, folder or device; only plain files are read")
+        if entry is not None and status.st_size != entry.size:
+            raise CheckpointError(f"{path}: {status.st_size} bytes; the manifest says {entry.size}")
         with open(path, "rb", buffering=0) as file:
             yield file
     except OSError as error:

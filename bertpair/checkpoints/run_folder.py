@@ -6,10 +6,8 @@ go only once the new run has a whole one. A save that fails is tried once more i
 then the run goes on without it, loudly.
 
 `.run.json` says which run the folder belongs to. Where a run may start, whether it is over and where it goes
-on is asked by the process that holds the folder's lock, after `enter_folder` has put right what a crash left.
+on is asked by the process that holds the folder's lock, after `enter` has put right what a crash left.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import json
@@ -17,42 +15,23 @@ import logging
 import os
 import platform
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bertpair.checkpoints.atomic import (
-    SMALL_FILES,
-    Staging,
-    append,
-    check_free_space,
-    durable_length,
-    free_space_needed,
-    replace_file,
-    staged_folder,
-)
-from bertpair.checkpoints.checkpoint import (
-    FINAL_READY,
-    checkpoint_folder,
-    discard_evaluations,
-    discard_others,
-    list_checkpoints,
-    load_tensors,
-    newest_whole,
-    prune,
-    publish_final,
-    remove_leftovers,
-)
+from bertpair.checkpoints import atomic, checkpoint
+from bertpair.checkpoints.atomic import SMALL_FILES, Staging, check_free_space, staged_folder
+from bertpair.checkpoints.checkpoint import FINAL_READY, checkpoint_folder, load_tensors
 from bertpair.checkpoints.lock import LOCK_NAME, RunLock
 from bertpair.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest, read_verified, verify_folder
 from bertpair.errors import CheckpointError, ConfigError, list_faults
 from bertpair.settings.files import parse_json, read_json
 
 logger = logging.getLogger(__name__)
-
 
 RUN_FILE = ".run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -114,14 +93,19 @@ class RunFolder:
             return
         self._lock.acquire()
         try:
-            remove_leftovers(self.path)
-            publish_final(self.path)
-        except OSError as error:
-            raise ConfigError(
-                f"output_dir: {self.path} cannot be written: {error.strerror or error}"
-            ) from error
+            with self._writable():
+                checkpoint.remove_leftovers(self.path)
+                checkpoint.publish_final(self.path)
         except CheckpointError as error:
             logger.warning("the staged final model is passed over: %s", error)
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"output_dir: {self.path} cannot be written: {reason}") from error
 
     def check_new(self, *, overwrite: bool, instead_of_resume: bool = False) -> None:
         """ConfigError unless a new run may begin here, asked for or for want of one to resume; nothing is
@@ -137,15 +121,11 @@ class RunFolder:
         if not overwrite and (found := self._contents()):
             shown = ", ".join([*found[:3], *(["…"] if len(found) > 3 else [])])
             what = f"output_dir: {self.path} is not empty ({shown})"
+            anew = "--overwrite_output_dir starts anew in its place"
+            other = "--output_dir names another folder"
             if instead_of_resume:
-                raise ConfigError(
-                    f"{what} and holds no run to resume; --output_dir names another folder; "
-                    "without --resume, --overwrite_output_dir starts anew in its place"
-                )
-            raise ConfigError(
-                f"{what}; --resume goes on with the run in it, --overwrite_output_dir starts anew in its "
-                "place, --output_dir names another folder"
-            )
+                raise ConfigError(f"{what} and holds no run to resume; {other}; without --resume, {anew}")
+            raise ConfigError(f"{what}; --resume goes on with the run in it, {anew}, {other}")
 
     def _contents(self) -> list[str]:
         found = self.path.iterdir() if self.path.is_dir() else ()
@@ -166,7 +146,7 @@ class RunFolder:
                     f"resume: {resume} holds no checkpoint (no {MANIFEST_NAME} of a checkpoint)"
                 )
             return read_run_state(folder)
-        newest = newest_whole(self.path, self._stored_run_id())
+        newest = checkpoint.newest_whole(self.path, self._stored_run_id())
         for fault in newest.faults:
             logger.warning("passed over: %s", fault)
         if newest.path is not None:
@@ -182,13 +162,15 @@ class RunFolder:
                 logger.warning("the final model is passed over: %s has no %s", self.path, MANIFEST_NAME)
             return None
         try:
-            final = read_run_state(self.path, verify_folder(self.path))
+            final = read_run_state(self.path)
         except CheckpointError as error:
             logger.warning("the final model is passed over: %s", error)
             return None
         if self._stored_run_id() not in (None, final.run_id) or "result" not in final.state:
             return None
-        discard_others(self.path, final.run_id, is_finished=True)  # a crash may have come before that
+        checkpoint.discard_others(
+            self.path, final.run_id, is_finished=True
+        )  # a crash may have come before that
         return final
 
     def _stored_run_id(self) -> str | None:
@@ -237,21 +219,17 @@ class RunFolder:
         state: Mapping[str, Any] = {}
         if resumed_from is not None:
             self.run_id, state = resumed_from.run_id, resumed_from.state
-        try:
+        with self._writable():
             if not self._lock.is_held:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.enter()
                 self.check_new(overwrite=False)  # it was not there before: what is in it is somebody else's
-            missing = max(0, num_kept - len(list_checkpoints(self.path)))
-            needed = free_space_needed(weights_bytes, optimizer_bytes, kept=missing)
+            missing = max(0, num_kept - len(checkpoint.list_checkpoints(self.path)))
+            needed = atomic.free_space_needed(weights_bytes, optimizer_bytes, kept=missing)
             check_free_space(self.path, needed, "this run")
             self._cut_metrics(int(state.get("metrics_bytes", 0)))
             said = json.dumps({"run_id": self.run_id}) + "\n"
-            replace_file(self.path / RUN_FILE, said.encode())
-        except OSError as error:
-            raise ConfigError(
-                f"output_dir: {self.path} cannot be written: {error.strerror or error}"
-            ) from error
+            atomic.replace_file(self.path / RUN_FILE, said.encode())
 
     def _cut_metrics(self, length: int) -> None:
         with open(self.path / METRICS_FILE, "ab") as file:
@@ -265,7 +243,7 @@ class RunFolder:
         """Add one line to metrics.jsonl; a disk that is full costs the line, not the run."""
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
         try:
-            append(self.path / METRICS_FILE, line.encode())
+            atomic.append(self.path / METRICS_FILE, line.encode())
         except OSError as error:
             logger.warning("%s: a line could not be written: %s", METRICS_FILE, error.strerror or error)
 
@@ -286,7 +264,7 @@ class RunFolder:
         def save() -> None:
             size = self._weights_bytes + self._optimizer_bytes + SMALL_FILES
             check_free_space(self.path, size, target.name)
-            metrics_bytes = durable_length(self.path / METRICS_FILE)
+            metrics_bytes = atomic.durable_length(self.path / METRICS_FILE)
             with staged_folder(target, versions=versions(), meta=meta) as staging:
                 write(staging, metrics_bytes)
 
@@ -299,8 +277,8 @@ class RunFolder:
     def _drop_superfluous(self, saved: Path, best_step: int | None) -> None:
         best = {checkpoint_folder(self.path, best_step)} if best_step is not None else set()
         try:
-            prune(self.path, self._limit, last=saved, run_id=self.run_id, protect=best)
-            discard_others(self.path, self.run_id)
+            checkpoint.prune(self.path, self._limit, last=saved, run_id=self.run_id, protect=best)
+            checkpoint.discard_others(self.path, self.run_id)
         except (OSError, CheckpointError) as error:
             logger.warning("older checkpoints stay: %s", error)
 
@@ -321,16 +299,15 @@ class RunFolder:
 
         again = "--resume tries again"
         staged = _attempt(write, target, f"the final model is not there; {again}")
-        moved = staged and _attempt(
-            lambda: publish_final(self.path), self.path, f"the final model stays in {FINAL_READY}; {again}"
-        )
+        consequence = f"the final model stays in {FINAL_READY}; {again}"
+        moved = staged and _attempt(lambda: checkpoint.publish_final(self.path), self.path, consequence)
         self._final_failed = not moved
         if self._checkpoint_failed:
             logger.error("%s: the last checkpoint could not be written", self.path)
         if moved:
             try:
-                discard_others(self.path, self.run_id, is_finished=True)
-                discard_evaluations(self.path, self.run_id)
+                checkpoint.discard_others(self.path, self.run_id, is_finished=True)
+                checkpoint.discard_evaluations(self.path, self.run_id)
             except (OSError, CheckpointError) as error:
                 logger.warning("what an earlier run left stays: %s", error)
 
@@ -340,7 +317,7 @@ class RunFolder:
 
     def newest_whole(self) -> Path | None:
         """This run's newest checkpoint that is whole."""
-        return newest_whole(self.path, self.run_id).path
+        return checkpoint.newest_whole(self.path, self.run_id).path
 
 
 def _attempt(write: Callable[[], object], target: Path, consequence: str) -> bool:

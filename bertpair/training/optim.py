@@ -7,8 +7,8 @@ masking of a step whose gradients are not finite are numbers that stay on it.
 
 import inspect
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,36 +19,14 @@ from bertpair.errors import CheckpointError, list_faults
 STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
-@dataclass(frozen=True)
-class _Numbers:
-    """What one call of `step` applies to every parameter of a group; named as the fused kernel names it."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Tensors:
-    """Parameters of one device and type, with their gradients and state, index by index."""
-
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
+Row = tuple[Tensor, ...]  # a parameter, its gradient, and its state as in STATE
 
 
 class AdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay, equal to `torch.optim.AdamW`.
 
-    One kernel updates all parameters of a kind where PyTorch has such a one; else operations on lists of
-    tensors do. Each parameter's step count is a float32 scalar on its device, because only the device knows
-    which steps were skipped.
+    One kernel updates all parameters of a kind on a CPU or a CUDA device. Each parameter's step count is a
+    float32 scalar on its device, because only the device knows which steps were skipped.
     """
 
     def __init__(
@@ -74,29 +52,18 @@ class AdamW(torch.optim.Optimizer):
         neither parameters nor moments nor step counts.
         """
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            rest = group["eps"], group["weight_decay"], grad_scale, found_inf
-            numbers = _Numbers(group["lr"], beta1, beta2, *rest)
-            for is_fused, tensors in self._batches(group["params"]):
-                (_fused_update if is_fused else _foreach_update)(tensors, numbers)
-
-    def _batches(self, params: Iterable[Tensor]) -> list[tuple[bool, _Tensors]]:
-        """The parameters to update, by what updates them, device and type."""
-        batches: dict[tuple[bool, torch.device, torch.dtype], _Tensors] = {}
-        for param in params:
-            if param.grad is None:
-                continue
-            state = self.state[param]
-            if not state:
-                state.update(_fresh_state(param))
-            key = _has_kernel(param, state["exp_avg"]), param.device, param.dtype
-            tensors = batches.setdefault(key, _Tensors())
-            tensors.params.append(param)
-            tensors.grads.append(param.grad)
-            tensors.exp_avgs.append(state["exp_avg"])
-            tensors.exp_avg_sqs.append(state["exp_avg_sq"])
-            tensors.steps.append(state["step"])
-        return [(is_fused, tensors) for (is_fused, _, _), tensors in batches.items()]
+            numbers = {key: group[key] for key in ("lr", "eps", "weight_decay")}
+            numbers["beta1"], numbers["beta2"] = group["betas"]
+            alike: dict[tuple[object, ...], list[Row]] = defaultdict(list)
+            for param in group["params"]:
+                if param.grad is not None:
+                    state = self.state[param]
+                    if not state:
+                        state.update(_fresh_state(param))
+                    row = (param, param.grad, *(state[kind] for kind in STATE))
+                    alike[_has_kernel(row), param.device, param.dtype].append(row)
+            for (has_kernel, *_), rows in alike.items():
+                (_fused_update if has_kernel else _plain_update)(rows, grad_scale, found_inf, **numbers)
 
 
 def _fresh_state(param: Tensor) -> dict[str, Tensor]:
@@ -104,54 +71,45 @@ def _fresh_state(param: Tensor) -> dict[str, Tensor]:
     return {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param), "step": step}
 
 
-def _has_kernel(param: Tensor, exp_avg: Tensor) -> bool:
-    """Whether the fused kernel updates this parameter."""
-    assert param.grad is not None
-    # The CPU's kernel ignores strides: a transposed gradient would silently be read wrong.
-    alike = param.stride() == param.grad.stride() == exp_avg.stride()
-    return param.device.type in ("cpu", "cuda") and param.is_floating_point() and alike
+def _has_kernel(row: Row) -> bool:
+    """Whether the fused kernel updates it. The CPU's ignores strides, so that they must be alike."""
+    param, grad, exp_avg = row[:3]
+    return param.device.type in ("cpu", "cuda") and param.stride() == grad.stride() == exp_avg.stride()
 
 
-def _foreach_update(tensors: _Tensors, numbers: _Numbers) -> None:
-    changing = [*tensors.params, *tensors.exp_avgs, *tensors.exp_avg_sqs, *tensors.steps]
-    # The mask costs a copy of weights and state here; the fused kernel has its own.
-    before = None if numbers.found_inf is None else [tensor.clone() for tensor in changing]
-    grads: Any = tensors.grads
-    if numbers.grad_scale is not None:
-        grads = torch._foreach_div(grads, numbers.grad_scale)
-    torch._foreach_add_(tensors.steps, 1)
-    steps = torch.stack(tensors.steps)
-    exact = steps if steps.device.type == "mps" else steps.double()  # which has no float64
-    correction1, correction2 = 1 - numbers.beta1**exact, 1 - numbers.beta2**exact
-    dtype = tensors.params[0].dtype
-    negative_step_sizes = (-numbers.lr / correction1).to(dtype).unbind()
-    correction2_roots = correction2.sqrt().to(dtype).unbind()
-
-    torch._foreach_mul_(tensors.params, 1 - numbers.lr * numbers.weight_decay)
-    torch._foreach_lerp_(tensors.exp_avgs, grads, 1 - numbers.beta1)
-    torch._foreach_mul_(tensors.exp_avg_sqs, numbers.beta2)
-    torch._foreach_addcmul_(tensors.exp_avg_sqs, grads, grads, 1 - numbers.beta2)
-    # The step size divides the denominator, because addcdiv takes no tensor as factor. At a learning rate of
-    # 0 the denominator becomes infinite and the update 0, as it should be.
-    denominators = torch._foreach_sqrt(tensors.exp_avg_sqs)
-    torch._foreach_div_(denominators, correction2_roots)
-    torch._foreach_add_(denominators, numbers.eps)
-    torch._foreach_div_(denominators, negative_step_sizes)
-    torch._foreach_addcdiv_(tensors.params, tensors.exp_avgs, denominators)
-
-    if before is not None and numbers.found_inf is not None:
-        skip = numbers.found_inf == 1
-        for new, old in zip(changing, before, strict=True):
-            new.copy_(torch.where(skip, old, new))
+def _fused_update(
+    rows: list[Row], grad_scale: Tensor | None, found_inf: Tensor | None, **numbers: float
+) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, steps = map(list, zip(*rows, strict=True))
+    torch._foreach_add_(steps, 1)
+    options: dict[str, Any] = {**numbers, "grad_scale": grad_scale, "found_inf": found_inf}
+    options |= {"amsgrad": False, "maximize": False}
+    torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], steps, **options)
+    if found_inf is not None:  # the kernel skips the rest by itself
+        torch._foreach_sub_(steps, [found_inf] * len(steps))
 
 
-def _fused_update(tensors: _Tensors, numbers: _Numbers) -> None:
-    torch._foreach_add_(tensors.steps, 1)
-    moments = tensors.exp_avgs, tensors.exp_avg_sqs
-    options = {**vars(numbers), "amsgrad": False, "maximize": False}
-    torch._fused_adamw_(tensors.params, tensors.grads, *moments, [], tensors.steps, **options)
-    if numbers.found_inf is not None:  # the kernel skips the rest by itself
-        torch._foreach_sub_(tensors.steps, [numbers.found_inf] * len(tensors.steps))
+def _plain_update(
+    rows: list[Row],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    for param, grad, exp_avg, exp_avg_sq, step in rows:
+        if grad_scale is not None:
+            grad = grad / grad_scale
+        mean, square, count = torch.lerp(exp_avg, grad, 1 - beta1), beta2 * exp_avg_sq, step + 1
+        square.addcmul_(grad, grad, value=1 - beta2)
+        exact = count if count.device.type == "mps" else count.double()  # which has no float64
+        root = (square / (1 - beta2**exact)).sqrt()
+        new = param * (1 - lr * weight_decay) - lr / (1 - beta1**exact) * mean / (root + eps)
+        for old, updated in ((param, new), (exp_avg, mean), (exp_avg_sq, square), (step, count)):
+            old.copy_(updated if found_inf is None else torch.where(found_inf == 1, old, updated))
 
 
 def state_tensors(optimizer: AdamW, names: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -179,7 +179,7 @@ def test_only_named_files_are_read_and_only_with_sense(tmp_path: Path) -> None:
         folder.write_bytes("empty.safetensors", b"")
         folder.write_tensors("nan.safetensors", {"a": torch.ones(2), "b": torch.tensor([1, float("nan")])})
     (tmp_path / "x" / "extra").write_bytes(b"x")
-    complaints = {"bad.safetensors": "header", "empty.safetensors": "too few", "extra": "not named"}
+    complaints = {"bad.safetensors": "header", "empty.safetensors": "too small", "extra": "not named"}
     for name, complaint in complaints.items():
         with pytest.raises(CheckpointError, match=complaint):
             load_tensors(tmp_path / "x", name)

@@ -14,13 +14,13 @@ from disk_faults import Call, durability_events, failing_at, files_below, killed
 from bertpair.checkpoints.atomic import (
     append,
     check_free_space,
-    create_file,
     durable_length,
     free_space_needed,
     fsync_file,
     fsync_folder,
     replace_file,
     retire_folder,
+    write_file,
 )
 from bertpair.errors import CheckpointError
 
@@ -88,7 +88,7 @@ def test_a_file_whose_mode_cannot_be_set_is_not_left_open(
 
     monkeypatch.setattr(os, "fchmod", refuse)
     with pytest.raises(OSError):
-        create_file(tmp_path / "f")
+        write_file(tmp_path / "f", [])
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(opened[0])
 

@@ -68,7 +68,7 @@ def failing_writes(monkeypatch: pytest.MonkeyPatch, *fails: str) -> None:
     real = Staging.write_tensors
 
     def write(self: Staging, name: str, *args: Any) -> None:
-        if self.final.name in fails:
+        if self.folder.name.split(".tmp")[0] in fails:
             raise OSError(28, "No space left on device", str(self.folder / name))
         real(self, name, *args)
 
@@ -127,7 +127,7 @@ def test_a_staged_model_that_cannot_be_verified_does_not_end_the_run(
         raise CheckpointError(f"{output_dir / FINAL_READY / 'config.json'}: Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("bertpair.checkpoints.run_folder.publish_final", publish)
+        patch.setattr("bertpair.checkpoints.checkpoint.publish_final", publish)
         assert run(settings).save_failed
     assert f"the final model stays in {FINAL_READY}; --resume tries again" in caplog.text
     verify_folder(Path("out", FINAL_READY))
@@ -177,7 +177,9 @@ def test_how_many_checkpoints_are_sure_to_be_kept() -> None:
 def test_a_signal_within_a_save_lets_it_finish_and_then_stops(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop_when(monkeypatch, Staging, "write_json", lambda self, *args: self.final.name == "checkpoint-4")
+    stop_when(
+        monkeypatch, Staging, "write_json", lambda self, *args: self.folder.name.startswith("checkpoint-4.")
+    )
     with pytest.raises(StoppedError) as caught:
         run(settings)
     assert not caught.value.save_failed
@@ -297,7 +299,7 @@ def test_the_next_start_completes_a_move_that_was_cut_short(
 ) -> None:
     """Also a start that begins a new run in the folder: until that has its own model, the old one stays."""
     with monkeypatch.context() as patch:
-        patch.setattr("bertpair.checkpoints.run_folder.publish_final", cannot_move)
+        patch.setattr("bertpair.checkpoints.checkpoint.publish_final", cannot_move)
         run(settings)
     assert not Path("out/model.safetensors").exists()
     stop_when(monkeypatch, Stepper, "step", lambda self, number, *args: True)
@@ -312,7 +314,7 @@ def test_a_damaged_staged_model_is_named_and_the_run_goes_on_from_its_checkpoint
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("bertpair.checkpoints.run_folder.publish_final", cannot_move)
+        patch.setattr("bertpair.checkpoints.checkpoint.publish_final", cannot_move)
         run(settings)
     os.truncate(Path("out", FINAL_READY, "config.json"), 10)
     assert not run(settings, resume="auto").save_failed

@@ -9,7 +9,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.font_manager import fontManager
 
-from bertpair.evaluation.plots import draw_confusion, find_fonts, font_of_size, printable, text_inches
+from bertpair.evaluation.plots import draw_confusion, find_fonts, printable
 
 # From a private use area, so that no font of the machine that runs this can have them.
 STRANGE = "\ue7f3\ue7f4"
@@ -46,21 +46,22 @@ def strange_font(tmp_path: Path) -> Iterator[str]:
     fontManager.ttflist[:] = before
 
 
-def test_a_font_with_all_glyphs_is_found(strange_font: str) -> None:
-    found = find_fonts(["plain", "вполне", STRANGE, STRANGE + " ab", STRANGE + "\ue7f5"])
-    assert found.keys() == {"plain", "вполне", STRANGE, STRANGE + " ab"}
-    assert found[STRANGE] == found[STRANGE + " ab"] == strange_font
-    assert found["plain"] == found["вполне"] == font_of_size(10).get_file()
+@pytest.mark.usefixtures("strange_font")
+def test_the_fonts_that_a_text_needs_are_found() -> None:
+    assert find_fonts("plain вполне")[1] == set() == find_fonts("")[1]
+    families, missing = find_fonts("a" + STRANGE + "\ue7f5")
+    assert families[0] == "DejaVu Sans" and families[-1] == "Whole" and missing == {"\ue7f5"}
+    assert "Adobe Blank 2" not in families
 
 
-def test_without_a_font_there_is_none() -> None:
-    assert find_fonts([STRANGE, ""]) == {}
+def test_without_a_font_the_characters_are_named() -> None:
+    assert find_fonts("a" + STRANGE)[1] == set(STRANGE)
 
 
 def test_a_damaged_font_is_passed_over(strange_font: str, tmp_path: Path) -> None:
     (tmp_path / "Half.ttf").write_bytes(b"no font")
     Path(strange_font).unlink()
-    assert find_fonts([STRANGE]) == {}
+    assert find_fonts(STRANGE)[1] == set(STRANGE)
 
 
 def test_a_name_is_drawn_where_a_font_has_it(strange_font: str) -> None:
@@ -72,9 +73,3 @@ def test_a_name_is_drawn_where_a_font_has_it(strange_font: str) -> None:
 def test_printable_text_has_no_invisible_characters_and_an_end() -> None:
     assert printable("a\tb\u200d\u202ec\n", 10) == "abc"
     assert printable("正" * 30, 28) == "正" * 27 + "…"
-
-
-def test_wider_text_measures_wider() -> None:
-    font = font_of_size(10)
-    assert 0.3 < text_inches("neutral", font) < 0.8
-    assert text_inches("$x_{1}^{2}$", font) > text_inches("$x_{1}", font)

@@ -32,10 +32,10 @@ from bertpair.training.optim import (
 SHAPES = [(7, 5), (5,), (), (0, 3), (2, 3, 4)]
 
 
-@pytest.fixture(params=["fused", "foreach"])
+@pytest.fixture(params=["fused", "plain"])
 def update(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What updates the parameters: the kernel where there is one, or lists of tensors."""
-    if request.param == "foreach":
+    """What updates the parameters: the kernel where there is one, or one parameter at a time."""
+    if request.param == "plain":
         monkeypatch.setattr("bertpair.training.optim._has_kernel", lambda *_: False)
     return str(request.param)
 
