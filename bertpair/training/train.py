@@ -21,8 +21,9 @@ from bertpair.checkpoints.run_folder import OPTIMIZER_FILE, STATE_FILE, RunFolde
 from bertpair.console import stop_flag
 from bertpair.errors import CheckpointError, ConfigError, StoppedError, TrainingError, first_line
 from bertpair.evaluation.classifier import Scorer
-from bertpair.evaluation.evaluate import Evaluation, curves_file, evaluate_split, result_files
+from bertpair.evaluation.evaluate import Evaluation, evaluate_split, result_files
 from bertpair.evaluation.metrics import finite_or_null
+from bertpair.evaluation.plots import draw_curves
 from bertpair.model.config import config_json
 from bertpair.model.pretrained import WORD_TABLE, load_state, state_tensors
 from bertpair.runtime import (
@@ -267,7 +268,8 @@ class _Run:
         return put_back
 
     def _result_files(self, evaluation: Evaluation | None) -> dict[str, bytes]:
-        files = curves_file(self.folder.read_metrics(), self.loop.plan.metric)
+        records = self.folder.read_metrics()
+        files = {"curves.png": draw_curves(records, self.loop.plan.metric)} if records else {}
         if evaluation is not None:
             assert self.job.dev is not None
             files |= result_files(evaluation, self.job.dev, self.job.labels)
