@@ -78,7 +78,6 @@ def run_script(main: Callable[[], int]) -> int:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
     configure_logging()
-    install_signal_handlers()
     try:
         return main()
     except StoppedError as stopped:
