@@ -103,7 +103,6 @@ def watch_places(watch: Watch) -> None:
     _as_place(watch, RunFolder, "save_checkpoint", lambda self, step, *rest: f"save {step}")
     _as_place(watch, RunFolder, "write_final", lambda *rest: "final")
     _as_place(watch, bertpair.checkpoints.checkpoint, "publish_final", lambda *rest: "move")
-    _as_place(watch, bertpair.checkpoints.checkpoint, "publish_final", lambda *rest: "move")
 
 
 def _as_event(watch: Watch, label: str, real: Callable[..., Any]) -> Callable[..., Any]:
