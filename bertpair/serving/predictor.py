@@ -82,7 +82,7 @@ class Predictor:
     def cut(self) -> int:
         return self.classifier.max_seq_length
 
-    def encode(self, text_a: Sequence[str], text_b: Sequence[str] | None) -> list[TokenRow]:
+    def encode(self, text_a: Sequence[str], text_b: Sequence[str] | None = None) -> list[TokenRow]:
         """The rows' token ids, cut where the model's texts are cut."""
         tokens = self.classifier.tokenizer.encode(text_a, text_b, self.cut)
         bounds = tokens.offsets.tolist()

@@ -42,6 +42,7 @@ from bertpair.serving.metrics import DroppedLines, ServeMetrics
 from bertpair.serving.middleware import Shell, access_logger
 from bertpair.serving.predictor import Predictor, load_predictor
 from bertpair.serving.protocol import GuardedProtocol
+from bertpair.serving.requests import MAX_URL_BYTES
 from bertpair.settings.serve import ServeConfig
 
 logger = logging.getLogger(__name__)
@@ -184,7 +185,8 @@ def make_uvicorn(service: Service) -> uvicorn.Server:
     shell = Shell(service.routes(), metrics, hosts=allowed_hosts(config), origins=config.cors_origin or ())
     protocol: Any = functools.partial(
         GuardedProtocol,
-        settings=config,
+        max_connections=config.max_connections,
+        receive_timeout=config.receive_timeout,
         on_event=metrics.count_event,
         is_draining=lambda: service.is_draining,
     )
@@ -199,6 +201,8 @@ def make_uvicorn(service: Service) -> uvicorn.Server:
             access_log=False,
             server_header=False,
             backlog=BACKLOG,
+            # More than the application allows: it is the one that answers 431 and 414, after 404 and 401.
+            h11_max_incomplete_event_size=config.max_header_bytes + MAX_URL_BYTES + 1024,
             timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # a fraction does as well
             root_path=config.root_path or "",
             proxy_headers=config.forwarded_allow_ips is not None,
