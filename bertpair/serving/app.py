@@ -186,18 +186,16 @@ class Service:
             raise bad_value(message, f"{where}[{cut[0]}]" if where else None)
         job = asyncio.ensure_future(self.batcher.submit(tokens, [len(row) for row in tokens]))
         gone = asyncio.ensure_future(wait_until_gone(request))
+        gone.add_done_callback(lambda _: job.cancel())
         try:
-            await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not job.done():
-                raise ClientDisconnect()
-            answers = job.result()
+            answers = await job
         except QueueFullError:
             self.metrics.refusals.inc()
             raise
+        except asyncio.CancelledError:
+            raise ClientDisconnect() from None
         finally:
-            job.cancel()
             gone.cancel()
-            await asyncio.gather(job, gone, return_exceptions=True)
         self.metrics.queue_seconds.observe(answers.queue_seconds)
         self.metrics.predictions.inc(len(rows))
         self.metrics.truncated.inc(len(cut))
@@ -262,7 +260,7 @@ class Service:
         return json_response(self.document)
 
     async def show_page(self, request: Request) -> Response:
-        return page_response(request.scope.get("root_path", ""), keyed=self.key is not None)
+        return page_response(request.scope["root_path"], keyed=self.key is not None)
 
 
 def check_key(headers: Headers, key: bytes) -> None:

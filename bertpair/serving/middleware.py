@@ -110,7 +110,8 @@ class Shell:
         seconds = time.monotonic() - exchange.began
         status = exchange.status or 500
         route = getattr(scope.get("endpoint"), "route_path", "unmatched")  # a 405 has one
-        self.metrics.count_answer(route, status, seconds)
+        self.metrics.requests.labels(route, str(status)).inc()
+        self.metrics.request_seconds.labels(route).observe(seconds)
         line = {
             "time": round(time.time(), 3),
             "request_id": exchange.request_id,

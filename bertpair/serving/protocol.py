@@ -63,7 +63,7 @@ class GuardedProtocol(H11Protocol):
         self.on_event, self.is_draining = on_event, is_draining
         self.num_answered = self.num_discarded = 0
         self.is_last = False
-        self.waits_for: tuple[object, ...] | None = None
+        self.waits_for: object = None
         self.timer: asyncio.TimerHandle | None = None
 
     # What it waits for
@@ -93,49 +93,50 @@ class GuardedProtocol(H11Protocol):
         A request has one from its first byte on, and so has the unread rest of one that is answered already.
         Between requests uvicorn's keep-alive timer runs, on a new connection ours.
         """
-        transport: Any = self.transport
         is_new = not self.num_answered and self.conn.their_state is h11.IDLE
-        found: tuple[object, ...] | None = None
-        if transport.real.is_closing():
-            found = ("closing",)
-        elif transport.closing:
-            found = ("linger",)
+        then: Callable[[], None] | None = None
+        which: tuple[object, ...] = ()
+        if self.real.is_closing():
+            then = self.real.abort
+        elif self.transport.is_closing():
+            then = self._end
         elif self.flow.write_paused:
-            found = ("unread",)
+            then = self._abort_unread
         elif is_new or self.is_mid_request:
-            found = ("request", self.num_answered, self.conn.our_state is h11.DONE)
-        if found != self.waits_for:
+            then, which = self._time_out, (self.num_answered, self.conn.our_state is h11.DONE)
+        if (then, which) != self.waits_for:
             self._disarm()
-            self.waits_for = found
-            if found:
-                seconds = LINGER_SECONDS if found == ("linger",) else self.receive_timeout
-                self.timer = self.loop.call_later(seconds, self._give_up, transport)
+            self.waits_for = then, which
+            if then:
+                seconds = LINGER_SECONDS if then == self._end else self.receive_timeout
+                self.timer = self.loop.call_later(seconds, then)
 
     def _disarm(self) -> None:
         if self.timer:
             self.timer.cancel()
-        self.timer = self.waits_for = None
 
-    def _give_up(self, transport: Any) -> None:
-        kind = self.waits_for and self.waits_for[0]
-        if kind == "request" and self.is_mid_request and self.conn.our_state in UNANSWERED:
-            self._answer(
-                RequestError(408, "request_timeout", "the request did not arrive in time", close=True)
-            )
-        elif kind == "request":
-            self.on_event("silent_timeout")
-            transport.real.close()
-        elif kind == "linger":
-            transport.real.close()
+    def _time_out(self) -> None:
+        """408 if part of a request came and no answer has begun, else silence."""
+        if self.is_mid_request and self.conn.our_state in UNANSWERED:
+            message = "the request did not arrive in time"
+            self._answer(RequestError(408, "request_timeout", message, close=True))
         else:
-            if kind == "unread":
-                self.on_event("unread_answer")
-            transport.abort()
+            self.on_event("silent_timeout")
+            self._end()
+
+    def _abort_unread(self) -> None:
+        self.on_event("unread_answer")
+        self.real.abort()
+
+    def _end(self) -> None:
+        """Close for good; what is not taken by its reader in time is thrown away."""
+        self.real.close()
         self._watch()
 
     # Callbacks of the transport
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.real = transport
         if len(self.connections) >= self.max_connections:
             self.on_event("connection_refused")
             self.transport = transport
@@ -150,13 +151,13 @@ class GuardedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
-            self.num_discarded += len(data)
-            if self.num_discarded > LINGER_BYTES:
-                self.transport.real.close()  # type: ignore[attr-defined]
-        else:
+        if not self.transport.is_closing():
             super().data_received(data)
-        self._watch()
+            self._watch()
+            return
+        self.num_discarded += len(data)
+        if self.num_discarded > LINGER_BYTES:
+            self._end()
 
     def eof_received(self) -> None:
         self.loop.call_soon(self._watch)  # asyncio closes now, once what is buffered is taken: not for ever

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import uvicorn
 
@@ -151,12 +151,11 @@ def make_service(config: ServeConfig, predictor: Predictor, key: bytes | None) -
     """The service with its queue and its figures; called on the event loop."""
     metrics = ServeMetrics()
     max_batch_tokens = config.max_batch_tokens or QueueLimits.max_batch_tokens  # until the warm-up finds it
-    limits = QueueLimits(max_batch_tokens, config.max_queue_rows, config.queue_deadline)
     batcher = MicroBatcher(
         predictor.run,
-        limits,
+        QueueLimits(max_batch_tokens, config.max_queue_rows, config.queue_deadline),
         on_batch=metrics.count_batch,
-        on_drop=metrics.count_drop,
+        on_drop=lambda reason, num_rows: metrics.drops.labels(reason).inc(num_rows),
         on_error=end_if_device_lost,
     )
     service = Service(config, predictor, batcher, metrics, key)
@@ -187,7 +186,7 @@ def make_uvicorn(service: Service) -> uvicorn.Server:
         GuardedProtocol,
         max_connections=config.max_connections,
         receive_timeout=config.receive_timeout,
-        on_event=metrics.count_event,
+        on_event=lambda event: metrics.protocol.labels(event).inc(),
         is_draining=lambda: service.is_draining,
     )
     return _QuietServer(
@@ -273,21 +272,16 @@ def configure_serve_logging() -> None:
     root = logging.getLogger()
     for handler in list(root.handlers):
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+            sys.stderr.flush()
+            writer = LogWriter(sys.stderr.fileno(), "standard error")
+            writer.setFormatter(handler.formatter)
             root.removeHandler(handler)
-            _add_writer(root, sys.stderr, "standard error", handler.formatter)
+            root.addHandler(writer)
     if sys.stdout is None:
         logger.warning("standard output is closed: there is no access log")
     else:
-        _add_writer(access_logger, sys.stdout, "standard output", None)
-
-
-def _add_writer(
-    target: logging.Logger, stream: TextIO, place: str, formatter: logging.Formatter | None
-) -> None:
-    stream.flush()
-    writer = LogWriter(stream.fileno(), place)
-    writer.setFormatter(formatter)
-    target.addHandler(writer)
+        sys.stdout.flush()
+        access_logger.addHandler(LogWriter(sys.stdout.fileno(), "standard output"))
 
 
 def count_dropped_lines() -> int:
