@@ -14,7 +14,7 @@ import hmac
 import html
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -142,17 +142,17 @@ class Service:
             raise RequestError(404, "not_found", "this model gives a value, no label: see /v1/predict")
         answers = await self._run(request, [check_meaning(self.bodies[2], value)])
         prediction = answers.values[0]
-        return timed_response([prediction.label, prediction.score], answers)
+        return json_response([prediction.label, prediction.score], answers)
 
     async def predict(self, request: Request) -> Response:
         row: Any = check_meaning(self.bodies[0], await self._read(request))
         answers = await self._run(request, [row], truncate=row.truncate)
-        return timed_response(self._describe(answers.values[0]), answers)
+        return json_response(self._describe(answers.values[0]), answers)
 
     async def predict_batch(self, request: Request) -> Response:
         body: Any = check_meaning(self.bodies[1], await self._read(request))
         answers = await self._run(request, body.pairs, truncate=body.truncate, where="pairs")
-        return timed_response({"predictions": [self._describe(p) for p in answers.values]}, answers)
+        return json_response({"predictions": [self._describe(p) for p in answers.values]}, answers)
 
     async def _read(self, request: Request, *, may_be_any: bool = False) -> Any:
         """The JSON of a request's body, after all that can be said without it."""
@@ -292,14 +292,14 @@ async def wait_until_gone(request: Request) -> None:
         pass
 
 
-def json_response(value: object, headers: Mapping[str, str] | None = None) -> Response:
-    body = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    return Response(body, headers=headers or {}, media_type=JSON)
-
-
-def timed_response(value: object, answers: Answers[Prediction]) -> Response:
-    queue_ms, inference_ms = 1000 * answers.queue_seconds, 1000 * answers.run_seconds
-    return json_response(value, {"X-Queue-Ms": f"{queue_ms:.1f}", "X-Inference-Ms": f"{inference_ms:.1f}"})
+def json_response(value: object, answers: Answers[Prediction] | None = None) -> Response:
+    """`answers`: those in it, for the headers that say how long they took."""
+    body = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    headers = {}
+    if answers:
+        headers["X-Queue-Ms"] = f"{1000 * answers.queue_seconds:.1f}"
+        headers["X-Inference-Ms"] = f"{1000 * answers.run_seconds:.1f}"
+    return Response(body, headers=headers, media_type=JSON)
 
 
 def page_response(root_path: str, *, keyed: bool) -> Response:

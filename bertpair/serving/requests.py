@@ -202,7 +202,8 @@ def check_meaning(model: type[Model], value: Any) -> Model:
     )  # a name is the client's
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     fault = _FAULTS[first["type"]].format(**first.get("ctx", {}))
-    raise bad_value(f"{field}: {fault}" if field else fault, field or None)
+    message = f"{field}: {fault}".replace(": is ", " is ").removeprefix(": ")
+    raise bad_value(message, field or None)
 
 
 def _urgency(error: ErrorDetails) -> tuple[float, float, float]:

@@ -5,6 +5,7 @@ The routes check bodies by these models; tests hold the document against real an
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, create_model
@@ -19,20 +20,6 @@ Bodies = tuple[type[BaseModel], type[BaseModel], type[BaseModel]]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Figure = int | float | None
 
-_WHY = {
-    400: "The body is no sound JSON, or the request no sound HTTP.",
-    401: "The key is missing or wrong.",
-    408: "The request did not arrive in time.",
-    413: "The body is too large.",
-    414: "The URL is too long.",
-    415: "The body is not said to be application/json in UTF-8, or is compressed.",
-    417: "An expectation other than 100-continue.",
-    422: "The JSON is sound and does not say what this route wants.",
-    429: "Too much is waiting; Retry-After says when to come back.",
-    431: "The headers are too large.",
-    500: "A defect of the server.",
-    503: "Warming up, stalled, too many bodies at once, or waited longer than the queue's deadline.",
-}
 _ON_EVERY = (400, 408, 414, 417, 431, 500)
 _ON_BODIES = (413, 415, 422, 429, 503)
 
@@ -154,7 +141,10 @@ def describe_api(info: Info, bodies: Bodies, *, keyed: bool, root_path: str | No
         is_probe = path in ("/livez", "/readyz")
         is_locked = keyed and not is_probe and path != "/"
         statuses = {*_ON_EVERY, *(_ON_BODIES if body else ()), *([401] * is_locked), *([503] * is_probe)}
-        errors = {str(status): {"description": _WHY[status], **content(Error)} for status in sorted(statuses)}
+        errors = {
+            str(status): {"description": HTTPStatus(status).phrase, **content(Error)}
+            for status in sorted(statuses)
+        }
         operation: dict[str, Any] = {
             "operationId": name,
             "summary": summary,

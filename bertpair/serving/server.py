@@ -95,7 +95,7 @@ class _Server:
         server = make_uvicorn(self.service)
         self.listener.listen()
         serving = asyncio.create_task(server.serve(sockets=[self.listener.socket]))
-        warming = asyncio.create_task(self._warm(server))
+        warming = asyncio.create_task(self._warm())
         stopped = asyncio.create_task(self.stopping.wait())
         await asyncio.wait({serving, warming, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if warming.done():
@@ -135,9 +135,7 @@ class _Server:
         logger.info("drained")
         return 0
 
-    async def _warm(self, server: uvicorn.Server) -> None:
-        while not server.started:
-            await asyncio.sleep(0.01)
+    async def _warm(self) -> None:
         logger.info("listening on %s", self.listener)
         config, batcher, predictor = self.config, self.service.batcher, self.service.predictor
         if config.quantize_check and config.model_dir:

@@ -155,6 +155,9 @@ MEANING: dict[str, tuple[object, str | None]] = {
     "too many characters": ({**PAIR, "text_a": "a" * 501}, "text_a"),
     "too many characters, to be cut": ({**PAIR, "text_a": "a" * 501, "truncate": True}, "text_a"),
     "truncate as text": ({**PAIR, "truncate": "yes"}, "truncate"),
+    "missing, and a wrong value": ({"text_a": 5, "truncate": 5, "labels": 1}, "text_b"),
+    "unknown, and a wrong value": ({**PAIR, "text_a": 5, "labels": 1}, None),
+    "two wrong values": ({**PAIR, "truncate": 5, "text_b": 5}, "text_b"),
 }
 MEANING_OF_BATCHES: dict[str, tuple[object, str | None]] = {
     "no rows": ({"pairs": []}, "pairs"),
@@ -162,6 +165,11 @@ MEANING_OF_BATCHES: dict[str, tuple[object, str | None]] = {
     "rows as lists": ({"pairs": [["a", "b"]]}, "pairs[0]"),
     "an object": ({"pairs": {}}, "pairs"),
     "a bad row": ({"pairs": [PAIR, {**PAIR, "text_b": 1}]}, "pairs[1].text_b"),
+    "too many rows, each wrong": ({"pairs": [[]] * 9}, "pairs"),
+    "a bad row, and truncate": (
+        {"truncate": 5, "pairs": [PAIR, {**PAIR, "text_b": 1}, 5]},
+        "pairs[1].text_b",
+    ),
     "an unknown field in a row": ({"pairs": [{**PAIR, "truncate": True}]}, "pairs[0]"),
 }
 
