@@ -10,6 +10,7 @@ import json
 import logging
 from array import array
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,23 +118,29 @@ class Tokenizer:
             raise DataError(list_faults(faults))
         self.check_length(max_length, len(columns))
         cutter = self._cutting_at(max_length)
-        ids, lengths, first_lengths, truncated = array("i"), array("q"), array("i"), array("b")
-        for part in chunks(columns):
+
+        def encode_part(part: slice) -> tuple[array[int], ...]:
             stop_flag.raise_if_set()
             rows = self._heads([column[part] for column in columns], max_length)
+            ids, lengths, first_lengths, truncated = made = array("i"), array("q"), array("i"), array("b")
             for encoding in cutter.encode_batch_fast(rows if len(columns) == 2 else [a for (a,) in rows]):
                 ids.fromlist(encoding.ids)
                 lengths.append(len(encoding))
                 first_lengths.append(encoding.type_ids.count(0))
                 # Asked of full rows only: the answer is a copy of all that was cut off.
                 truncated.append(len(encoding) == max_length and bool(encoding.overflowing))
+            return made
+
+        parts = chunks(columns)
+        whole = array("i"), array("q"), array("i"), array("b")
+        # Two at a time: one is read out here, while the library works on the other on all cores.
+        with ThreadPoolExecutor(2) as pool:
+            for made in map(encode_part, parts) if len(parts) < 2 else pool.map(encode_part, parts):
+                for so_far, more in zip(whole, made, strict=True):
+                    so_far.extend(more)
+        ids, lengths, first_lengths, truncated = map(np.asarray, whole)
         small = np.uint16 if max_length <= np.iinfo(np.uint16).max else np.int32
-        return Tokens(
-            ids=np.asarray(ids),
-            offsets=offsets_of(np.asarray(lengths)),
-            first_lengths=np.asarray(first_lengths).astype(small),
-            truncated=np.asarray(truncated).astype(np.bool_),
-        )
+        return Tokens(ids, offsets_of(lengths), first_lengths.astype(small), truncated.astype(np.bool_))
 
     def _cutting_at(self, max_length: int) -> tokenizers.Tokenizer:
         """A copy of the backend that cuts; set on the backend itself, that would be written with a model."""
@@ -154,7 +161,8 @@ class Tokenizer:
         rows = list(zip(*columns, strict=True))
         room = max_length - self.backend.num_special_tokens_to_add(len(columns) == 2)
         size = LONG_BYTES * max_length
-        pending = [i for i, row in enumerate(rows) if any(len(text.encode()) > size for text in row)]
+        long = (i for column in columns for i, text in enumerate(column) if len(text.encode()) > size)
+        pending = sorted(set(long))
         while pending:
             texts = [text[:size] for i in pending for text in rows[i]]
             encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))

@@ -216,7 +216,7 @@ def test_the_stop_flag_is_seen_between_chunks(both, monkeypatch: pytest.MonkeyPa
             ours.encode(["a"] * 9, None, 8)
     finally:
         stop_flag.clear()
-    assert calls == [2, 2]
+    assert 2 <= len(calls) <= 3  # two chunks are in work at once
 
 
 def test_no_rows_give_no_tokens(both) -> None:
