@@ -173,7 +173,7 @@ class Tokenizer:
                     undecided.append(i)
                 else:
                     rows[i] = heads
-            pending, size = undecided, 4 * size
+            pending, size = undecided, 16 * size
         return rows
 
     def files(self, max_length: int) -> dict[str, bytes]:
