@@ -161,8 +161,8 @@ class Tokenizer:
         rows = list(zip(*columns, strict=True))
         room = max_length - self.backend.num_special_tokens_to_add(len(columns) == 2)
         size = LONG_BYTES * max_length
-        long = (i for column in columns for i, text in enumerate(column) if len(text.encode()) > size)
-        pending = sorted(set(long))
+        is_long = [[len(text) > size or len(text.encode()) > size for text in column] for column in columns]
+        pending = [i for i, longs in enumerate(zip(*is_long, strict=True)) if any(longs)]
         while pending:
             texts = [text[:size] for i in pending for text in rows[i]]
             encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
