@@ -1,20 +1,17 @@
-"""Texts and pairs of texts to the token ids of a BERT, in compact arrays.
+"""Texts and pairs of texts to token ids, in compact arrays.
 
-Each chunk of rows is one parallel call into the `tokenizers` library, with its distinct texts only: a
-reference answer that stands in a thousand rows is tokenized once. Special tokens and truncation are put on
-in numpy, by the rule that transformers' `longest_first` has.
+The `tokenizers` library cuts rows (`longest_first`) and puts on special tokens and token types, chunk by
+chunk in parallel.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import logging
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 Ints = NDArray[np.int64]
 
-CHUNK_ROWS = 20_000
-CHUNK_CHARS = 4_000_000  # the library needs some 100 bytes a token while it works
-HEAD_CHARS = 10  # per token of max_length: what is tokenized of a text that is far too long
+CHUNK_ROWS = 5_000
+CHUNK_CHARS = 1_000_000  # the library needs some 100 bytes a token while it works
+LONG_BYTES = 8  # per token of max_length: a text with more is first cut to a head
 MAX_SPARE_ROWS = 127  # rows of the word table beyond the vocabulary: padding to a round number
 MAX_MODEL_LENGTH = 1_000_000  # transformers writes 1e30 for "none"
 
@@ -44,7 +41,7 @@ class Tokens:
 
     ids: NDArray[np.int32]  # (total,)
     offsets: Ints  # (n + 1,)
-    first_lengths: NDArray[np.integer[Any]]  # (n,) [CLS] a [SEP]; the rest is token type 1
+    first_lengths: NDArray[np.integer[Any]]  # (n,) tokens of type 0; the rest is of type 1
     truncated: NDArray[np.bool_]  # (n,)
 
     def __len__(self) -> int:
@@ -59,24 +56,22 @@ class Tokenizer:
     """WordPiece as BERT uses it; ids equal transformers' BertTokenizerFast's, but typed [SEP] stays text."""
 
     def __init__(self, backend: tokenizers.Tokenizer, lower_case: bool, settings: Mapping[str, Any]) -> None:
+        backend.encode_special_tokens = True  # copies and pickles of the library's object forget it
         self.backend = backend
         self.lower_case = lower_case
+        self.settings = settings
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        self.pad_id, self.cls_id, self.sep_id, self.unk_id = (
-            vocabulary[token] for token in ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
-        )
+        self.pad_id, self.unk_id = vocabulary["[PAD]"], vocabulary["[UNK]"]
         length = settings.get("model_max_length")
         self.model_max_length = (
             int(length) if isinstance(length, int | float) and 0 < length <= MAX_MODEL_LENGTH else None
         )
-        self._is_standard = is_standard(backend)
-        # Where a text can be cut without changing a token before: BERT's pipeline ends a word in front of
-        # these, whatever follows; only added tokens could reach across.
-        self._boundary = None
-        if self._is_standard and all(t.special for t in backend.get_added_tokens_decoder().values()):
-            chinese = "\u4e00-\u9fff" if backend.normalizer.handle_chinese_chars else ""
-            self._boundary = re.compile(f"[ \n{chinese}]")
+        self._cutter = backend, 0  # see `_cutting_at`
+        self._reach = 1 + max(map(len, (t.content for t in backend.get_added_tokens_decoder().values())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self.backend, self.lower_case, self.settings)
 
     @classmethod
     def from_folder(
@@ -97,18 +92,16 @@ class Tokenizer:
             logger.info("%s", what)
         return tokenizer
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.backend.encode_special_tokens = True  # copies and pickles of the library's object forget it
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Equal for tokenizers that give equal ids (under one version of the tokenizers library)."""
-        content = self.backend.to_str() + f"\nlower_case={self.lower_case}"
-        return hashlib.sha256(content.encode()).hexdigest()
+    def check_length(self, max_length: int, num_texts: int) -> None:
+        """ConfigError where it leaves no token for each text."""
+        least = self.backend.num_special_tokens_to_add(num_texts == 2) + num_texts
+        if max_length < least:
+            row = self.backend.encode("a", "b" if num_texts == 2 else None).tokens
+            what = f"a {'pair' if num_texts == 2 else 'single text'} ({' '.join(row)})"
+            raise ConfigError(f"max_seq_length is {max_length}; {what} needs {least} at least")
 
     def encode(self, text_a: Sequence[str], text_b: Sequence[str] | None, max_length: int) -> Tokens:
-        """Token ids of each row: [CLS] a [SEP] b [SEP], or [CLS] a [SEP] without text_b.
+        """Token ids of each row, with special tokens: of a pair, or of a single text without text_b.
 
         Rows longer than `max_length` lose tokens from the end of the longer text. Raises DataError on text
         that UTF-8 cannot carry, ConfigError where max_length leaves no token for each text, StoppedError
@@ -123,71 +116,65 @@ class Tokenizer:
         ]
         if faults:
             raise DataError(list_faults(faults))
-        check_max_length(max_length, num_texts=len(columns))
-        ids = bytearray()  # grows in place; joining arrays at the end would need the memory twice
-        lengths, first_lengths, truncated = [], [], []
-        for rows in chunks(columns):
+        self.check_length(max_length, len(columns))
+        cutter = self._cutting_at(max_length)
+
+        def encode_part(part: slice) -> tuple[array[int], ...]:
             stop_flag.raise_if_set()
-            part = self._encode_chunk([column[rows] for column in columns], max_length)
-            ids += part.ids.tobytes()
-            lengths.append(part.lengths)
-            first_lengths.append(part.first_lengths)
-            truncated.append(part.truncated)
-        return Tokens(
-            ids=np.frombuffer(ids, np.int32),
-            offsets=offsets_of(np.concatenate(lengths)),
-            first_lengths=np.concatenate(first_lengths),
-            truncated=np.concatenate(truncated),
-        )
+            rows = self._heads([column[part] for column in columns], max_length)
+            ids, lengths, first_lengths, truncated = made = array("i"), array("q"), array("i"), array("b")
+            for encoding in cutter.encode_batch_fast(rows if len(columns) == 2 else [a for (a,) in rows]):
+                ids.fromlist(encoding.ids)
+                lengths.append(len(encoding))
+                first_lengths.append(encoding.type_ids.count(0))
+                # Asked of full rows only: the answer is a copy of all that was cut off.
+                truncated.append(len(encoding) == max_length and bool(encoding.overflowing))
+            return made
 
-    def _encode_chunk(self, columns: Sequence[Sequence[str]], max_length: int) -> Tokens:
-        numbers: dict[str, int] = {}  # distinct text -> its number
-        rows = [
-            np.fromiter((numbers.setdefault(text, len(numbers)) for text in column), np.int64, len(column))
-            for column in columns
-        ]
-        room = max_length - 1 - len(columns)
-        flat, starts, counts = self._encode_distinct(list(numbers), rows, max_length)
-        found = [counts[row] for row in rows]
-        kept = longest_first(found[0], found[1], room) if len(rows) == 2 else [np.minimum(found[0], room)]
-        offsets = offsets_of(np.sum(kept, axis=0) + 1 + len(rows))
-        ids = np.full(offsets[-1], self.sep_id, np.int32)  # what nothing is copied to stays [SEP]
-        ids[offsets[:-1]] = self.cls_id
-        at = offsets[:-1] + 1
-        for row, keep in zip(rows, kept, strict=True):
-            copy_runs(ids, at, flat, starts[row], keep)
-            at = at + keep + 1
-        small: type[np.integer[Any]] = np.uint16 if max_length <= np.iinfo(np.uint16).max else np.int32
-        return Tokens(ids, offsets, (kept[0] + 2).astype(small), np.sum(found, axis=0) > room)
+        parts = chunks(columns)
+        whole = array("i"), array("q"), array("i"), array("b")
+        # Two at a time: one is read out here, while the library works on the other on all cores.
+        with ThreadPoolExecutor(2) as pool:
+            for made in map(encode_part, parts) if len(parts) < 2 else pool.map(encode_part, parts):
+                for so_far, more in zip(whole, made, strict=True):
+                    so_far.extend(more)
+        ids, lengths, first_lengths, truncated = map(np.asarray, whole)
+        small = np.uint16 if max_length <= np.iinfo(np.uint16).max else np.int32
+        return Tokens(ids, offsets_of(lengths), first_lengths.astype(small), truncated.astype(np.bool_))
 
-    def _encode_distinct(
-        self, texts: list[str], rows: Sequence[Ints], max_length: int
-    ) -> tuple[NDArray[np.int32], Ints, Ints]:
-        """The texts' ids end to end, where each begins, and how many tokens each has.
+    def _cutting_at(self, max_length: int) -> tokenizers.Tokenizer:
+        """A copy of the backend that cuts; set on the backend itself, that would be written with a model."""
+        cutter, length = self._cutter
+        if length != max_length:
+            cutter = tokenizers.Tokenizer.from_str(self.backend.to_str())
+            cutter.encode_special_tokens = True
+            cutter.enable_truncation(max_length)
+            self._cutter = cutter, max_length
+        return cutter
 
-        Of a text far beyond max_length only a head is tokenized where its tokens decide the row.
+    def _heads(self, columns: Sequence[Sequence[str]], max_length: int) -> list[tuple[str, ...]]:
+        """The rows; texts that are far too long give way to heads from which the same rows are made.
+
+        The library would tokenize such a text to its end, and make a row of each combination of pieces that
+        it cuts off. A head is tried that may be too short to tell, then a longer one.
         """
-        room = max_length - 1 - len(rows)
-        heads = [self._head(text, HEAD_CHARS * max_length) for text in texts]
-        encodings = self.backend.encode_batch_fast(heads, add_special_tokens=False)
-        counts = np.fromiter(map(len, encodings), np.int64, len(encodings))
-        is_cut = np.fromiter((h is not t for h, t in zip(heads, texts, strict=True)), np.bool_, len(texts))
-        undecided = np.flatnonzero(undecided_heads(is_cut, counts, rows, room))
-        whole = self.backend.encode_batch_fast([texts[i] for i in undecided], add_special_tokens=False)
-        for i, encoding in zip(undecided, whole, strict=True):
-            encodings[i] = encoding
-            counts[i] = len(encoding)
-        used = np.minimum(counts, room)
-        ids = itertools.chain.from_iterable(encoding.ids[:room] for encoding in encodings)
-        flat = np.fromiter(ids, np.int32, used.sum())
-        return flat, offsets_of(used)[:-1], counts
-
-    def _head(self, text: str, length: int) -> str:
-        """The text itself, or a beginning of about `length` characters whose tokens are the text's first."""
-        if len(text) <= 2 * length or self._boundary is None:
-            return text
-        match = self._boundary.search(text, length)
-        return text[: match.start()] if match else text
+        rows = list(zip(*columns, strict=True))
+        room = max_length - self.backend.num_special_tokens_to_add(len(columns) == 2)
+        size = LONG_BYTES * max_length
+        is_long = [[len(text) > size or len(text.encode()) > size for text in column] for column in columns]
+        pending = [i for i, longs in enumerate(zip(*is_long, strict=True)) if any(longs)]
+        while pending:
+            texts = [text[:size] for i in pending for text in rows[i]]
+            encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
+            undecided = []
+            for i in pending:
+                heads = _heads_of_row(rows[i], [next(encodings) for _ in rows[i]], size, room, self._reach)
+                if heads is None:
+                    undecided.append(i)
+                else:
+                    rows[i] = heads
+            pending, size = undecided, 16 * size
+        return rows
 
     def files(self, max_length: int) -> dict[str, bytes]:
         """The tokenizer as files by name, which transformers' AutoTokenizer loads too."""
@@ -195,7 +182,7 @@ class Tokenizer:
         # Left out, transformers would add a [MASK] beyond the vocabulary.
         mask = MASK_TOKEN if self.backend.token_to_id(MASK_TOKEN) is not None else None
         settings: dict[str, object] = {
-            "tokenizer_class": "BertTokenizer" if self._is_standard else "PreTrainedTokenizerFast",
+            "tokenizer_class": "BertTokenizer" if is_standard(self.backend) else "PreTrainedTokenizerFast",
             "model_max_length": max_length,
             "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
             "do_lower_case": self.lower_case,
@@ -218,72 +205,52 @@ def _to_json(value: object) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
 
 
-def check_max_length(max_length: int, num_texts: int) -> None:
-    """ConfigError where it leaves no token for each text."""
-    least = 1 + 2 * num_texts
-    if max_length < least:
-        what = "a pair ([CLS] a [SEP] b [SEP])" if num_texts == 2 else "a single text ([CLS] a [SEP])"
-        raise ConfigError(f"max_seq_length is {max_length}; {what} needs {least} at least")
+def _heads_of_row(
+    texts: tuple[str, ...], encodings: Sequence[Any], size: int, room: int, reach: int
+) -> tuple[str, ...] | None:
+    """Heads of whole words that are cut to the same row; None where more of the texts must be seen.
 
-
-def chunks(columns: Sequence[Sequence[str]]) -> Iterator[slice]:
-    """Slices of at most CHUNK_ROWS rows and (one long row aside) CHUNK_CHARS characters; no rows: one."""
-    num_rows = len(columns[0])
-    chars = np.zeros(num_rows + 1, np.int64)
-    for column in columns:
-        chars[1:] += np.fromiter(map(len, column), np.int64, num_rows)
-    np.cumsum(chars, out=chars)
-    start = 0
-    while start < num_rows or start == 0:
-        fitting = int(np.searchsorted(chars, chars[start] + CHUNK_CHARS, side="right")) - 1
-        stop = min(max(fitting, start + 1), start + CHUNK_ROWS, num_rows)
-        yield slice(start, stop)
-        start = max(stop, 1)
-
-
-def longest_first(first: Ints, second: Ints, room: int) -> list[Ints]:
-    """How many tokens of each text stay: the longer one loses tokens until both fit or are equally long.
-
-    An odd token more goes to the longer text, among equals to the second.
+    `encodings` are those of the first `size` characters; their words may go on within the last `reach`.
+    Cutting asks which text has more tokens (among equals, the second), so the heads must keep that.
     """
-    half = room // 2
-    shorter = np.minimum(first, second)
-    long = np.where(shorter <= half, room - shorter, room - half)
-    short = np.minimum(shorter, half)
-    is_cut, is_longer = first + second > room, first > second
-    return [
-        np.where(is_cut, np.where(is_longer, long, short), first),
-        np.where(is_cut, np.where(is_longer, short, long), second),
-    ]
+    wholes = [len(text) <= size for text in texts]
+    counts = []  # of tokens that the whole text has too
+    for encoding, is_whole in zip(encodings, wholes, strict=True):
+        count = len(encoding)
+        while count and not is_whole:
+            word = encoding.token_to_word(count - 1)
+            if encoding.word_to_chars(word)[1] <= size - reach:
+                break
+            count = encoding.word_to_tokens(word)[0]
+        counts.append(count)
+    if len(texts) == 1:
+        shorter_first = [0]
+    elif wholes[0] and counts[0] <= counts[1]:
+        shorter_first = [0, 1]
+    elif wholes[1] and counts[1] < counts[0]:
+        shorter_first = [1, 0]
+    else:
+        return None
+    heads, wanted = list(texts), room + 1
+    for i in shorter_first:
+        if counts[i] >= wanted:
+            word = encodings[i].token_to_word(wanted - 1)
+            heads[i] = texts[i][: encodings[i].word_to_chars(word)[1]]
+            wanted = encodings[i].word_to_tokens(word)[1]
+        elif not wholes[i]:
+            return None
+        wanted += 1
+    return tuple(heads)
 
 
-def undecided_heads(
-    is_cut: NDArray[np.bool_], counts: Ints, rows: Sequence[Ints], room: int
-) -> NDArray[np.bool_]:
-    """Which texts have to be tokenized whole: too few tokens, or open which text of some pair is the longer.
-
-    `counts` are those of the heads where `is_cut`; `rows` has each column's text numbers, row by row.
-    """
-    undecided = counts <= room
-    if len(rows) == 2:
-        a, b = rows
-        a_open = is_cut[a] & (is_cut[b] | (counts[b] >= counts[a]))
-        b_open = is_cut[b] & (is_cut[a] | (counts[a] >= counts[b]))
-        undecided[a[a_open]] = True
-        undecided[b[b_open]] = True
-    return undecided & is_cut
+def chunks(columns: Sequence[Sequence[str]]) -> list[slice]:
+    """Slices of at most CHUNK_ROWS rows and, the last row aside, CHUNK_CHARS characters."""
+    chars = np.sum([[len(text) for text in column] for column in columns], axis=0, dtype=np.int64).cumsum()
+    parts = np.stack([np.arange(len(chars)) // CHUNK_ROWS, chars // CHUNK_CHARS])
+    bounds = [*np.flatnonzero(np.diff(parts, prepend=-1).any(axis=0)).tolist(), len(chars)]
+    return list(map(slice, bounds, bounds[1:]))
 
 
 def offsets_of(lengths: Ints) -> Ints:
     """Where runs of these lengths begin when they stand end to end, and where the last one ends."""
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
-
-
-def copy_runs(
-    target: NDArray[np.int32], to: Ints, source: NDArray[np.int32], start: Ints, length: Ints
-) -> None:
-    """`target[to[i] : to[i] + length[i]] = source[start[i] : start[i] + length[i]]` for all i at once."""
-    within = np.arange(length.sum()) - np.repeat(offsets_of(length)[:-1], length)
-    target[np.repeat(to, length) + within] = source[np.repeat(start, length) + within]
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

@@ -45,12 +45,12 @@ def read_pairs(
     on_bad_row: str = "error",
     limit: int | None = None,
 ) -> Pairs:
-    """Read the files one after the other; texts come back verbatim, labels without surrounding spaces.
+    """Read the files one after the other.
 
-    `labels`: a label outside them is a bad row. `regression`: a label must be a finite number.
+    With `labels`, another label is a bad row; with `regression`, one that is not a finite number.
     `on_bad_row`: `error` raises a DataError with the first ten faults, `skip` leaves bad rows out, counts
-    and logs them; a file that cannot be read at all, or has no good row, is an error in both. `limit`: so
-    many good rows, no more; the log then says of how many.
+    and lists them; a file that cannot be read, or has no good row, is an error in both. `limit`: the most
+    good rows to read.
     """
     allowed = None if labels is None or regression else dict.fromkeys(labels)
     reader = _Reader(columns, allowed, regression, limit, skips=on_bad_row == "skip")

@@ -52,7 +52,7 @@ def read_wordpiece(
     `do_lower_case` None follows tokenizer_config.json, then tokenizer.json's normalizer, then the vocabulary:
     cased if an entry outside brackets has an upper-case letter.
     """
-    settings = _read_settings(folder)
+    settings = _read_if_there(folder / "tokenizer_config.json")
     path = folder / "tokenizer.json"
     declared = _check_declared(settings, folder, has_json=path.is_file())
     if path.is_file():
@@ -90,20 +90,13 @@ def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json; what the pipeline takes from it is checked."""
-    path = folder / "tokenizer_config.json"
-    settings = _read_if_there(path)
-    for name in NORMALIZER_SETTINGS:
-        if not isinstance(settings.get(name), bool | None):
-            raise CheckpointError(f"{path}: {name} is {show(settings[name])}; true, false or null is allowed")
-    return settings
-
-
 def _check_declared(settings: Mapping[str, Any], folder: Path, *, has_json: bool) -> str | None:
     """The tokenizer class that the folder names, if any; CheckpointError for another than BERT's pipeline."""
     place, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     faults = _other_pipeline(settings, place) + _other_pipeline(_read_if_there(special), special)
+    for name in NORMALIZER_SETTINGS:
+        if not isinstance(settings.get(name), bool | None):
+            faults.append(f"{place}: {name} is {show(settings[name])}; true, false or null is allowed")
     declared = settings.get("tokenizer_class")
     if declared is None:
         place = folder / "config.json"
@@ -167,12 +160,11 @@ def _read_vocabulary(path: Path) -> list[str]:
     if not path.exists():
         raise CheckpointError(f"{path.parent}: no tokenizer.json and no vocab.txt; one of them is needed")
     try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
     except UnicodeDecodeError as e:
-        line = raw.count(b"\n", 0, e.start) + 1
+        line = e.object.count(b"\n", 0, e.start) + 1
         raise CheckpointError(f"{path}:{line}: not UTF-8 ({e.reason}); save the vocabulary as UTF-8") from e
     # Only \n ends a line: bert-base-chinese has U+2028 as an entry, which str.splitlines would break.
     # Blanks at a line's end are no part of an entry, unless the entry is nothing else.
@@ -221,9 +213,8 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(json.dumps(content)) if own else backend
     except Exception as e:  # the library raises bare Exception for whatever it cannot parse
         raise CheckpointError(f"{path}: not a tokenizer: {e}") from e
-    model = backend.model
-    if not isinstance(model, models.WordPiece) or model.unk_token != "[UNK]":
-        kind = type(model).__name__
+    if not isinstance(backend.model, models.WordPiece) or backend.model.unk_token != "[UNK]":
+        kind = type(backend.model).__name__
         raise CheckpointError(f"{path}: a {kind} model; WordPiece with the unknown token [UNK] is expected")
     _check_vocabulary([entry for entry in entries_of(backend) if entry], path)
     return backend
@@ -241,12 +232,13 @@ def entries_of(backend: tokenizers.Tokenizer) -> list[str]:
 def _compare_vocabularies(backend: tokenizers.Tokenizer, folder: Path) -> None:
     """vocab.txt beside tokenizer.json must list the same entries (blanks at their ends aside)."""
     ours, theirs = entries_of(backend), _read_vocabulary(folder / "vocab.txt")
-    faults = []
+    faults = [
+        f"id {number}: vocab.txt has {line!r}, tokenizer.json has {entry!r}"
+        for number, (entry, line) in enumerate(zip(ours, theirs, strict=False))
+        if entry and line.strip() != entry.strip()
+    ]
     if len(theirs) != len(ours):
-        faults.append(f"vocab.txt has {len(theirs)} entries, tokenizer.json has {len(ours)}")
-    for number, (entry, line) in enumerate(zip(ours, theirs, strict=False)):
-        if entry and line.strip() != entry.strip():
-            faults.append(f"id {number}: vocab.txt has {line!r}, tokenizer.json has {entry!r}")
+        faults.insert(0, f"vocab.txt has {len(theirs)} entries, tokenizer.json has {len(ours)}")
     if faults:
         raise CheckpointError(
             f"{folder}: tokenizer.json and vocab.txt disagree; "
@@ -293,7 +285,8 @@ def _finish_backend(backend: tokenizers.Tokenizer, path: Path) -> None:
         raise CheckpointError(f"{path}: its truncation cuts texts at the left; only right is supported")
     backend.no_padding()
     backend.no_truncation()
-    theirs = [] if backend.post_processor is None else _joined(backend)
+    has_template = backend.post_processor is not None
+    theirs = backend.encode("a", "b"), backend.encode("a")
     numbers = {token: backend.token_to_id(token) for token in RESERVED}
     backend.add_special_tokens([token for token, number in numbers.items() if number is not None])
     backend.post_processor = processors.TemplateProcessing(
@@ -301,24 +294,23 @@ def _finish_backend(backend: tokenizers.Tokenizer, path: Path) -> None:
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[("[CLS]", numbers["[CLS]"]), ("[SEP]", numbers["[SEP]"])],
     )
-    for found, expected in zip(theirs, _joined(backend), strict=False):
+    made = [  # of a pair and of a single text
+        [f"{' '.join(row.tokens)} (ids {row.ids}, types {row.type_ids})" for row in rows]
+        for rows in zip(theirs, (backend.encode("a", "b"), backend.encode("a")), strict=True)
+    ]
+    for found, expected in made if has_template else ():
         if found != expected:
             raise CheckpointError(
                 f"{path}: its post_processor makes {found}; only BERT's is supported: {expected}"
             )
     backend.encode_special_tokens = True  # not serialised: has to be set at every load
-    typed = backend.encode("[PAD] [CLS] [SEP]", add_special_tokens=False).ids
-    if {numbers["[PAD]"], numbers["[CLS]"], numbers["[SEP]"]} & set(typed):
+    if not {numbers[token] for token in SPECIAL_TOKENS if token != "[UNK]"}.isdisjoint(
+        backend.encode("[PAD] [CLS] [SEP]", add_special_tokens=False).ids
+    ):
         raise CheckpointError(
             f"{path}: its pre-tokenizer keeps a typed [SEP] whole, so that user text could act as a "
             "separator; BertPreTokenizer takes brackets apart"
         )
-
-
-def _joined(backend: tokenizers.Tokenizer) -> list[str]:
-    """What it makes of a pair and of a single text, for a message."""
-    made = backend.encode("a", "b"), backend.encode("a")
-    return [f"{' '.join(each.tokens)} (ids {each.ids}, types {each.type_ids})" for each in made]
 
 
 def is_standard(backend: tokenizers.Tokenizer) -> bool:

@@ -33,7 +33,7 @@ from bertpair.checkpoints.checkpoint import (
     write_results,
 )
 from bertpair.console import Progress
-from bertpair.data.dataset import Encoder, Pairs, Split, Targets, report_labels
+from bertpair.data.dataset import Pairs, Split, Targets, make_split, report_labels
 from bertpair.data.source import Source, resolve_source
 from bertpair.errors import CheckpointError, ConfigError
 from bertpair.evaluation.classifier import PairClassifier, Scorer, make_predictions
@@ -339,8 +339,7 @@ def _evaluate_one(
     candidate: _Candidate, model: PairClassifier, pairs: Pairs, positive: str | None
 ) -> tuple[Evaluation, dict[str, bytes], str]:
     """Score `pairs`: the results, their files by name, and the tables for one model."""
-    encoder = Encoder(model.tokenizer, model.max_seq_length)
-    split = encoder.split(pairs, model.labels, name=candidate.name)
+    split = make_split(pairs, model.labels, model.tokenizer, model.max_seq_length, name=candidate.name)
     evaluation = evaluate_split(
         model.scorer, split, model.labels, positive_label=positive, label=candidate.name
     )

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from bertpair.checkpoints.checkpoint import open_model, weights_digest
 from bertpair.data.source import resolve_source
-from bertpair.data.tokenizer import Tokens, check_max_length, offsets_of
+from bertpair.data.tokenizer import Tokens, offsets_of
 from bertpair.errors import ConfigError, DataError, first_line
 from bertpair.evaluation.classifier import PairClassifier, Prediction
 from bertpair.model.packed import fill_up
@@ -101,8 +101,8 @@ class Predictor:
     def time_batch(self, lengths: Sequence[int]) -> float:
         """Seconds of one batch of rows of these lengths, the better of two runs: the first may still be
         preparing something."""
-        sep = self.classifier.tokenizer.sep_id
-        tokens = join_rows([TokenRow(np.full(n, sep, np.int32), n, False) for n in lengths])
+        any_id = self.classifier.tokenizer.pad_id
+        tokens = join_rows([TokenRow(np.full(n, any_id, np.int32), n, False) for n in lengths])
         seconds = math.inf
         for _ in range(2):
             began = time.perf_counter()
@@ -205,7 +205,7 @@ def load_predictor(config: ServeConfig) -> Predictor:
     )
     takes_pairs = classifier.takes_pairs = classifier.takes_pairs is not False  # where nothing says so, pairs
     cut, num_texts = classifier.max_seq_length, 2 if takes_pairs else 1
-    check_max_length(cut, num_texts)
+    classifier.tokenizer.check_length(cut, num_texts=num_texts)
     limits = settle_limits(config, cut, num_texts)
     if config.max_batch_tokens is not None and config.max_batch_tokens < cut:
         raise ConfigError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bertpair.checkpoints.checkpoint import open_model
 from bertpair.checkpoints.run_folder import RunState
-from bertpair.data.dataset import Encoder, Pairs, Split, label_warnings, overlap_warnings, report_labels
+from bertpair.data.dataset import Pairs, Split, label_warnings, make_split, overlap_warnings, report_labels
 from bertpair.data.source import Source, resolve_source
 from bertpair.data.tokenizer import Tokenizer
 from bertpair.errors import ConfigError
@@ -63,8 +63,7 @@ class Job:
 def prepare(config: Config, resumed_from: RunState | None) -> Job:
     """Load data and model as `config` says; on a resume the model is the checkpoint's.
 
-    Raises ConfigError, DataError or CheckpointError for whatever does not fit; writes nothing but the
-    token cache.
+    Raises ConfigError, DataError or CheckpointError for whatever does not fit; writes nothing.
     """
     device = _set_up_machine(config)
     source = resolve_source(config)
@@ -75,9 +74,10 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
     positive = source.positive_label(labels, config.positive_label)
     _check_watched(config, labels, has_dev=dev_pairs is not None)
     tokenizer = _read_tokenizer(config, folder, resumed_from)
-    encoder = _make_encoder(config, folder, tokenizer)
-    train = encoder.split(train_pairs, labels, name="train")
-    dev = None if dev_pairs is None else encoder.split(dev_pairs, labels, name="dev")
+    _check_positions(config, folder)
+    cut = config.max_seq_length
+    train = make_split(train_pairs, labels, tokenizer, cut, name="train")
+    dev = None if dev_pairs is None else make_split(dev_pairs, labels, tokenizer, cut, name="dev")
     seed_everything(config.seed)
     digest, pad_id, table = digest_of(train), tokenizer.pad_id, None
     weights = class_weight_tensor(config.class_weights, labels, train)
@@ -191,13 +191,12 @@ def _read_tokenizer(config: Config, folder: ModelFolder, resumed_from: RunState 
     )
 
 
-def _make_encoder(config: Config, folder: ModelFolder, tokenizer: Tokenizer) -> Encoder:
+def _check_positions(config: Config, folder: ModelFolder) -> None:
     positions = folder.config.max_position_embeddings
     if config.max_seq_length > positions:
         raise ConfigError(
             f"max_seq_length: found {config.max_seq_length}; {folder.path} has {positions} positions"
         )
-    return Encoder(tokenizer, config.max_seq_length)
 
 
 def _resolve_precision(config: Config, folder: ModelFolder, device: torch.device) -> Precision:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bertpair.data.columns import Columns
-from bertpair.data.dataset import Encoder, Pairs, overlap_warnings
+from bertpair.data.dataset import Pairs, make_split, overlap_warnings
 from bertpair.data.source import resolve_source
 from bertpair.data.tokenizer import Tokenizer
 from bertpair.data.tsv import read_pairs
@@ -205,11 +205,12 @@ def test_a_presets_test_file_is_told_by_its_header_not_by_its_name(tmp_path: Pat
 
 
 def test_targets_are_ids_in_label_order_or_numbers(pairs_of: Callable[..., Pairs], vocab_file: Path) -> None:
-    encoder = Encoder(Tokenizer.from_folder(vocab_file.parent), 8)
+    tokenizer = Tokenizer.from_folder(vocab_file.parent)
     rows = pairs_of([("a", "b", "y"), ("c", "d", "x"), ("e", "f", "y")])
-    ids = encoder.split(rows, ("y", "z", "x"), name="rows").targets
+    ids = make_split(rows, ("y", "z", "x"), tokenizer, 8, name="rows").targets
     assert ids is not None and ids.dtype == np.int64 and ids.tolist() == [0, 2, 0]
-    scores = encoder.split(pairs_of([("a", "b", "2.5"), ("c", "d", "-1")]), None, name="rows").targets
+    rows = pairs_of([("a", "b", "2.5"), ("c", "d", "-1")])
+    scores = make_split(rows, None, tokenizer, 8, name="rows").targets
     assert scores is not None and scores.dtype == np.float32 and scores.tolist() == [2.5, -1.0]
 
 
