@@ -51,7 +51,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             train_file=[str(place / "train.tsv")],
             model_name_or_path=str(hf),
             output_dir=str(place / "model"),
-            token_cache_dir=str(place / "cache"),
             max_seq_length=CUT,
             max_steps=2,
             eval_strategy="no",
