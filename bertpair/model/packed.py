@@ -69,39 +69,51 @@ class PackedClassifier(nn.Module):
         self.config = model.config
         self.dtype = dtype
         self.embeddings, self.pooler, self.classifier = model.embeddings, model.pooler, model.classifier
+
+        def linear(*parts: nn.Linear, activation: str | None = None) -> Linear:
+            weight = torch.cat([part.weight.detach() for part in parts]).to(dtype)
+            bias = torch.cat([part.bias.detach() for part in parts]).to(dtype)
+            return make(weight, bias, activation)
+
+        def packed(layer: Layer, *, is_last: bool) -> PackedLayer:
+            query, rest = layer.attention.query, (layer.attention.key, layer.attention.value)
+            return PackedLayer(
+                queries=linear(query) if is_last else None,
+                context=linear(*rest) if is_last else linear(query, *rest),
+                out=linear(layer.attention.out),
+                up=linear(layer.up, activation=model.config.hidden_act),
+                down=linear(layer.down),
+                attention_norm=layer.attention_norm,
+                output_norm=layer.output_norm,
+            )
+
         *body, last = [layer for layer in model.layers if isinstance(layer, Layer)]
-        act = model.config.hidden_act
-        self.packed = [pack_layer(layer, make, dtype, act, is_last=False) for layer in body]
-        self.packed.append(pack_layer(last, make, dtype, act, is_last=True))
+        self.packed = [*(packed(layer, is_last=False) for layer in body), packed(last, is_last=True)]
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
         """Logits (B, C) in float32; the arguments are `BertClassifier`'s."""
         with torch.autocast("cpu", enabled=False):
-            batch = locate(input_ids, attention_mask)
-            x = self.embed(input_ids, token_type_ids, batch)  # (T', D)
+            batch, table = locate(input_ids, attention_mask), self.embeddings
+            positions = torch.arange(batch.length).expand(batch.num_rows, -1)
+            types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            ids, kinds, at = (each.reshape(-1)[batch.places] for each in (input_ids, types, positions))
+            x = table.words(ids) + table.types(kinds) + table.positions(at)  # (T', D)
+            x = table.norm(x).to(self.dtype)
             for layer in self.packed:
                 x = self.run_layer(layer, x, batch)  # (T', D), after the last (B', D)
             x = x[: batch.num_rows].float()
             logits: Tensor = self.classifier(torch.tanh(self.pooler(x)))  # (B, C)
             return logits
 
-    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None, batch: _Batch) -> Tensor:
-        table = self.embeddings
-        positions = torch.arange(batch.length).expand(batch.num_rows, -1)
-        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        ids, kinds, at = (each.reshape(-1)[batch.places] for each in (input_ids, types, positions))
-        x = table.words(ids) + table.types(kinds) + table.positions(at)  # (T', D)
-        normed: Tensor = table.norm(x)
-        return normed.to(self.dtype)
-
     def run_layer(self, layer: PackedLayer, x: Tensor, batch: _Batch) -> Tensor:
-        N, B = self.config.num_attention_heads, batch.num_rows
-        context = spread(layer.context(x), batch)  # (B, L, 2 D or 3 D)
-        split = context.view(B, batch.length, -1, N, x.shape[1] // N)  # (B, L, 2 or 3, N, H)
+        N, B, L, T = self.config.num_attention_heads, batch.num_rows, batch.length, batch.num_tokens
+        places, context = batch.places, layer.context(x)  # (T', 2 D or 3 D)
+        if T < B * L:  # zeros at padding
+            context = x.new_zeros(B * L, context.shape[1]).index_copy_(0, places[:T], context[:T])
+        split = context[: B * L].view(B, L, -1, N, x.shape[1] // N)  # (B, L, 2 or 3, N, H)
         *own, k, v = (part.transpose(1, 2) for part in split.unbind(2))  # (B, N, L, H)
-        places = batch.places
         if layer.queries is not None:
             x = x[batch.firsts]  # (B', D)
             own = [layer.queries(x)[:B].view(B, N, 1, -1)]  # (B, N, 1, H)
@@ -112,58 +124,22 @@ class PackedClassifier(nn.Module):
         return normalise(layer.output_norm, layer.down(layer.up(x)) + x)
 
 
-def pack_layer(
-    layer: Layer, make: MakeLinear, dtype: torch.dtype, activation: str, *, is_last: bool
-) -> PackedLayer:
-    """The layer with `make` applied to its weights in `dtype`."""
-
-    def linear(parts: list[nn.Linear], activation: str | None = None) -> Linear:
-        weight = torch.cat([part.weight.detach() for part in parts]).to(dtype)
-        bias = torch.cat([part.bias.detach() for part in parts]).to(dtype)
-        return make(weight, bias, activation)
-
-    attention = layer.attention
-    rest = [attention.key, attention.value]
-    return PackedLayer(
-        queries=linear([attention.query]) if is_last else None,
-        context=linear(rest if is_last else [attention.query, *rest]),
-        out=linear([attention.out]),
-        up=linear([layer.up], activation),
-        down=linear([layer.down]),
-        attention_norm=layer.attention_norm,
-        output_norm=layer.output_norm,
-    )
-
-
 def locate(input_ids: Tensor, attention_mask: Tensor | None) -> _Batch:
     B, L = input_ids.shape
-    if attention_mask is None:
-        places, firsts, mask = torch.arange(B * L), torch.arange(0, B * L, L), None
-    else:
+    places, firsts, mask = torch.arange(B * L), torch.arange(0, B * L, L), None
+    if attention_mask is not None:
         is_token = attention_mask.bool()
         lengths = is_token.sum(dim=1)
         places, firsts = is_token.reshape(-1).nonzero().squeeze(1), lengths.cumsum(0) - lengths
         mask = is_token[:, None, None, :]
-    return _Batch(B, L, len(places), extend(places), extend(firsts), mask)
+    filled = (F.pad(each, (0, fill_up(len(each)) - len(each))) for each in (places, firsts))
+    return _Batch(B, L, len(places), *filled, mask)
 
 
 def fill_up(count: int) -> int:
     """The next of a few counts: steps of 4 up to 64, then of at most an eighth."""
     step = max(4, 2 ** ((count - 1).bit_length() - 4)) if count > 1 else 4
     return -(-count // step) * step
-
-
-def extend(indices: Tensor) -> Tensor:
-    """With zeros up to a count of `fill_up`."""
-    return F.pad(indices, (0, fill_up(len(indices)) - len(indices)))
-
-
-def spread(x: Tensor, batch: _Batch) -> Tensor:
-    """(T', …) → (B, L, …), zeros at padding."""
-    B, L, T = batch.num_rows, batch.length, batch.num_tokens
-    if T < B * L:
-        x = x.new_zeros(B * L, x.shape[1]).index_copy_(0, batch.places[:T], x[:T])
-    return x[: B * L].view(B, L, -1)
 
 
 def normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:

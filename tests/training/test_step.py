@@ -15,7 +15,9 @@ from bertpair.training.step import Objective, Reading, Stepper, loss_weight
 def step_once(precision: Precision, max_grad_norm: float) -> tuple[Reading, dict[str, torch.Tensor]]:
     """One step of AdamW with an epsilon that makes the size of the gradient count."""
     torch.manual_seed(3)
-    config = BertConfig(50, 32, 2, 4, 64, hidden_dropout_prob=0, attention_probs_dropout_prob=0, num_labels=3)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=50, num_labels=3, **shape, **still)
     model = BertClassifier(config)
     optimizer = AdamW(parameter_groups(model, 0.0), lr=1.0, eps=1.0)
     stepper = Stepper(
