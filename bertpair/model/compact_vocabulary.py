@@ -45,7 +45,7 @@ class CompactTable:
     def remap(self, tokens: Tokens) -> Tokens:
         """The same rows with ids that count the rows in use; ValueError where one has no row there."""
         row_of = np.full(len(self.full), -1, dtype=np.int32)
-        row_of[self.used] = np.arange(len(self.used), dtype=np.int32)
+        row_of[self.used.numpy()] = np.arange(len(self.used), dtype=np.int32)
         ids = row_of[tokens.ids]
         if (ids < 0).any():
             missing = np.unique(tokens.ids[ids < 0])

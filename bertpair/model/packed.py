@@ -36,17 +36,19 @@ VNNI_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}  # products of b
 TYPICAL_ROWS = 256  # oneDNN chooses the weights' layout for about so many; any number runs
 
 
-@dataclasses.dataclass(frozen=True)
 class PackedLayer:
-    """One encoder layer. `queries` is None where `context` gives queries, keys and values in one."""
+    """One encoder layer, its linear layers made by `linear`; of the last one, queries for [CLS] alone."""
 
-    queries: Linear | None  # D → D, of the last layer
-    context: Linear  # D → 3 D, of the last layer 2 D
-    out: Linear
-    up: Linear  # its activation included
-    down: Linear
-    attention_norm: nn.LayerNorm
-    output_norm: nn.LayerNorm
+    def __init__(
+        self, layer: Layer, linear: Callable[..., Linear], activation: str, *, is_last: bool
+    ) -> None:
+        query, rest = layer.attention.query, (layer.attention.key, layer.attention.value)
+        self.queries = linear(query) if is_last else None  # D → D
+        self.context = linear(*rest) if is_last else linear(query, *rest)  # D → 3 D, of the last layer 2 D
+        self.out = linear(layer.attention.out)
+        self.up = linear(layer.up, activation=activation)
+        self.down = linear(layer.down)
+        self.attention_norm, self.output_norm = layer.attention_norm, layer.output_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +68,7 @@ class PackedClassifier(nn.Module):
 
     def __init__(self, model: BertClassifier, make: MakeLinear, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.config = model.config
-        self.dtype = dtype
+        self.config, self.dtype = model.config, dtype
         self.embeddings, self.pooler, self.classifier = model.embeddings, model.pooler, model.classifier
 
         def linear(*parts: nn.Linear, activation: str | None = None) -> Linear:
@@ -75,20 +76,10 @@ class PackedClassifier(nn.Module):
             bias = torch.cat([part.bias.detach() for part in parts]).to(dtype)
             return make(weight, bias, activation)
 
-        def packed(layer: Layer, *, is_last: bool) -> PackedLayer:
-            query, rest = layer.attention.query, (layer.attention.key, layer.attention.value)
-            return PackedLayer(
-                queries=linear(query) if is_last else None,
-                context=linear(*rest) if is_last else linear(query, *rest),
-                out=linear(layer.attention.out),
-                up=linear(layer.up, activation=model.config.hidden_act),
-                down=linear(layer.down),
-                attention_norm=layer.attention_norm,
-                output_norm=layer.output_norm,
-            )
-
         *body, last = [layer for layer in model.layers if isinstance(layer, Layer)]
-        self.packed = [*(packed(layer, is_last=False) for layer in body), packed(last, is_last=True)]
+        act = model.config.hidden_act
+        self.packed = [PackedLayer(layer, linear, act, is_last=False) for layer in body]
+        self.packed.append(PackedLayer(last, linear, act, is_last=True))
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
@@ -132,8 +123,8 @@ def locate(input_ids: Tensor, attention_mask: Tensor | None) -> _Batch:
         lengths = is_token.sum(dim=1)
         places, firsts = is_token.reshape(-1).nonzero().squeeze(1), lengths.cumsum(0) - lengths
         mask = is_token[:, None, None, :]
-    filled = (F.pad(each, (0, fill_up(len(each)) - len(each))) for each in (places, firsts))
-    return _Batch(B, L, len(places), *filled, mask)
+    filled, first = (F.pad(each, (0, fill_up(len(each)) - len(each))) for each in (places, firsts))
+    return _Batch(B, L, len(places), filled, first, mask)
 
 
 def fill_up(count: int) -> int:
@@ -147,11 +138,13 @@ def normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
+@dataclasses.dataclass(frozen=True)
 class PlainLinear:
     """PyTorch's own."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, activation: str | None) -> None:
-        self.weight, self.bias, self.activation = weight, bias, activation
+    weight: Tensor
+    bias: Tensor
+    activation: str | None
 
     def __call__(self, x: Tensor) -> Tensor:
         return activate(F.linear(x, self.weight, self.bias), self.activation)
@@ -228,8 +221,6 @@ def choose_linear(dtype: torch.dtype) -> MakeLinear:
 
     Packing was the faster one for every size of layer and of batch that was measured.
     """
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return PlainLinear
     ones = torch.ones(16, 16, dtype=dtype)
     try:
         PackedLinear(ones, ones[0], None)(ones)

@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub import constants, errors
+from huggingface_hub import constants, errors, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -120,18 +119,18 @@ def load_model(
     path, file = folder.path, find_weights(folder.path)
     config = folder.config.model_copy(update={"num_labels": num_labels})
     if file is None and (require_head or not from_scratch):
-        how = "; add them, or set `from_scratch: true` to start from random ones"
-        advice = ": train it first" if require_head else how
+        start = "; add them, or set `from_scratch: true` to start from random ones"
+        advice = ": train it first" if require_head else start
         raise CheckpointError(f"{path}: no weights in it ({', '.join(WEIGHT_FILES)}){advice}")
     with torch.device("meta"), _Unfilled():
         own = state_tensors(BertClassifier(config))  # names and shapes alone
     if file is None:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
         if 0 < (there := physical_memory()) < needed:
-            raise CheckpointError(
-                f"{path / 'config.json'}: describes {needed / 1e9:.3g} GB of weights; this machine has "
-                f"{there / 1e9:.3g} GB of memory: is it damaged?"
+            found = (
+                f"describes {needed / 1e9:.3g} GB of weights; this machine has {there / 1e9:.3g} GB of memory"
             )
+            raise CheckpointError(f"{path / 'config.json'}: {found}: is it damaged?")
         return BertClassifier(config), [f"{path}: no weights in it: starting from random ones"]
     stored, notes = _translate(read_weights(file), file)
     if from_scratch:
@@ -147,11 +146,9 @@ def load_model(
         notes.append(f"new, to be trained: {', '.join(new)}")
     weight = stored.get("classifier.weight")
     if weight is not None and weight.ndim == 2 and len(weight) != num_labels:
+        why = "config.json does not fit the weights" if require_head else "`new_head: true` trains a new one"
         found = f"its classifier has {len(weight)} outputs, needed are {num_labels}"
-        advice = "`new_head: true` trains a new one"
-        raise CheckpointError(
-            f"{file}: {found}; {'config.json does not fit the weights' if require_head else advice}"
-        )
+        raise CheckpointError(f"{file}: {found}; {why}")
     fresh = tuple(heads[module] for module in new)
     _check_alike({name: each for name, each in own.items() if not name.startswith(fresh)}, stored, str(file))
     sound = to_float32(stored, str(file))
@@ -222,7 +219,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises CheckpointError naming the file: damaged, incomplete, contradicting its index, or not only tensors.
     """
     if not path.name.endswith(INDEX_SUFFIX):
-        return (_read_safetensors if path.suffix == ".safetensors" else _read_bin)(path)
+        return (_read_safetensors if path.name.endswith(".safetensors") else _read_bin)(path)
     tensors: dict[str, Tensor] = {}
     faults = []
     for file, names in _read_index(path).items():
@@ -276,10 +273,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             size = int.from_bytes(file.read(8), "little")
             left = os.fstat(file.fileno()).st_size - 8
             if size > min(left, MAX_JSON_BYTES):
-                raise CheckpointError(
-                    f"{path}: no safetensors file, or cut short (a header of {size} bytes where the file has"
-                    f" {max(left, 0)} more, and {MAX_JSON_BYTES} are allowed)"
-                )
+                found = f"a header of {size} bytes where the file has {max(left, 0)} more"
+                allowed = f"{MAX_JSON_BYTES} are allowed"
+                raise CheckpointError(f"{path}: no safetensors file, or cut short ({found}, and {allowed})")
             parse_json(file.read(size), f"{path}: header")  # the library lets a name stand there twice
         return load_file(path)
     except OSError as error:
@@ -298,19 +294,15 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
         # PyTorch's own text is not shown: it proposes to load the file without the restriction.
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and asked:
-            why = f"refused: it holds more than tensors ({asked[1]}), and loading that could run any code;"
-            why += " save the weights as model.safetensors"
+            why = f"refused: it holds more than tensors ({asked[1]}), and loading that could run any code; "
+            why += "save the weights as model.safetensors"
         raise CheckpointError(f"{path}: {why}") from error
     if not isinstance(loaded, dict) or not loaded:
         raise CheckpointError(f"{path}: expected tensors by name, found {type(loaded).__name__}")
-    _raise_all(
-        [
-            f"{path}: {name!r}: found {type(value).__name__}; expected a name and a dense tensor"
-            for name, value in loaded.items()
-            if not (isinstance(name, str) and _is_plain(value))
-        ]
-    )
-    return dict(loaded)
+    odd = [name for name, value in loaded.items() if not (isinstance(name, str) and _is_plain(value))]
+    expected = "expected a name and a dense tensor"
+    _raise_all([f"{path}: {name!r}: found {type(loaded[name]).__name__}; {expected}" for name in odd])
+    return loaded
 
 
 def _is_plain(value: Any) -> bool:
@@ -336,16 +328,15 @@ def resolve_folder(
     if os.path.lexists(path):
         raise CheckpointError(f"{path}: a file; expected a model folder or a name on the Hugging Face hub")
     if not HUB_NAME.fullmatch(name):
-        raise CheckpointError(
-            f"{name_or_path!r}: no such folder (and this cannot be a name on the Hugging Face hub,"
-            " such as google-bert/bert-base-multilingual-cased)"
+        such = (
+            "this cannot be a name on the Hugging Face hub, such as google-bert/bert-base-multilingual-cased"
         )
+        raise CheckpointError(f"{name_or_path!r}: no such folder (and {such})")
     try:
         for weights in HUB_WEIGHTS:
+            files = [*HUB_FILES, *weights]
             folder = Path(
-                huggingface_hub.snapshot_download(
-                    name, revision=revision, cache_dir=cache_dir, allow_patterns=[*HUB_FILES, *weights]
-                )
+                snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=files)
             )
             if (folder / weights[0]).exists():
                 break
@@ -357,21 +348,18 @@ def resolve_folder(
 
 def _explain(error: Exception, revision: str | None) -> str:
     """Why the hub gave nothing, and what to do about it, in one line."""
+    hub = "the Hugging Face hub"
     lost = "it is not in the cache while HF_HUB_OFFLINE forbids the network: unset that,"
     if not constants.HF_HUB_OFFLINE:
-        lost = "the Hugging Face hub cannot be reached and the cache lacks it: try again online,"
+        lost = f"{hub} cannot be reached and the cache lacks it: try again online,"
+    terms = "gives it only to those who accepted its terms: do so there and set HF_TOKEN"
+    private = "knows no such model: check the name, or set HF_TOKEN if it is private"
+    elsewhere = "or fetch the model on a machine with a network and give its folder"
     reasons: dict[type[Exception], str] = {  # a gated repository's error is a missing one's too
-        errors.GatedRepoError: (
-            "the Hugging Face hub gives it only to those who accepted its terms: do so there and set HF_TOKEN"
-        ),
-        errors.RepositoryNotFoundError: (
-            "the Hugging Face hub knows no such model: check the name, or set HF_TOKEN if it is private"
-        ),
-        errors.RevisionNotFoundError: f"the Hugging Face hub has no revision {revision!r} of this model",
-        errors.LocalEntryNotFoundError: (
-            f"{lost} or fetch the model on a machine with a network and give its folder"
-        ),
+        errors.GatedRepoError: f"{hub} {terms}",
+        errors.RepositoryNotFoundError: f"{hub} {private}",
+        errors.RevisionNotFoundError: f"{hub} has no revision {revision!r} of this model",
+        errors.LocalEntryNotFoundError: f"{lost} {elsewhere}",
     }
-    text = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-    failed = f"fetching it from the Hugging Face hub failed ({text})"
+    failed = f"fetching it from {hub} failed ({type(error).__name__}: {' '.join(str(error).split()):.300})"
     return next((reason for kind, reason in reasons.items() if isinstance(error, kind)), failed)
