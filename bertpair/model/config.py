@@ -146,12 +146,9 @@ def _read_labels(said: _ConfigJson, faults: list[str]) -> tuple[tuple[str, ...] 
 def label_order(
     folder: ModelFolder, data_labels: Sequence[str], *, new_head: bool, given: bool = False
 ) -> tuple[str, ...]:
-    """The labels in id order for training `folder` on data with `data_labels`.
-
-    The folder's own order where its names are the same set; the data's where it has no names, and where a new
-    head replaces another set or the order was `given` in the settings. Raises CheckpointError for another set
-    otherwise.
-    """
+    """The labels in id order for training `folder` on data with `data_labels`: the folder's own order where
+    its names are the same set; the data's where it has no names, and where a new head replaces another set
+    or the order was `given` in the settings. Raises CheckpointError for another set otherwise."""
     own, found = folder.labels, tuple(data_labels)
     if own is None or (new_head and (given or set(own) != set(found))):
         return found
@@ -167,10 +164,7 @@ def label_order(
 
 
 def check_pairs(folder: ModelFolder, advice: str = "") -> None:
-    """CheckpointError where the network cannot tell the second text of a pair from the first.
-
-    It ends with `advice`, which says what its reader can do.
-    """
+    """CheckpointError, with `advice` at its end, where the network cannot tell two texts apart."""
     if (types := folder.config.type_vocab_size) < 2:
         need = f"type_vocab_size is {types}, and pairs need 2: this model takes single texts only"
         raise CheckpointError(f"{folder.path}: {need}{advice}")
@@ -201,17 +195,16 @@ def name_labels(folder: ModelFolder, given: Sequence[str] | None) -> tuple[str, 
 def config_json(
     config: BertConfig,
     labels: Sequence[str] | None,
-    regression: bool,
     raw: Mapping[str, Any] | None = None,
     *,
     takes_pairs: bool,
     header: Sequence[str] | None,
 ) -> bytes:
-    """config.json for weights as we write them; other keys of `raw`, the original's, stay.
+    """config.json for weights as we write them; `labels` None: a regression. Other keys of `raw` stay.
 
     `takes_pairs` and `header`, the training file's, stand in one object that transformers ignores.
     """
-    names = labels if labels is not None else [f"LABEL_{i}" for i in range(config.num_labels)]
+    names = labels or ["LABEL_0"]
     document = {
         **{key: value for key, value in (raw or {}).items() if key not in NOT_WRITTEN},
         **config.model_dump(exclude={"num_labels"}),
@@ -221,7 +214,7 @@ def config_json(
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
         "model_type": "bert",
-        "problem_type": REGRESSION if regression else CLASSIFICATION,
+        "problem_type": REGRESSION if labels is None else CLASSIFICATION,
     }
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     return text.encode(errors="backslashreplace")  # a lone surrogate written as an escape stays one

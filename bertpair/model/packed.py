@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from bertpair.runtime import cpu_flags
 
 Linear = Callable[[Tensor], Tensor]
 MakeLinear = Callable[[Tensor, Tensor, str | None], Linear]  # weight (out, in), bias (out,), an activation
+ACTIVATE: dict[Any, Linear] = {None: lambda x: x, **ACTIVATIONS}
 _FUSED = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
 VNNI_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}  # products of bytes, added in 32 bits
 TYPICAL_ROWS = 256  # oneDNN chooses the weights' layout for about so many; any number runs
@@ -147,14 +149,11 @@ class PlainLinear:
     activation: str | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return activate(F.linear(x, self.weight, self.bias), self.activation)
+        return ACTIVATE[self.activation](F.linear(x, self.weight, self.bias))
 
 
 class PackedLinear:
-    """The same with the weight reordered once as oneDNN wants it, and the activation fused.
-
-    In float32 it equals `PlainLinear` up to rounding.
-    """
+    """The same up to rounding: the weight is reordered once as oneDNN wants it, the activation fused."""
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: str | None) -> None:
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
@@ -185,7 +184,7 @@ class Int8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         product = torch.ops.quantized.linear_dynamic(x, self.packed, self.narrow)
-        return activate(product, self.activation)
+        return ACTIVATE[self.activation](product)
 
     def __reduce__(self) -> tuple[object, ...]:
         quantized, _ = torch.ops.quantized.linear_unpack(self.packed)
@@ -198,10 +197,6 @@ def int8_linear(weight: Tensor, bias: Tensor, activation: str | None) -> Linear:
     scales = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny * 2**24)
     steps = (weight / scales[:, None]).round().clamp(-127, 127).to(torch.int8)
     return Int8Linear(steps, scales.double(), bias, activation)
-
-
-def activate(x: Tensor, activation: str | None) -> Tensor:
-    return x if activation is None else ACTIVATIONS[activation](x)
 
 
 def check_int8() -> None:

@@ -53,12 +53,9 @@ class Loop:
         self.job, self.stepper, self.folder = job, stepper, folder
         self.evaluate, self.write_checkpoint = evaluate, write_checkpoint
         config = job.config
-        self.stream = BatchStream(
-            padded_lengths(job.train.tokens.lengths, config.pad_to_multiple_of, config.max_seq_length),
-            config.per_device_train_batch_size * config.gradient_accumulation_steps,
-            seed=config.seed,
-            group_by_length=config.group_by_length,
-        )
+        lengths = padded_lengths(job.train.tokens.lengths, config.pad_to_multiple_of, config.max_seq_length)
+        rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.stream = BatchStream(lengths, rows, seed=config.seed, group_by_length=config.group_by_length)
         self.plan = make_plan(config, self.stream.num_batches, job.metrics, has_dev=job.dev is not None)
         self.identity: dict[str, Any] = {  # what else trainer_state.json keeps
             "data_sha256": job.data_digest,
@@ -86,12 +83,12 @@ class Loop:
 
     def log_end(self) -> None:
         """Say why no step is left to do."""
-        state, total, why = self.progression, self.plan.total_steps, "nothing is left to train"
-        if state.global_step < total:
+        state, patience = self.progression, self.job.config.early_stopping_patience
+        why = "nothing is left to train"
+        if state.global_step < self.plan.total_steps:
             why = f"early stopping ended the run after {state.evaluations_without_improvement} evaluations "
-            why += "without a better one; a larger early_stopping_patience than "
-            why += f"{self.job.config.early_stopping_patience} goes on"
-        logger.info("step %d of %d: %s", state.global_step, total, why)
+            why += f"without a better one; a larger early_stopping_patience than {patience} goes on"
+        logger.info("step %d of %d: %s", state.global_step, self.plan.total_steps, why)
 
     def run(self) -> None:
         """Train to the end of the plan, or until patience runs out.
@@ -162,13 +159,15 @@ class Loop:
         self._progress.advance()
 
     def _after_step(self) -> None:
-        step = self.progression.global_step
-        if self.plan.logs_at(step):
+        step, plan = self.progression.global_step, self.plan
+        intervals, is_last = (plan.logging_steps, plan.eval_steps, plan.save_steps), step == plan.total_steps
+        logs, evaluates, saves = (every > 0 and step % every == 0 for every in intervals)
+        if logs or is_last:
             self._log()
         elif len(self.stepper.meter.pending) >= READ_VERDICTS_EVERY:
             self._check_verdicts()
-        improved = self.plan.evaluates_at(step) and self._evaluate()
-        if improved or self.plan.saves_at(step):
+        improved = (evaluates or (is_last and plan.eval_steps > 0)) and self._evaluate()
+        if improved or saves:
             self._save()
 
     def _log(self) -> None:

@@ -46,7 +46,16 @@ def find_start(config: Config, explicit: Collection[str], folder: RunFolder) -> 
             return Start(merged, finished=finished)
     start = folder.find_resume(str(config.resume))
     if finished is not None:
-        _check_goes_on(finished, start)
+        ended = finished.state["global_step"]
+        if start is None:
+            raise CheckpointError(
+                f"{finished.folder}: the run is finished at step {ended} and has no checkpoint to go on from "
+                f"(save_steps was 0); start a new run from its weights with {_weights_of(finished)} "
+                "and another --output_dir"
+            )
+        if (step := start.state["global_step"]) != ended:
+            said = "the run ended at step %d; its newest checkpoint is of step %d, and it goes on from there"
+            logger.warning(said, ended, step)
     if start is None:
         folder.check_new(overwrite=folder.may_start_over(), instead_of_resume=True)
         logger.info("%s: no checkpoint to resume from: starting at step 0", folder.path)
@@ -63,20 +72,6 @@ def _ending(config: Config) -> dict[str, object]:
     """What decides when a run ends, and which weights and figures it then has, by meaning."""
     values = {name: getattr(config, name) for name in SETTINGS if SETTINGS[name].resume == "end"}
     return {**values, "do_eval": config.runs_evaluation, "eval_steps": config.eval_interval}
-
-
-def _check_goes_on(finished: RunState, start: RunState | None) -> None:
-    """CheckpointError where a finished run that is to go on has left no checkpoint."""
-    ended = finished.state["global_step"]
-    if start is None:
-        raise CheckpointError(
-            f"{finished.folder}: the run is finished at step {ended} and has no checkpoint to go on from "
-            f"(save_steps was 0); start a new run from its weights with {_weights_of(finished)} "
-            "and another --output_dir"
-        )
-    if (step := start.state["global_step"]) != ended:
-        said = "the run ended at step %d; its newest checkpoint is of step %d, and it goes on from there"
-        logger.warning(said, ended, step)
 
 
 def _weights_of(run: RunState) -> str:

@@ -214,15 +214,6 @@ class Plan:
     eval_steps: int  # 0: no evaluation within training
     metric: str
 
-    def logs_at(self, step: int) -> bool:
-        return step == self.total_steps or (self.logging_steps > 0 and step % self.logging_steps == 0)
-
-    def evaluates_at(self, step: int) -> bool:
-        return self.eval_steps > 0 and (step == self.total_steps or step % self.eval_steps == 0)
-
-    def saves_at(self, step: int) -> bool:
-        return self.save_steps > 0 and step % self.save_steps == 0
-
     def checkpoints_kept(self, limit: int | None) -> int:
         """How many checkpoints the run is sure to keep: those of save_steps up to `limit`, and a best one."""
         regular = -(-self.total_steps // self.save_steps) if self.save_steps else 0  # the last step's too
@@ -242,12 +233,6 @@ def make_plan(config: Config, steps_per_epoch: int, metrics: Sequence[str], *, h
         warmup_steps=config.warmup_steps or math.ceil(total * config.warmup_ratio),
         total_steps=total,
     )
-    return Plan(
-        total_steps=total,
-        steps_per_epoch=steps_per_epoch,
-        learning_rate=rate,
-        logging_steps=max(0, config.logging_steps),
-        save_steps=max(0, config.save_steps),
-        eval_steps=every if has_dev else 0,
-        metric=config.metric_for_best_model or metrics[0],
-    )
+    logs, saves = max(0, config.logging_steps), max(0, config.save_steps)
+    metric = config.metric_for_best_model or metrics[0]
+    return Plan(total, steps_per_epoch, rate, logs, saves, every if has_dev else 0, metric)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertpair.data.batching import Batch
+from bertpair.data.batching import Batch, Rows
 from bertpair.model.bert import BertClassifier
 from bertpair.runtime import LossScaler, Precision
 from bertpair.training.optim import AdamW, clip_scale, gradient_norm
@@ -54,7 +54,7 @@ class Step:
     """One step: its number, the rows of its pairs, its learning rate, and the verdicts on the device."""
 
     number: int
-    rows: npt.NDArray[np.int64]
+    rows: Rows
     learning_rate: float
     skipped: Tensor  # bool: to be counted and named
     unchanged: Tensor  # bool: the weights stayed as they were, for that reason or an fp16 overflow
@@ -155,16 +155,10 @@ class Stepper:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step(
-        self,
-        number: int,
-        rows: npt.NDArray[np.int64],
-        micro_batches: Iterable[Batch],
-        *,
-        denominator: float,
-        learning_rate: float,
+        self, number: int, rows: Rows, batches: Iterable[Batch], *, denominator: float, learning_rate: float
     ) -> None:
-        """Do step `number` on `rows`, cut into `micro_batches`; `denominator` is the weight of all rows."""
-        loss = self._backward(micro_batches, denominator)
+        """Do step `number` on `rows`, cut into `batches`; `denominator` is the weight of all rows."""
+        loss = self._backward(batches, denominator)
         norm = gradient_norm(self._parameters) / self.scaler.scale
         found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).to(torch.float32)
         for group in self.optimizer.param_groups:
@@ -179,11 +173,11 @@ class Stepper:
         self.scaler.update(found_inf)
         self.meter.add(Step(number, rows, learning_rate, skipped, found_inf.bool()), loss, norm)
 
-    def _backward(self, micro_batches: Iterable[Batch], denominator: float) -> Tensor:
+    def _backward(self, batches: Iterable[Batch], denominator: float) -> Tensor:
         total = torch.zeros((), device=self.device)
-        # One context a step: it keeps the converted weights for all micro-batches.
+        # One context a step: it keeps the converted weights for all batches.
         with self.precision.autocast(self.device):
-            for host_batch in micro_batches:
+            for host_batch in batches:
                 batch = host_batch.to(self.device)
                 assert batch.targets is not None
                 logits = self.model(batch.input_ids, batch.token_type_ids, batch.attention_mask)

@@ -107,28 +107,22 @@ class _Run:
 
     def __init__(self, job: Job, start: RunState | None, folder: RunFolder) -> None:
         self.job, self.start, self.folder = job, start, folder
-        config, model = job.config, job.model
-        runs_on: dict[str, Any] = {"device": job.device, "precision": job.precision}
+        config, model, device, precision = job.config, job.model, job.device, job.precision
         self.names = dict(model.named_parameters())
         self.used = {} if job.table is None else {USED_IDS: job.table.used}
-        self.optimizer = AdamW(
-            parameter_groups(model, config.weight_decay),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        )
+        betas, decay, cut = (config.adam_beta1, config.adam_beta2), config.weight_decay, config.max_seq_length
+        groups = parameter_groups(model, decay)
+        self.optimizer = AdamW(groups, config.learning_rate, betas, config.adam_epsilon, decay)
         self.stepper = Stepper(
-            model, self.optimizer, job.objective, max_grad_norm=config.max_grad_norm, **runs_on
-        )
-        self.scorer = Scorer(
             model,
-            job.pad_id,
-            max_length=config.max_seq_length,
-            max_batch_tokens=config.per_device_eval_batch_size * config.max_seq_length,
-            pad_to_multiple_of=config.pad_to_multiple_of,
-            **runs_on,
+            self.optimizer,
+            job.objective,
+            device=device,
+            precision=precision,
+            max_grad_norm=config.max_grad_norm,
         )
+        budget = config.per_device_eval_batch_size * cut
+        self.scorer = Scorer(model, job.pad_id, device, precision, cut, budget, config.pad_to_multiple_of)
         self.loop = Loop(job, self.stepper, folder, self._evaluate, self._write_checkpoint)
         self._last: tuple[dict[str, Tensor], Tensor | None] | None = None  # weights, once the best are loaded
         if start is not None:
@@ -155,13 +149,9 @@ class _Run:
         trained = sum(p.numel() * p.element_size() for p in self.names.values())
         table, limit = self.job.table, self.job.config.save_total_limit
         left_out = 0 if table is None else (len(table.full) - len(table.used)) * table.full[0].nbytes
-        self.folder.begin(
-            self.start,
-            num_kept=self.loop.plan.checkpoints_kept(limit),
-            save_total_limit=limit,
-            weights_bytes=trained + left_out,
-            optimizer_bytes=2 * trained,
-        )
+        sizes = {"weights_bytes": trained + left_out, "optimizer_bytes": 2 * trained}
+        kept = self.loop.plan.checkpoints_kept(limit)
+        self.folder.begin(self.start, num_kept=kept, save_total_limit=limit, **sizes)
         try:
             self.loop.run()
             return self._finish()
@@ -188,11 +178,11 @@ class _Run:
 
     def _finish(self) -> TrainResult:
         """Choose the weights, measure them, and write the final folder."""
-        job, loop = self.job, self.loop
+        job, loop, state = self.job, self.loop, self.loop.progression
         try:
             stop_flag.raise_if_set()
             source = self._load_best() if job.config.load_best_model_at_end else "last"
-            step = loop.progression.best_step if source == "best" else loop.progression.global_step
+            step = state.best_step if source == "best" else state.global_step
             evaluation = None if job.dev is None else loop.last_evaluation.get(step) or self._evaluate()
         except StoppedError as stopped:  # nothing is lost: the last weights are saved
             self._put_back()
@@ -200,14 +190,9 @@ class _Run:
         files = curves_file(self.folder.read_metrics(), loop.plan.metric)
         if evaluation is not None and job.dev is not None:
             files |= result_files(evaluation, job.dev, job.labels)
-        result = TrainResult(
-            output_dir=str(self.folder.path),
-            global_step=loop.progression.global_step,
-            epoch=loop.epoch,
-            train_loss=self.stepper.meter.mean_loss,
-            best_metric=loop.progression.best_metric,
-            metrics={} if evaluation is None else evaluation.figures,
-        )
+        measured, folder = {} if evaluation is None else evaluation.figures, str(self.folder.path)
+        mean_loss, best = self.stepper.meter.mean_loss, state.best_metric
+        result = TrainResult(folder, state.global_step, loop.epoch, mean_loss, best, measured)
         said = {"weights": source, "weights_step": step, "result": {**result.summary(), "output_dir": None}}
         self.folder.write_final(self._write_model, {**loop.state_dict(), **said}, files)
         return dataclasses.replace(result, save_failed=self.folder.save_failed)
@@ -260,7 +245,7 @@ class _Run:
         staging.write_tensors("model.safetensors", tensors, {"format": "pt"})
         pairs = job.train.pairs
         kind: dict[str, Any] = {"takes_pairs": pairs.text_b is not None, "header": pairs.header}
-        config = config_json(job.model.config, job.labels, job.labels is None, job.folder.raw, **kind)
+        config = config_json(job.model.config, job.labels, job.folder.raw, **kind)
         staging.write_bytes("config.json", config)
         for name, data in job.tokenizer.files(job.config.max_seq_length).items():
             staging.write_bytes(name, data)

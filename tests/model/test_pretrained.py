@@ -233,7 +233,7 @@ def test_transformers_loads_what_we_write(
         torch.nn.init.normal_(parameter, mean=0.1, std=0.3)
     labels = ["a", "b", "c"] if num_labels == 3 else None
     (tmp_path / "config.json").write_bytes(
-        config_json(config, labels, labels is None, {"dtype": "float16"}, takes_pairs=True, header=None)
+        config_json(config, labels, {"dtype": "float16"}, takes_pairs=True, header=None)
     )
     save_file(state_tensors(ours), tmp_path / "model.safetensors", metadata={"format": "pt"})
     theirs, report = BertForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
