@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    from bertpair.console import say
+    from bertpair.console import install_signal_handlers, say
     from bertpair.settings.command_line import parse_command_line
 
     def settings_folder(model_dir: Path) -> Path:
@@ -19,6 +19,7 @@ def main() -> int:
     parsed = parse_command_line(sys.argv[1:], "evaluate", settings_folder)  # before torch is imported
     from bertpair.evaluation.evaluate import evaluate_models
 
+    install_signal_handlers()
     result = evaluate_models(parsed.config, explicit=parsed.explicit, notes=parsed.notes)
     say(result.text)
     for name, folder in result.folders.items():
@@ -28,7 +29,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    for each in (signal.SIGINT, signal.SIGTERM):  # until run_script takes over: its import takes seconds
+    for each in (signal.SIGINT, signal.SIGTERM):  # until torch is loaded, which takes seconds
         signal.signal(each, lambda signum, frame: os._exit(128 + signum))
     from bertpair.console import run_script
 

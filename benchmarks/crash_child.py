@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import bertpair.checkpoints.run_folder
+import bertpair.checkpoints.checkpoint
 import bertpair.evaluation.classifier
 import bertpair.training.train
 from bertpair import Config
@@ -102,8 +102,7 @@ def watch_places(watch: Watch) -> None:
     _as_place(watch, RunFolder, "begin", lambda *rest: "begin")
     _as_place(watch, RunFolder, "save_checkpoint", lambda self, step, *rest: f"save {step}")
     _as_place(watch, RunFolder, "write_final", lambda *rest: "final")
-    _as_place(watch, bertpair.checkpoints.run_folder, "publish_final", lambda *rest: "move")
-    _as_place(watch, bertpair.checkpoints.run_folder, "publish_final", lambda *rest: "move")
+    _as_place(watch, bertpair.checkpoints.checkpoint, "publish_final", lambda *rest: "move")
 
 
 def _as_event(watch: Watch, label: str, real: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bertpair.checkpoints.atomic import fsync_file, staged_folder
+from bertpair.checkpoints.atomic import staged_folder
 from bertpair.checkpoints.checkpoint import load_tensors, newest_whole
 
 VOCABULARY, HIDDEN, INTERMEDIATE, POSITIONS = 119_547, 768, 3_072, 512
@@ -89,8 +89,9 @@ def compare(folder: Path, weights: dict[str, Tensor], optimizer: dict[str, Tenso
         (folder / "plain").mkdir()
         safetensors.torch.save_file(weights, folder / "plain" / "model.safetensors")
         torch.save(optimizer, folder / "plain" / "optimizer.pt")
-        fsync_file(folder / "plain" / "model.safetensors")
-        fsync_file(folder / "plain" / "optimizer.pt")
+        for path in (folder / "plain").iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
 
     seconds: dict[str, list[float]] = {"bertpair": [], "plain": []}
     for turn in range(repeats + 1):  # the first only warms up

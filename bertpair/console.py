@@ -35,8 +35,7 @@ _LINES_AT_ONCE = 100
 class StopFlag:
     """Set by a signal, polled by whatever runs long: between steps, batches, chunks of a file."""
 
-    def __init__(self) -> None:
-        self.signum: int | None = None
+    signum: int | None = None
 
     def __bool__(self) -> bool:
         return self.signum is not None
@@ -71,33 +70,23 @@ def install_signal_handlers() -> None:
 
 def run_script(main: Callable[[], int]) -> int:
     """Run `main` and return the exit code; only what the user can put right becomes one line."""
-    fill_descriptors()
-    configure_logging()
-    install_signal_handlers()
-    try:
-        return main()
-    except StoppedError as stopped:
-        _complain(str(stopped))
-        return 1 if stopped.save_failed else 128 + stopped.signum
-    except BertpairError as error:
-        _complain(f"error: {error}")
-        return 2
-
-
-def fill_descriptors() -> None:
-    """Streams that were closed for us lead nowhere: no file or socket of ours must take their numbers."""
-    for descriptor in range(3):
+    for descriptor in range(3):  # streams closed for us lead nowhere: no file of ours must take their numbers
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
-
-
-def _complain(line: str) -> None:
+    configure_logging()
+    try:
+        return main()
+    except StoppedError as stopped:
+        line, code = str(stopped), 1 if stopped.save_failed else 128 + stopped.signum
+    except BertpairError as error:
+        line, code = f"error: {error}", 2
     with suppress(OSError):  # there is nowhere else to say it
         sys.stderr.write(f"{line}\n")
+    return code
 
 
 def say(text: str) -> None:
@@ -224,25 +213,15 @@ class Progress:
     def __init__(
         self, total: int, unit: str, *, initial: int = 0, label: str = "", transient: bool = False
     ) -> None:
-        self._total = total
-        self._done = initial
+        self._left, self._num_done = total - initial, 0
         self._started = time.monotonic()
-        self._initial = initial
-        self._bar: tqdm[Any] | None = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total,
-                initial=initial,
-                unit=unit,
-                desc=label or None,
-                leave=not transient,
-                dynamic_ncols=True,
-                smoothing=0.1,
-            )
+        bar: dict[str, Any] = {"total": total, "initial": initial, "unit": unit, "desc": label or None}
+        bar |= {"leave": not transient, "dynamic_ncols": True, "smoothing": 0.1}
+        self._bar: tqdm[Any] | None = tqdm(**bar) if sys.stderr.isatty() else None
 
     def advance(self, n: int = 1) -> None:
         """`n` more units are done."""
-        self._done += n
+        self._num_done += n
         if self._bar is not None:
             self._bar.update(n)
 
@@ -253,14 +232,10 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Log one line; without a bar it carries the time left."""
-        logger.info("%s%s", text, self._time_left() if self._bar is None else "")
-
-    def _time_left(self) -> str:
-        done = self._done - self._initial
-        if not done or self._done >= self._total:
-            return ""
-        seconds = (time.monotonic() - self._started) / done * (self._total - self._done)
-        return f", {format_seconds(seconds)} left"
+        left = self._left - self._num_done
+        if self._bar is None and self._num_done and left > 0:
+            text += f", {format_seconds((time.monotonic() - self._started) / self._num_done * left)} left"
+        logger.info("%s", text)
 
     def __enter__(self) -> Progress:
         return self

@@ -58,8 +58,7 @@ def usable_cores(root: Path = Path("/")) -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     # Rounded up: threads under a quota of 1.5 cores are halted together, so two of them do get all of it.
-    quotas = [max(1, math.ceil(quota)) for quota in _cgroup_quotas(root)]
-    return min([cores, *quotas])
+    return min([cores, *(max(1, math.ceil(quota)) for quota in _cgroup_quotas(root))])
 
 
 def _cgroup_quotas(root: Path) -> Iterator[float]:
@@ -73,14 +72,11 @@ def _cgroup_quotas(root: Path) -> Iterator[float]:
         parts = PurePosixPath(path).parts[1:]
         for mount in {controllers, "cpu"} if controllers else {"", "unified"}:
             for depth in range(len(parts) + 1):
-                yield from _folder_quota(root.joinpath("sys/fs/cgroup", mount, *parts[:depth]))
-
-
-def _folder_quota(folder: Path) -> Iterator[float]:
-    v1 = _read_text(folder / "cpu.cfs_quota_us") + " " + _read_text(folder / "cpu.cfs_period_us")
-    for text in (_read_text(folder / "cpu.max"), v1):  # v2: "150000 100000" or "max 100000"; v1: -1 for none
-        if found := re.fullmatch(r"\s*(\d+)\s+([1-9]\d*)\s*", text):
-            yield int(found[1]) / int(found[2])
+                folder = root.joinpath("sys/fs/cgroup", mount, *parts[:depth])
+                v1 = " ".join(_read_text(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+                for text in (_read_text(folder / "cpu.max"), v1):  # v2: "150000 100000" or "max …"; v1: -1
+                    if found := re.fullmatch(r"\s*(\d+)\s+([1-9]\d*)\s*", text):
+                        yield int(found[1]) / int(found[2])
 
 
 def _read_text(path: Path) -> str:

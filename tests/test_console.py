@@ -43,9 +43,9 @@ MOMENTS = {
 def test_a_signal_while_a_script_starts_ends_it_quietly(
     script: str, signum: signal.Signals, moment: str
 ) -> None:
-    process = subprocess.Popen(
-        command_of(script, "--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    own = ("--model_name_or_path", "m", "--data_dir", "d", "--output_dir", "o")
+    command = command_of(script, *(own if script == "train" else ("--model_dir", "m")))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not MOMENTS[moment](process.pid):
         assert process.poll() is None
         time.sleep(0.002)
@@ -106,3 +106,15 @@ def test_without_standard_error_the_exit_code_tells(
     command = command_of(script, "--model_dir", "nowhere", "--output_dir", "nowhere")
     done = subprocess.run(["sh", "-c", shell, *command], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--learning-rat=3"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_faulty_settings_load_no_torch(script: str, flag: str) -> None:
+    code = (
+        f"import runpy, sys; sys.argv = ['{script}.py', '{flag}']\n"
+        f"try: runpy.run_path({str(ROOT / f'{script}.py')!r}, run_name='__main__')\n"
+        "except SystemExit as end: sys.exit(repr((end.code, 'torch' in sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stderr.splitlines()[-1] == repr((0 if flag == "--help" else 2, False))

@@ -87,12 +87,6 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
         rest = rest[written:]
 
 
-def fsync_file(path: Path) -> None:
-    """Make what was written to an existing file durable."""
-    with _opened(path, os.O_RDWR) as descriptor:
-        os.fsync(descriptor)
-
-
 def fsync_folder(path: Path) -> None:
     """Make the names in a folder durable; silently nothing where the system cannot (Windows, some shares)."""
     if os.name == "nt":
@@ -211,9 +205,8 @@ def check_free_space(folder: Path, bytes_needed: int, what: str) -> None:
     existing = folder.absolute()
     while not os.path.exists(existing):
         existing = existing.parent
-    usage = shutil.disk_usage(existing)
-    free = usage.free
-    if usage.total and free < bytes_needed:  # some network shares say 0 of 0
+    total, _, free = shutil.disk_usage(existing)
+    if total and free < bytes_needed:  # some network shares say 0 of 0
         raise CheckpointError(
             f"{folder}: {what} needs {bytes_needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
             "free some space, choose another output_dir, or keep fewer checkpoints (save_total_limit)"

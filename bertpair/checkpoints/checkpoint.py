@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -208,9 +207,8 @@ def _place(source: Path, target: Path) -> None:
         try:
             os.link(source, temporary)
         except OSError:  # a file system without links
-            shutil.copyfile(source, temporary)
-            os.chmod(temporary, atomic.FILE_MODE)
-            atomic.fsync_file(temporary)
+            with open(source, "rb") as file:
+                atomic.write_file(temporary, iter(lambda: file.read(1 << 24), b""))
 
 
 # What stays and what goes
@@ -308,10 +306,10 @@ def _is_dead_file(path: Path) -> bool:
         return pid == os.getpid()
     try:
         os.kill(pid, 0)
+    except PermissionError:
+        return False
     except (ProcessLookupError, OverflowError):
         return True
-    except PermissionError:
-        pass
     return False
 
 
@@ -332,9 +330,8 @@ def write_results(folder: Path, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():
             atomic.replace_file(folder / name, data)
     except OSError as error:
-        reason = error.strerror or error
-        advice = "name another place with --output_dir"
-        raise ConfigError(f"{folder} cannot be written: {reason}; {advice}") from error
+        what = f"{folder} cannot be written: {error.strerror or error}"
+        raise ConfigError(f"{what}; name another place with --output_dir") from error
 
 
 def discard_evaluations(output_dir: Path, run_id_to_keep: str) -> None:

@@ -141,10 +141,8 @@ class RunFolder:
             folder = Path(resume)
             if not folder.is_dir():
                 raise CheckpointError(f"resume: {resume} is not a folder; name a checkpoint-N, or say auto")
-            if not (folder / MANIFEST_NAME).is_file() or not (folder / OPTIMIZER_FILE).is_file():
-                raise CheckpointError(
-                    f"resume: {resume} holds no checkpoint (no {MANIFEST_NAME} of a checkpoint)"
-                )
+            if not all((folder / name).is_file() for name in (MANIFEST_NAME, OPTIMIZER_FILE)):
+                raise CheckpointError(f"resume: {resume} holds no checkpoint with its {OPTIMIZER_FILE}")
             return read_run_state(folder)
         newest = checkpoint.newest_whole(self.path, self._stored_run_id())
         for fault in newest.faults:
@@ -168,9 +166,7 @@ class RunFolder:
             return None
         if self._stored_run_id() not in (None, final.run_id) or "result" not in final.state:
             return None
-        checkpoint.discard_others(
-            self.path, final.run_id, is_finished=True
-        )  # a crash may have come before that
+        checkpoint.discard_others(self.path, final.run_id, is_finished=True)  # had a crash come before that
         return final
 
     def _stored_run_id(self) -> str | None:
@@ -268,19 +264,15 @@ class RunFolder:
             with staged_folder(target, versions=versions(), meta=meta) as staging:
                 write(staging, metrics_bytes)
 
-        self._checkpoint_failed = not _attempt(save, target, "the run goes on; the next save tries again")
-        if not self._checkpoint_failed:
+        saved = _attempt(save, target, "the run goes on; the next save tries again")
+        self._checkpoint_failed = not saved
+        if saved:
             logger.info("saved %s", target)
-            self._drop_superfluous(target, best_step)
-        return not self._checkpoint_failed
-
-    def _drop_superfluous(self, saved: Path, best_step: int | None) -> None:
-        best = {checkpoint_folder(self.path, best_step)} if best_step is not None else set()
-        try:
-            checkpoint.prune(self.path, self._limit, last=saved, run_id=self.run_id, protect=best)
-            checkpoint.discard_others(self.path, self.run_id)
-        except (OSError, CheckpointError) as error:
-            logger.warning("older checkpoints stay: %s", error)
+            best = {checkpoint_folder(self.path, best_step)} if best_step is not None else set()
+            with _forgiving("older checkpoints stay"):
+                checkpoint.prune(self.path, self._limit, last=target, run_id=self.run_id, protect=best)
+                checkpoint.discard_others(self.path, self.run_id)
+        return saved
 
     def write_final(
         self, write_model: Callable[[Staging], None], state: Mapping[str, Any], files: Mapping[str, bytes]
@@ -305,11 +297,9 @@ class RunFolder:
         if self._checkpoint_failed:
             logger.error("%s: the last checkpoint could not be written", self.path)
         if moved:
-            try:
+            with _forgiving("what an earlier run left stays"):
                 checkpoint.discard_others(self.path, self.run_id, is_finished=True)
                 checkpoint.discard_evaluations(self.path, self.run_id)
-            except (OSError, CheckpointError) as error:
-                logger.warning("what an earlier run left stays: %s", error)
 
     def read_checkpoint(self, step: int) -> RunState:
         """The checkpoint of a step, verified."""
@@ -329,6 +319,14 @@ def _attempt(write: Callable[[], object], target: Path, consequence: str) -> boo
         except (OSError, CheckpointError) as error:
             logger.error("%s was not saved: %s; %s", target, error, what_next)
     return False
+
+
+@contextmanager
+def _forgiving(consequence: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        logger.warning("%s: %s", consequence, error)
 
 
 def versions() -> dict[str, str]:

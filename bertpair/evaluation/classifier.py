@@ -21,7 +21,7 @@ from bertpair.checkpoints.checkpoint import open_model
 from bertpair.console import stop_flag
 from bertpair.data.batching import pad_batch, token_budget_batches
 from bertpair.data.tokenizer import Tokenizer, Tokens
-from bertpair.errors import CheckpointError, ConfigError, DataError
+from bertpair.errors import ConfigError, DataError
 from bertpair.model.bert import BertClassifier
 from bertpair.model.config import ModelFolder, check_pairs, name_labels
 from bertpair.model.packed import PackedClassifier, check_int8, choose_linear, int8_linear
@@ -34,12 +34,13 @@ from bertpair.runtime import (
     set_threads,
     survive_fork,
 )
-from bertpair.settings.files import read_settings
+from bertpair.settings.config import stored_settings
 from bertpair.settings.tasks import find_task
 
 logger = logging.getLogger(__name__)
 
 NAMES = (("text_a", "text_b"), ("sentence1", "sentence2"))  # of the service's routes, the new and the old
+_SINGLE = "this model takes pairs of texts, found single texts"
 _EXPECTED_NAMES = "text_a and text_b, or sentence1 and sentence2 (the first alone for a single text)"
 
 Pairs = Iterable[Any]  # (text_a, text_b) each, or single texts, or mappings with `NAMES`; or a table
@@ -74,16 +75,25 @@ class Scorer:
         `on_rows(n)` is called after each batch of n rows. Raises StoppedError when the stop flag is set.
         """
         survive_fork()
-        lengths = np.diff(tokens.offsets)
-        batches = token_budget_batches(lengths, self.max_batch_tokens, self.pad_to_multiple_of)
-        found = [torch.empty(0, self.model.config.num_labels, device=self.device)]
+        batches = token_budget_batches(tokens.lengths, self.max_batch_tokens, self.pad_to_multiple_of)
+        # Padding is free of work in a packed model, and rows of one length need no mask.
+        multiple = 1 if isinstance(self.model, PackedClassifier) else self.pad_to_multiple_of
+        found = []
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.inference_mode(), self.precision.autocast(self.device):
                 for rows in batches:
                     stop_flag.raise_if_set()
-                    found.append(self._run(tokens, rows))
+                    batch = pad_batch(
+                        tokens,
+                        rows,
+                        pad_id=self.pad_id,
+                        pad_to_multiple_of=multiple,
+                        max_length=self.max_length,
+                    ).to(self.device)
+                    logits = self.model(batch.input_ids, batch.token_type_ids, batch.attention_mask)
+                    found.append(logits.float())
                     if on_rows is not None:
                         on_rows(len(rows))
         finally:
@@ -92,18 +102,6 @@ class Scorer:
         if batches:  # one copy: each would wait for the device
             out[np.concatenate(batches)] = torch.cat(found).cpu().numpy()
         return out
-
-    def _run(self, tokens: Tokens, rows: npt.NDArray[np.int64]) -> torch.Tensor:
-        batch = pad_batch(
-            tokens,
-            rows,
-            pad_id=self.pad_id,
-            # Padding is free of work in a packed model, and rows of one length need no mask.
-            pad_to_multiple_of=1 if isinstance(self.model, PackedClassifier) else self.pad_to_multiple_of,
-            max_length=self.max_length,
-        ).to(self.device)
-        logits: torch.Tensor = self.model(batch.input_ids, batch.token_type_ids, batch.attention_mask)
-        return logits.float()
 
 
 def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
@@ -137,11 +135,11 @@ def _rows_of_table(table: Any, columns: Sequence[Any], takes_pairs: bool | None)
     """The columns by the service's names; other names only where the table has nothing but the texts."""
     names = next((names for names in NAMES if names[0] in columns), None)
     found = [name for name in names or columns if name in columns and table[name] is not None]
+    said = ", ".join(map(str, columns))
     if (names is None and len(columns) > 2) or not found:
-        said = ", ".join(map(str, columns))
         raise DataError(f"pairs: found a table with the columns {said}; expected {_EXPECTED_NAMES}")
     if names is not None and takes_pairs and len(found) < 2:
-        raise DataError(f"pairs: {_lacks(names, columns, 'columns')}")
+        raise DataError(f"pairs: {_SINGLE}; {names[1]} is missing (found the columns {said})")
     for name in found:
         if columns.count(name) > 1 or isinstance(table[name], str) or not isinstance(table[name], Iterable):
             raise DataError(f"pairs: expected one column {name} with a text for each row")
@@ -150,13 +148,6 @@ def _rows_of_table(table: Any, columns: Sequence[Any], takes_pairs: bool | None)
         counts = ", ".join(f"{name} has {len(column)}" for name, column in zip(found, texts, strict=True))
         raise DataError(f"pairs: expected columns with equally many rows; {counts}")
     return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
-
-
-def _lacks(names: Sequence[str], found: Iterable[Any], kind: str) -> str:
-    return (
-        f"this model takes pairs of texts, found single texts; {names[1]} is missing "
-        f"(found the {kind} {', '.join(map(str, found))})"
-    )
 
 
 def split_pairs(rows: Sequence[Any], takes_pairs: bool | None = None) -> tuple[list[str], list[str] | None]:
@@ -182,12 +173,12 @@ def _texts_of(number: int, row: Any, takes_pairs: bool | None) -> list[str]:
         return [row]
     if isinstance(row, Mapping):
         names = next((names for names in NAMES if names[0] in row), None)
+        keys = ", ".join(map(str, row)) or "none"
         if names is None:
-            found = ", ".join(map(str, row)) or "none"
-            raise DataError(f"pairs[{number}]: found the keys {found}; expected {_EXPECTED_NAMES}")
+            raise DataError(f"pairs[{number}]: found the keys {keys}; expected {_EXPECTED_NAMES}")
         texts = [row[name] for name in names if row.get(name) is not None]
         if takes_pairs and len(texts) < 2:
-            raise DataError(f"pairs[{number}]: {_lacks(names, row, 'keys')}")
+            raise DataError(f"pairs[{number}]: {_SINGLE}; {names[1]} is missing (found the keys {keys})")
     else:
         texts = list(row) if isinstance(row, list | tuple | np.ndarray) else []
     if not 1 <= len(texts) <= 2 or (len(texts) == 1 and not isinstance(row, Mapping)):
@@ -258,18 +249,23 @@ class PairClassifier:
         elif folder.config.type_vocab_size < 2:
             takes_pairs = False
         target = resolve_device(device)
-        cut = trained_cut(tokenizer, folder.config.max_position_embeddings, max_seq_length)
+        positions = folder.config.max_position_embeddings
+        if max_seq_length is not None and not 1 <= max_seq_length <= positions:
+            raise ConfigError(f"max_seq_length: found {max_seq_length}; this model has {positions} positions")
+        cut = min(max_seq_length or tokenizer.model_max_length or positions, positions)
         precision = resolve_precision(amp, target, hidden_size=folder.config.hidden_size)
         names = name_labels(folder, labels)
         check_quantize(quantize, target, precision)
-        ready: BertClassifier | PackedClassifier
-        with explain_memory(target):
+        with explain_memory(target), torch.no_grad():
             model, _ = load_model(folder, num_labels=folder.config.num_labels, require_head=True)
-            ready = model.to(target).eval()
+            ready: BertClassifier | PackedClassifier = model.to(target).eval()
             if target.type == "cpu" and (optimize or quantize):
-                ready = prepare(model, precision, quantize)
-            else:
-                convert_linears(model, precision)
+                make = int8_linear if quantize else choose_linear(precision.dtype)
+                ready = PackedClassifier(model, make, precision.dtype).eval()
+            else:  # convert once what autocast would for every batch; products stay the same to the bit
+                for module in model.modules():
+                    if isinstance(module, nn.Linear):
+                        module.to(precision.dtype)
         scorer = Scorer(ready, tokenizer.pad_id, target, precision, cut, max_batch_tokens)
         return cls(scorer, tokenizer, names, takes_pairs, folder.header)
 
@@ -292,51 +288,38 @@ class PairClassifier:
 
     def _encode(self, pairs: Pairs) -> Tokens:
         text_a, text_b = split_pairs(as_rows(pairs, self.takes_pairs), self.takes_pairs)
-        if text_a:
-            self._settle(text_b is not None)
+        came, kinds = text_b is not None, {True: "pairs of texts", False: "single texts"}
+        if text_a and self.takes_pairs is None:
+            logger.info("nothing in the model folder says so: from here on it takes %s", kinds[came])
+            self.takes_pairs = came
+        if text_a and self.takes_pairs is not came:
+            raise DataError(f"pairs: this model takes {kinds[bool(self.takes_pairs)]}, found {kinds[came]}")
         return self.tokenizer.encode(text_a, text_b, self.max_seq_length)
-
-    def _settle(self, pairs_came: bool) -> None:
-        """DataError for pairs where the model takes single texts, and the other way round."""
-        kinds = {True: "pairs of texts", False: "single texts"}
-        if self.takes_pairs is None:
-            logger.info("nothing in the model folder says so: from here on it takes %s", kinds[pairs_came])
-            self.takes_pairs = pairs_came
-        if self.takes_pairs != pairs_came:
-            raise DataError(f"pairs: this model takes {kinds[self.takes_pairs]}, found {kinds[pairs_came]}")
 
 
 def stored_takes_pairs(folder: ModelFolder) -> bool | None:
     """Whether the model takes pairs: as config.json says, else as the settings of its training say."""
-    path = folder.path / "training_args.yaml"
-    if folder.takes_pairs is not None or not path.is_file():
+    if folder.takes_pairs is not None:
         return folder.takes_pairs
-    try:
-        settings: Mapping[str, Any] = read_settings(str(path)).values
-        column = settings.get("text_b_column", "auto")
-        text_b = find_task(settings.get("task_name")).text_b if column == "auto" else column
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
-    return text_b is not None
+    settings = stored_settings(folder.path)
+    column = settings.get("text_b_column", "auto")
+    text_b = find_task(settings.get("task_name")).text_b if column == "auto" else column
+    return text_b is not None if settings else None
 
 
 def make_predictions(
     logits: npt.NDArray[np.float32], tokens: Tokens, labels: Sequence[str] | None
 ) -> list[Prediction]:
     """Logits (rows, C) as predictions; regression where `labels` is None."""
-    lengths = np.diff(tokens.offsets).tolist()
-    truncated = tokens.truncated.tolist()
+    rest = list(zip(tokens.truncated.tolist(), tokens.lengths.tolist(), strict=True))
     if labels is None:
         values = logits[:, 0].tolist()
-        return [
-            Prediction(None, value, {}, cut, length)
-            for value, cut, length in zip(values, truncated, lengths, strict=True)
-        ]
+        return [Prediction(None, value, {}, *each) for value, each in zip(values, rest, strict=True)]
     table = softmax(logits) if len(logits) else np.zeros((0, len(labels)))
     best = table.argmax(axis=1).tolist() if len(table) else []
     return [
-        Prediction(labels[i], row[i], dict(zip(labels, row, strict=True)), cut, length)
-        for i, row, cut, length in zip(best, table.tolist(), truncated, lengths, strict=True)
+        Prediction(labels[i], row[i], dict(zip(labels, row, strict=True)), *each)
+        for i, row, each in zip(best, table.tolist(), rest, strict=True)
     ]
 
 
@@ -351,29 +334,3 @@ def check_quantize(quantize: str | None, device: torch.device, precision: Precis
     if precision.name != "off":
         raise ConfigError(f"quantize int8 goes with float32, found amp {precision.name}")
     check_int8()
-
-
-@torch.no_grad()
-def convert_linears(model: BertClassifier, precision: Precision) -> None:
-    """Convert once what autocast would convert for every batch; the products stay the same to the bit."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.to(precision.dtype)
-
-
-@torch.no_grad()
-def prepare(model: BertClassifier, precision: Precision, quantize: str | None) -> PackedClassifier:
-    """The model prepared for answering on this CPU; its own weights are free to go."""
-    if quantize is not None:
-        return PackedClassifier(model, int8_linear).eval()
-    dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
-    return PackedClassifier(model, choose_linear(dtype), dtype).eval()
-
-
-def trained_cut(
-    tokenizer: Tokenizer, positions: int, asked: int | None, trained_at: int | None = None
-) -> int:
-    """Where texts are cut: as asked, else where training cut them, never beyond the model's positions."""
-    if asked is not None and not 1 <= asked <= positions:
-        raise ConfigError(f"max_seq_length: found {asked}; this model has {positions} positions")
-    return min(asked or tokenizer.model_max_length or positions, positions)

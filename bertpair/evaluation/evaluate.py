@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from bertpair.evaluation.metrics import (
     per_class,
     regression_metrics,
 )
-from bertpair.evaluation.plots import draw_confusion, draw_curves
+from bertpair.evaluation.plots import draw_confusion
 from bertpair.evaluation.report import (
     class_table,
     comparison_table,
@@ -114,10 +114,8 @@ def measure(
     shifted = wide - wide.max(axis=1, keepdims=True)
     losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(gold)), gold]
     positive = 1 if positive_label is None else labels.index(positive_label)
-    return {
-        "loss": float(losses.mean()),
-        **classification_metrics(gold, wide.argmax(axis=1), len(labels), positive),
-    }
+    figures = classification_metrics(gold, wide.argmax(axis=1), len(labels), positive)
+    return {"loss": float(losses.mean()), **figures}
 
 
 def result_files(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> dict[str, bytes]:
@@ -128,24 +126,12 @@ def result_files(evaluation: Evaluation, split: Split, labels: Sequence[str] | N
     names = [pairs.files[i] for i in pairs.file_of_row] if len(pairs.files) > 1 else None
     table = format_predictions(predictions, pairs.line_of_row, files=names, gold=pairs.labels, labels=labels)
     files = {"predictions.tsv": table}
-    if split.targets is None:
-        return files
-    files |= format_eval_results(evaluation.figures)
-    if labels is not None:
-        matrix = confusion_of(evaluation, split, labels)
-        files["confusion_matrix.png"] = draw_confusion(matrix, labels)
+    if split.targets is not None:
+        files |= format_eval_results(evaluation.figures)
+        if labels is not None:
+            matrix = confusion_matrix(split.targets, evaluation.logits.argmax(axis=1), len(labels))
+            files["confusion_matrix.png"] = draw_confusion(matrix, labels)
     return files
-
-
-def confusion_of(evaluation: Evaluation, split: Split, labels: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Counts (C, C): gold classes down, predicted ones across."""
-    assert split.targets is not None
-    return confusion_matrix(split.targets, evaluation.logits.argmax(axis=1), len(labels))
-
-
-def curves_file(records: Sequence[Mapping[str, Any]], metric: str) -> dict[str, bytes]:
-    """curves.png of the records of metrics.jsonl; no file where there is nothing to draw."""
-    return {"curves.png": draw_curves(records, metric)} if records else {}
 
 
 # Model folders
@@ -188,12 +174,8 @@ def evaluate(
     `eval/<data file>-<digest>/` in the model folder (for a checkpoint, in the folder above it). Raises
     ConfigError, DataError or CheckpointError.
     """
-    values: dict[str, Any] = {
-        **model_settings(settings_folder(Path(model_dir).expanduser())),
-        "model_dir": str(model_dir),
-    }
-    values["data_file"] = None if data_file is None else [str(data_file)]
-    values["eval_output_dir"] = None if output_dir is None else str(output_dir)
+    values = model_settings(settings_folder(Path(model_dir).expanduser()))
+    values |= {"model_dir": model_dir, "data_file": data_file, "eval_output_dir": output_dir}
     return evaluate_models(Config(**values))
 
 
@@ -209,9 +191,14 @@ def evaluate_models(
         logger.info("%s", note)
     set_threads(config.num_threads)
     set_deterministic(config.deterministic)
-    model_dir = _model_folder(config)
+    if config.model_dir is None:
+        raise ConfigError("model_dir: not set; name a trained folder (or output_dir in config.yaml)")
+    model_dir = resolve_folder(config.model_dir, revision=config.revision, cache_dir=config.cache_dir)
     candidates = _candidates(config, model_dir)  # a wrong model folder is said before a wrong data file
-    _check_place(config, candidates)
+    if config.eval_output_dir is not None:
+        for place in ("", *(candidate.prefix for candidate in candidates)):
+            if is_model_folder(folder := Path(config.eval_output_dir, place)):
+                raise ConfigError(f"output_dir: {folder} is a model folder; name another one for the results")
     first = _open(candidates[0], config, explicit)
     source, files = _resolve_files(config)
     _check_task(config, first, source)
@@ -225,16 +212,32 @@ def evaluate_models(
     positive = source.positive_label(first.labels, config.positive_label)
     if len(set(pairs.labels or ())) == 1:
         report_labels(", ".join(pairs.files), pairs, first.labels)
-    data = _describe_data(pairs)
+    rows = np.bincount(pairs.file_of_row, minlength=len(pairs.files)).tolist()
+    data = [
+        {"path": os.path.realpath(name), "sha256": file_digest(name), "rows": count}
+        for name, count in zip(pairs.files, rows, strict=True)
+    ]
     if config.eval_output_dir is not None:
         discard_parts(Path(config.eval_output_dir))
     by_model, folders, tables = {}, {}, []
     for candidate in candidates:
         model = first if candidate is candidates[0] else _open(candidate, config, explicit)
-        _check_same_labels(first, model, candidate)
+        own, others = ([*(labels or ["a value"])] for labels in (model.labels, first.labels))
+        if set(own) != set(others) or (model.labels is None) != (first.labels is None):
+            raise CheckpointError(
+                f"{candidate.path}: its labels are {', '.join(own)}, the others' {', '.join(others)}: "
+                "they cannot be compared"
+            )
         output = _output_folder(config, model_dir, candidate, data)
-        evaluation, files_of_it, table = _evaluate_one(config, candidate, model, pairs, positive)
-        write_results(output, {**files_of_it, INPUT_FILE: _describe_input(config, candidate, data)})
+        evaluation, files_of_it, table = _evaluate_one(candidate, model, pairs, positive)
+        said = {
+            "model": os.path.realpath(candidate.path),
+            "run_id": run_of(candidate.path) or None,
+            "data": data,
+            "predict": config.predict,
+        }
+        described = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
+        write_results(output, {**files_of_it, INPUT_FILE: described.encode(errors="surrogateescape")})
         by_model[candidate.name] = evaluation.figures
         folders[candidate.name] = str(output)
         tables.append(table)
@@ -255,8 +258,8 @@ def _resolve_files(config: Config) -> tuple[Source, tuple[Path, ...]]:
 
 
 def _candidates(config: Config, model_dir: Path) -> list[_Candidate]:
-    """The folders to evaluate: checkpoints in numeric order, then the model itself, then what it is
-    compared with. CheckpointError where one of these is no model folder."""
+    """The folders to evaluate: checkpoints in numeric order, then the model itself, then what it is compared
+    with, each under a name of its own. CheckpointError where one of these is no model folder."""
     found = []
     if config.all_checkpoints:
         found = [_Candidate(p.name, p, p.name) for _, p in list_checkpoints(model_dir)]
@@ -264,62 +267,19 @@ def _candidates(config: Config, model_dir: Path) -> list[_Candidate]:
             raise CheckpointError(f"{model_dir}: no checkpoint-N in it")
     final = final_folder(model_dir)
     if (final / "config.json").is_file() or not found:
-        is_checkpoint = output_dir_of(model_dir) != model_dir
-        prefix = model_dir.absolute().name if is_checkpoint else ""
+        prefix = model_dir.absolute().name if output_dir_of(model_dir) != model_dir else ""
         found.append(_Candidate("final" if found else str(config.model_dir), final, prefix))
     for other in config.compare or ():
         path = resolve_folder(other, revision=config.revision, cache_dir=config.cache_dir)
         where = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]  # x/m and y/m are two models
         found.append(_Candidate(other, final_folder(path), f"{COMPARED}{path.name}-{where}", is_own=False))
+    named: dict[str, _Candidate] = {}
     for candidate in found:
         open_model(candidate.path, verify=False)
-    return _named_apart(found)
-
-
-def _named_apart(candidates: Sequence[_Candidate]) -> list[_Candidate]:
-    """The same, each with a name of its own in the table: a folder to compare with may be called `final`."""
-    apart: dict[str, _Candidate] = {}
-    for candidate in candidates:
-        more = (f"{candidate.name} ({i})" for i in itertools.count(2))
-        name = next(name for name in itertools.chain([candidate.name], more) if name not in apart)
-        apart[name] = dataclasses.replace(candidate, name=name)
-    return list(apart.values())
-
-
-def _model_folder(config: Config) -> Path:
-    if config.model_dir is None:
-        raise ConfigError("model_dir: not set; name a trained folder (or output_dir in config.yaml)")
-    return resolve_folder(config.model_dir, revision=config.revision, cache_dir=config.cache_dir)
-
-
-def _check_place(config: Config, candidates: Sequence[_Candidate]) -> None:
-    """ConfigError where results would go into a model folder, over files that its manifest names."""
-    if config.eval_output_dir is None:
-        return
-    root = Path(config.eval_output_dir)
-    for place in (root, *(root / candidate.prefix for candidate in candidates)):
-        if is_model_folder(place):
-            raise ConfigError(f"output_dir: {place} is a model folder; name another one for the results")
-
-
-def _describe_data(pairs: Pairs) -> list[dict[str, Any]]:
-    """Each data file by its path and content, and how many of its rows are scored."""
-    rows = np.bincount(pairs.file_of_row, minlength=len(pairs.files)).tolist()
-    return [
-        {"path": os.path.realpath(name), "sha256": file_digest(name), "rows": count}
-        for name, count in zip(pairs.files, rows, strict=True)
-    ]
-
-
-def _describe_input(config: Config, candidate: _Candidate, data: list[dict[str, Any]]) -> bytes:
-    """input.json: which model was scored on which data."""
-    said = {
-        "model": os.path.realpath(candidate.path),
-        "run_id": run_of(candidate.path) or None,
-        "data": data,
-        "predict": config.predict,
-    }
-    return (json.dumps(said, indent=2, ensure_ascii=False) + "\n").encode(errors="surrogateescape")
+        more = (f"{candidate.name} ({i})" for i in itertools.count(2))  # another folder may be called `final`
+        name = next(name for name in itertools.chain([candidate.name], more) if name not in named)
+        named[name] = dataclasses.replace(candidate, name=name)
+    return list(named.values())
 
 
 def _output_folder(
@@ -375,16 +335,8 @@ def _check_task(config: Config, model: PairClassifier, source: Source) -> None:
         raise ConfigError(f"labels: found {found}; {config.model_dir} was trained for {own}")
 
 
-def _check_same_labels(first: PairClassifier, model: PairClassifier, candidate: _Candidate) -> None:
-    if set(first.labels or ()) != set(model.labels or ()) or (first.labels is None) != (model.labels is None):
-        raise CheckpointError(
-            f"{candidate.path}: its labels are {', '.join(model.labels or ('a value',))}, the others' "
-            f"{', '.join(first.labels or ('a value',))}: they cannot be compared"
-        )
-
-
 def _evaluate_one(
-    config: Config, candidate: _Candidate, model: PairClassifier, pairs: Pairs, positive: str | None
+    candidate: _Candidate, model: PairClassifier, pairs: Pairs, positive: str | None
 ) -> tuple[Evaluation, dict[str, bytes], str]:
     """Score `pairs`: the results, their files by name, and the tables for one model."""
     encoder = Encoder(model.tokenizer, model.max_seq_length)
@@ -401,6 +353,6 @@ def _evaluate_one(
     )
     if model.labels is None:
         return evaluation, files, figures
-    matrix = confusion_of(evaluation, split, model.labels)
+    matrix = confusion_matrix(split.targets, evaluation.logits.argmax(axis=1), len(model.labels))
     tables = class_table(model.labels, per_class(matrix)), confusion_table(model.labels, matrix)
     return evaluation, files, "\n\n".join((*tables, figures))

@@ -51,16 +51,6 @@ def spearman(gold: ArrayLike, values: ArrayLike) -> float:
     return _correlation(_ranks(x), _ranks(y)) if are_finite else math.nan
 
 
-def expected_calibration_error(gold: ArrayLike, probabilities: ArrayLike, num_bins: int = 15) -> float:
-    """How far confidence is from accuracy (Guo et al. 2017): rows binned by their top probability into
-    `num_bins` equal intervals (low, high], the gaps weighted by rows. `probabilities` is (rows, C)."""
-    table = np.asarray(probabilities, dtype=np.float64)
-    confidence, right = table.max(axis=1), table.argmax(axis=1) == np.asarray(gold)
-    bins = np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
-    gaps = np.bincount(bins, weights=right - confidence, minlength=num_bins)
-    return float(np.abs(gaps).sum() / len(table))
-
-
 def classification_metrics(
     gold: ArrayLike, predicted: ArrayLike, num_labels: int, positive: int = 1
 ) -> dict[str, float]:

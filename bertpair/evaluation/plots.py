@@ -99,8 +99,8 @@ def _fill_cells(axes: "Axes", counts: NDArray[np.int64], size: float, is_brief: 
         if share:
             percent = f"{share:.0%}" if is_brief or share == 1 else f"{share:.1%}"
             percent = "<1%" if is_brief and share < 0.005 else percent
-            axes.text(column, row + 0.03, f"{counts[row, column]:,}", size=size, va="bottom", **style)
-            axes.text(column, row + 0.09, percent, size=0.74 * size, va="top", **style)
+            axes.text(column, row + 0.04, f"{counts[row, column]:,}", size=size, va="bottom", **style)
+            axes.text(column, row + 0.1, percent, size=0.74 * size, va="top", **style)
         elif len(counts) <= 12:
             axes.text(column, row, "0", size=size, va="center", **style, alpha=0.25)
 
@@ -142,14 +142,11 @@ def draw_curves(records: Sequence[Mapping[str, Any]], metric: str | None = None)
             axes.set_title(name)
             axes.grid(alpha=0.7)
         _plot(panels[0], loss, BLUE, "training")
-        _plot(panels[0], eval_loss, ORANGE, "dev", markers=True)
+        _plot(panels[0], eval_loss, ORANGE, "dev", best=None if show_metric else np.argmin)
         if len(loss) and len(eval_loss):
             panels[0].legend()
         if show_metric:
-            _plot(panels[1], watched, GREEN, "dev", markers=True)
-            _mark_best(panels[1], watched[watched[:, 1].argmax()], GREEN)
-        elif len(eval_loss):
-            _mark_best(panels[0], eval_loss[eval_loss[:, 1].argmin()], ORANGE)
+            _plot(panels[1], watched, GREEN, "dev", best=np.argmax)
         _plot(panels[-1], rate, VIOLET, "learning rate")
         _style_steps(panels[-1], records)
         return _png(figure)
@@ -162,22 +159,21 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float6
     return points[np.isfinite(points[:, 1])]
 
 
-def _plot(axes: "Axes", points: NDArray[np.float64], color: str, name: str, markers: bool = False) -> None:
+def _plot(axes: "Axes", points: NDArray[np.float64], color: str, name: str, best: Any = None) -> None:
+    """A curve; `best` (np.argmin or np.argmax) says which of its points is to be marked."""
     if not len(points):
         return
+    if best is not None:
+        step, value = points[best(points[:, 1])]
+        axes.plot([step], [value], color=color, marker="*", markersize=13, markeredgecolor="white", zorder=3)
+        axes.set_title(f"best {value:.4f} at step {step:,.0f}", loc="right", size=9, color=color)
     if len(points) > MAX_POINTS:
         groups = np.array_split(points, MAX_POINTS)
         low, high = (np.array([edge(group[:, 1]) for group in groups]) for edge in (np.min, np.max))
         points = np.array([group.mean(axis=0) for group in groups])
         axes.fill_between(points[:, 0], low, high, color=color, alpha=0.18, linewidth=0)
-    marker = "o" if len(points) == 1 or (markers and len(points) <= 60) else None
+    marker = "o" if len(points) == 1 or (name == "dev" and len(points) <= 60) else None
     axes.plot(points[:, 0], points[:, 1], color=color, label=name, linewidth=1.6, marker=marker, markersize=4)
-
-
-def _mark_best(axes: "Axes", best: NDArray[np.float64], color: str) -> None:
-    step, value = best
-    axes.plot([step], [value], color=color, marker="*", markersize=13, markeredgecolor="white")
-    axes.set_title(f"best {value:.4f} at step {step:,.0f}", loc="right", size=9, color=color)
 
 
 def _style_steps(panel: "Axes", records: Sequence[Mapping[str, Any]]) -> None:

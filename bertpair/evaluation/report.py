@@ -21,12 +21,11 @@ ESCAPES = {ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}
 def format_eval_results(metrics: Mapping[str, float | int | str]) -> dict[str, bytes]:
     """`eval_results.txt`, sorted "key = value" lines, and `eval_results.json`, flat (null: not finite)."""
     plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in metrics.items()}
-    text = "".join(f"{key} = {_one_line(plain[key])}\n" for key in sorted(plain))
-    flat = (
-        json.dumps(finite_or_null(plain), ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
-        + "\n"
-    )
-    return {"eval_results.txt": text.encode(), "eval_results.json": flat.encode()}
+    shown = {key: _cell(value) if isinstance(value, str) else value for key, value in sorted(plain.items())}
+    text = "".join(f"{key} = {value}\n" for key, value in shown.items())
+    finite = finite_or_null(plain)
+    flat = json.dumps(finite, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
+    return {"eval_results.txt": text.encode(), "eval_results.json": f"{flat}\n".encode()}
 
 
 def format_predictions(
@@ -92,35 +91,28 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Columns aligned by display width, the first to the left, the rest to the right; None is a dash."""
     cells = [[_table_cell(value) for value in row] for row in (header, *rows)]
     widths = [max(map(display_width, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(_align(row, widths) for row in cells)
+    lines = []
+    for first, *others in cells:
+        padded = [first + " " * (widths[0] - display_width(first))]
+        padded += [" " * (w - display_width(cell)) + cell for w, cell in zip(widths[1:], others, strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
 def display_width(text: str) -> int:
     """Columns in a terminal: two for a wide or full-width character, none for one that joins the last."""
+    joins = ("Mn", "Me", "Cf")
     return sum(
-        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(c) in "WF")
-        for c in text
+        0 if unicodedata.category(c) in joins else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text
     )
 
 
-def _align(row: Sequence[str], widths: Sequence[int]) -> str:
-    padding = [" " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True)]
-    rest = (space + cell for space, cell in zip(padding[1:], row[1:], strict=True))
-    return "  ".join((row[0] + padding[0], *rest)).rstrip()
-
-
 def _table_cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        return value.translate(ESCAPES)
+    if value is None or isinstance(value, str):
+        return "-" if value is None else _cell(value)
     return f"{value:,}" if isinstance(value, (int, np.integer)) else f"{value:.4f}"
 
 
 def _cell(value: str | float) -> str:
     """A label as it is, but no tab or line break of its own; a number to six digits."""
     return value.translate(ESCAPES) if isinstance(value, str) else format(value, ".6g")
-
-
-def _one_line(value: float | int | str) -> float | int | str:
-    return value.translate(ESCAPES) if isinstance(value, str) else value

@@ -14,13 +14,15 @@ import hmac
 import html
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
@@ -35,21 +37,18 @@ from bertpair.serving.requests import (
     JSON,
     MAX_URL_BYTES,
     Headers,
+    HeadersTooLarge,
     QueueFullError,
     RequestError,
+    UrlTooLong,
     bad_value,
     check_content_type,
     check_length,
-    check_object,
-    check_switch,
-    check_text,
-    headers_too_large,
-    json_type,
+    check_meaning,
     parse_json,
     read_body,
-    url_too_long,
 )
-from bertpair.serving.schema import describe_api
+from bertpair.serving.schema import Bodies, Info, body_models, describe_api
 from bertpair.settings.serve import ServeConfig
 
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
@@ -72,9 +71,13 @@ class Service:
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="tokenizing")
     )
 
+    @cached_property
+    def bodies(self) -> Bodies:
+        return body_models(self.predictor.limits, takes_pairs=self.predictor.takes_pairs)
+
     def routes(self) -> Router:
         """All of them, each with and without a slash at its end."""
-        table: list[tuple[str, str, Handler, bool]] = [
+        table: list[tuple[str, str, Handler, bool]] = [  # the last: whether the key is asked for
             ("POST", "/v1/model_prediction/", self.legacy, True),
             ("POST", "/v1/predict", self.predict, True),
             ("POST", "/v1/predict/batch", self.predict_batch, True),
@@ -91,6 +94,23 @@ class Service:
             for spelling in sorted({path.rstrip("/") or "/", path.rstrip("/") + "/"})
         ]
         return Router(routes, redirect_slashes=False)
+
+    def _guarded(self, path: str, handler: Handler, method: str, keyed: bool) -> Handler:
+        allow = "OPTIONS, POST" if method == "POST" else "GET, HEAD, OPTIONS"
+
+        async def guarded(request: Request) -> Response:
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers={"Allow": allow})
+            if keyed and self.key is not None:
+                check_key(request.scope["headers"], self.key)
+            check_head(request.scope, self.config.max_header_bytes)
+            try:
+                return await handler(request)
+            finally:
+                self.inflight_bytes -= request.scope["exchange"].inflight_bytes
+
+        guarded.route_path = path  # type: ignore[attr-defined]  # by which it is counted, a 405 too
+        return guarded
 
     # Health
 
@@ -113,24 +133,26 @@ class Service:
         if self.batcher.worker.running_seconds > seconds:
             raise RequestError(503, "stalled", "the model has not answered for too long", wait=1)
 
-    # Around a route
+    # Predictions
 
-    def _guarded(self, path: str, handler: Handler, method: str, keyed: bool) -> Handler:
-        allow = "OPTIONS, POST" if method == "POST" else "GET, HEAD, OPTIONS"
+    async def legacy(self, request: Request) -> Response:
+        """The old clients' route: sentence1 and sentence2 in, a list of label and score out."""
+        value = await self._read(request, may_be_any=True)
+        if self.predictor.labels is None:
+            raise RequestError(404, "not_found", "this model gives a value, no label: see /v1/predict")
+        answers = await self._run(request, [check_meaning(self.bodies[2], value)])
+        prediction = answers.values[0]
+        return json_response([prediction.label, prediction.score], answers)
 
-        async def guarded(request: Request) -> Response:
-            if request.method == "OPTIONS":
-                return Response(status_code=204, headers={"Allow": allow})
-            if keyed and self.key is not None:
-                check_key(request.scope["headers"], self.key)
-            check_head(request.scope, self.config.max_header_bytes)
-            try:
-                return await handler(request)
-            finally:
-                self.inflight_bytes -= request.scope["exchange"].inflight_bytes
+    async def predict(self, request: Request) -> Response:
+        row: Any = check_meaning(self.bodies[0], await self._read(request))
+        answers = await self._run(request, [row], truncate=row.truncate)
+        return json_response(self._describe(answers.values[0]), answers)
 
-        guarded.route_path = path  # type: ignore[attr-defined]  # by which it is counted, a 405 too
-        return guarded
+    async def predict_batch(self, request: Request) -> Response:
+        body: Any = check_meaning(self.bodies[1], await self._read(request))
+        answers = await self._run(request, body.pairs, truncate=body.truncate, where="pairs")
+        return json_response({"predictions": [self._describe(p) for p in answers.values]}, answers)
 
     async def _read(self, request: Request, *, may_be_any: bool = False) -> Any:
         """The JSON of a request's body, after all that can be said without it."""
@@ -150,142 +172,95 @@ class Service:
         self._check_ready()
         return parse_json(await read_body(request, most, hold))
 
-    # Predictions
-
-    async def legacy(self, request: Request) -> Response:
-        """The old clients' route: sentence1 and sentence2 in, a list of label and score out."""
-        body = await self._read(request, may_be_any=True)
-        if self.predictor.labels is None:
-            raise RequestError(404, "not_found", "this model gives a value, no label: see /v1/predict")
-        names = ("sentence1", "sentence2") if self.predictor.takes_pairs else ("sentence1",)
-        texts = self._texts(check_object(body, names, (), strict=False), names)
-        answers = await self._run(request, [texts])
-        prediction = answers.values[0]
-        return timed_response([prediction.label, prediction.score], answers)
-
-    async def predict(self, request: Request) -> Response:
-        found = check_object(await self._read(request), self._text_names, ("truncate",))
-        texts = self._texts(found, self._text_names)
-        truncate = check_switch(found.get("truncate", True), "truncate")
-        answers = await self._run(request, [texts], truncate=truncate)
-        return timed_response(self._describe(answers.values[0]), answers)
-
-    async def predict_batch(self, request: Request) -> Response:
-        found = check_object(await self._read(request), ("pairs",), ("truncate",))
-        pairs = found["pairs"]
-        most = self.predictor.limits.max_request_rows
-        if not isinstance(pairs, list):
-            raise bad_value(f"pairs: expected an array, found {json_type(pairs)}", "pairs")
-        if not 1 <= len(pairs) <= most:
-            raise bad_value(f"pairs: found {len(pairs)} rows; 1 to {most} are allowed", "pairs")
-        names = self._text_names
-        rows = [
-            self._texts(check_object(pair, names, (), f"pairs[{i}]"), names, f"pairs[{i}].")
-            for i, pair in enumerate(pairs)
-        ]
-        truncate = check_switch(found.get("truncate", True), "truncate")
-        answers = await self._run(request, rows, truncate=truncate, where="pairs")
-        return timed_response({"predictions": [self._describe(p) for p in answers.values]}, answers)
-
-    @property
-    def _text_names(self) -> tuple[str, ...]:
-        return ("text_a", "text_b") if self.predictor.takes_pairs else ("text_a",)
-
-    def _texts(self, found: Mapping[str, Any], names: tuple[str, ...], prefix: str = "") -> list[str]:
-        most = self.predictor.limits.max_text_chars
-        return [check_text(found[name], prefix + name, most) for name in names]
-
     async def _run(
-        self, request: Request, texts: list[list[str]], *, truncate: bool = True, where: str | None = None
+        self, request: Request, rows: Sequence[BaseModel], *, truncate: bool = True, where: str | None = None
     ) -> Answers[Prediction]:
         """The answers for rows of texts, in order; ClientDisconnect as soon as nobody waits for them."""
-        columns = [list(column) for column in zip(*texts, strict=True)]
-        text_b = columns[1] if self.predictor.takes_pairs else None
+        names = [name for name in type(rows[0]).model_fields if name != "truncate"]
+        columns = [[getattr(row, name) for row in rows] for name in names]
         loop = asyncio.get_running_loop()
-        rows = await loop.run_in_executor(self.tokenizing, self.predictor.encode, columns[0], text_b)
-        cut = [i for i, row in enumerate(rows) if row.truncated]
+        tokens = await loop.run_in_executor(self.tokenizing, lambda: self.predictor.encode(*columns))
+        cut = [i for i, row in enumerate(tokens) if row.truncated]
         if cut and not truncate:
             message = f"the texts are longer than {self.predictor.cut} tokens, and truncate is false"
             raise bad_value(message, f"{where}[{cut[0]}]" if where else None)
-        job = asyncio.ensure_future(self.batcher.submit(rows, [len(row) for row in rows]))
+        job = asyncio.ensure_future(self.batcher.submit(tokens, [len(row) for row in tokens]))
         gone = asyncio.ensure_future(wait_until_gone(request))
+        gone.add_done_callback(lambda _: job.cancel())
         try:
-            await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not job.done():
-                raise ClientDisconnect()
-            answers = job.result()
+            answers = await job
         except QueueFullError:
             self.metrics.refusals.inc()
             raise
+        except asyncio.CancelledError:
+            raise ClientDisconnect() from None
         finally:
-            job.cancel()
             gone.cancel()
-            await asyncio.gather(job, gone, return_exceptions=True)
-        self._count(request, answers)
-        return answers
-
-    def _count(self, request: Request, answers: Answers[Prediction]) -> None:
         self.metrics.queue_seconds.observe(answers.queue_seconds)
-        self.metrics.predictions.inc(len(answers.values))
-        self.metrics.truncated.inc(sum(p.truncated for p in answers.values))
+        self.metrics.predictions.inc(len(rows))
+        self.metrics.truncated.inc(len(cut))
         request.scope["exchange"].fields.update(
-            rows=len(answers.values),
+            rows=len(rows),
             queue_ms=round(answers.queue_seconds * 1000, 1),
             inference_ms=round(answers.run_seconds * 1000, 1),
         )
+        return answers
 
     def _describe(self, prediction: Prediction) -> dict[str, object]:
-        rest = {
-            "truncated": prediction.truncated,
-            "num_tokens": prediction.num_tokens,
-            "model_version": self.predictor.version,
-        }
-        if prediction.label is None:
-            return {"value": prediction.score, **rest}
-        probabilities = prediction.probabilities
-        return {"label": prediction.label, "score": prediction.score, "probabilities": probabilities, **rest}
+        found: dict[str, object] = {"value": prediction.score}
+        if prediction.label is not None:
+            found = {"label": prediction.label, "score": prediction.score}
+            found["probabilities"] = prediction.probabilities
+        found |= {"truncated": prediction.truncated, "num_tokens": prediction.num_tokens}
+        return {**found, "model_version": self.predictor.version}
 
     # What there is to know
 
-    async def info(self, request: Request) -> Response:
-        return json_response(self.facts())
-
-    def facts(self) -> dict[str, object]:
-        """Plain values for JSON: the model and its limits, as far as the warm-up has settled them."""
+    @property
+    def facts(self) -> Info:
         config, predictor = self.config, self.predictor
-        agreement = predictor.agreement
-        return {
-            "model": predictor.name,
-            "model_version": predictor.version,
-            "problem_type": "regression" if predictor.labels is None else "classification",
-            "labels": None if predictor.labels is None else list(predictor.labels),
-            "takes_pairs": predictor.takes_pairs,
-            "max_seq_length": predictor.cut,
-            "precision": predictor.precision,
-            "device": str(predictor.classifier.scorer.device),
-            "num_threads": predictor.num_threads,
-            "limits": {
-                **dataclasses.asdict(predictor.limits),
-                "max_inflight_bytes": config.max_inflight_bytes,
-                "max_header_bytes": config.max_header_bytes,
-                "max_queue_rows": config.max_queue_rows,
-                "max_batch_tokens": self.batcher.limits.max_batch_tokens if self.is_warm else None,
-                "queue_deadline": config.queue_deadline,
-                "max_connections": config.max_connections,
-            },
-            "agreement_with_float32": None if agreement is None else dataclasses.asdict(agreement),
+        limits = {
+            **dataclasses.asdict(predictor.limits),
+            "max_inflight_bytes": config.max_inflight_bytes,
+            "max_header_bytes": config.max_header_bytes,
+            "max_queue_rows": config.max_queue_rows,
+            "max_batch_tokens": self.batcher.limits.max_batch_tokens if self.is_warm else None,
+            "queue_deadline": config.queue_deadline,
+            "max_connections": config.max_connections,
         }
+        agreement = predictor.agreement
+        return Info(
+            model=predictor.name,
+            model_version=predictor.version,
+            problem_type="regression" if predictor.labels is None else "classification",
+            labels=None if predictor.labels is None else list(predictor.labels),
+            takes_pairs=predictor.takes_pairs,
+            max_seq_length=predictor.cut,
+            precision=predictor.precision,
+            device=str(predictor.classifier.scorer.device),
+            num_threads=predictor.num_threads,
+            limits=limits,
+            agreement_with_float32=None if agreement is None else dataclasses.asdict(agreement),
+        )
+
+    async def info(self, request: Request) -> Response:
+        return json_response(self.facts.model_dump())
 
     async def show_metrics(self, request: Request) -> Response:
         body = generate_latest(self.metrics.registry)
         return Response(body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
+    @cached_property
+    def document(self) -> dict[str, Any]:
+        """/openapi.json; none of the facts in it ever changes."""
+        keyed, root_path = self.key is not None, self.config.root_path
+        return describe_api(self.facts, self.bodies, keyed=keyed, root_path=root_path)
+
     async def openapi(self, request: Request) -> Response:
-        is_keyed, root_path = self.key is not None, self.config.root_path
-        return json_response(describe_api(self.facts(), keyed=is_keyed, root_path=root_path))
+        return json_response(self.document)
 
     async def show_page(self, request: Request) -> Response:
-        return page_response(request.scope.get("root_path", ""), keyed=self.key is not None)
+        return page_response(request.scope["root_path"], keyed=self.key is not None)
 
 
 def check_key(headers: Headers, key: bytes) -> None:
@@ -302,9 +277,9 @@ def check_head(scope: Scope, max_header_bytes: int) -> None:
     """RequestError 431, 414 or 417 for headers or a URL that are too large, or an unknown expectation."""
     headers: Headers = scope["headers"]
     if sum(len(name) + len(value) + 4 for name, value in headers) > max_header_bytes:
-        raise headers_too_large(max_header_bytes)
+        raise HeadersTooLarge()
     if len(scope["raw_path"]) + len(scope["query_string"]) + 1 > MAX_URL_BYTES:
-        raise url_too_long()
+        raise UrlTooLong()
     if any(name == b"expect" and value.strip().lower() != b"100-continue" for name, value in headers):
         raise RequestError(
             417, "expectation_failed", "of expectations only 100-continue is known", close=True
@@ -317,14 +292,14 @@ async def wait_until_gone(request: Request) -> None:
         pass
 
 
-def json_response(value: object, headers: Mapping[str, str] | None = None) -> Response:
-    body = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    return Response(body, headers=headers or {}, media_type=JSON)
-
-
-def timed_response(value: object, answers: Answers[Prediction]) -> Response:
-    queue_ms, inference_ms = 1000 * answers.queue_seconds, 1000 * answers.run_seconds
-    return json_response(value, {"X-Queue-Ms": f"{queue_ms:.1f}", "X-Inference-Ms": f"{inference_ms:.1f}"})
+def json_response(value: object, answers: Answers[Prediction] | None = None) -> Response:
+    """`answers`: those in it, for the headers that say how long they took."""
+    body = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    headers = {}
+    if answers:
+        headers["X-Queue-Ms"] = f"{1000 * answers.queue_seconds:.1f}"
+        headers["X-Inference-Ms"] = f"{1000 * answers.run_seconds:.1f}"
+    return Response(body, headers=headers, media_type=JSON)
 
 
 def page_response(root_path: str, *, keyed: bool) -> Response:

@@ -17,7 +17,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from bertpair.runtime import is_out_of_memory, release_locals
@@ -31,6 +33,9 @@ WINDOW_BATCHES = 2  # rows are sorted by length within the oldest rows that fill
 # hardly worth it, and every row that is passed over waits longer than it was admitted for
 ROUND_UP = 8  # a row counts as a multiple of so many tokens: what it is padded to, or costs anyhow
 RECENT = 5  # batches of one size that are remembered; the slowest of them counts
+
+
+Closed = partial(RequestError, 503, "closed", "the server is going away", wait=1)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class MicroBatcher(Generic[Row, Answer]):
         another RequestError, or what `run` raised for them. Cancelling drops what still waits.
         """
         if self._closed:
-            raise closed()
+            raise Closed()
         wait, limits = self.estimated_wait, self.limits
         if len(self._waiting) + len(rows) > limits.max_queue_rows or wait > SAFETY * limits.queue_deadline:
             raise QueueFullError(wait)
@@ -155,7 +160,7 @@ class MicroBatcher(Generic[Row, Answer]):
         with contextlib.suppress(asyncio.CancelledError):
             await self._feeder
         for waiting in list(self._waiting):
-            self._fail(waiting.request, closed())
+            self._fail(waiting.request, Closed())
         return await self.worker.end(timeout)
 
     # The queue
@@ -192,16 +197,15 @@ class MicroBatcher(Generic[Row, Answer]):
 
     def _take_batch(self) -> list[_Waiting[Row, Answer]]:
         """The next batch: the oldest row, and those of the window that go best with it."""
-        overdue = time.monotonic() - self.limits.queue_deadline
+        overdue, budget = time.monotonic() - self.limits.queue_deadline, self.limits.max_batch_tokens
         while self._waiting and self._waiting[0].request.submitted < overdue:
             self._expire(self._waiting[0].request)
         if not self._waiting:
             return []
-        size = window_size((waiting.length for waiting in self._waiting), self.limits.max_batch_tokens)
+        size = window_size((waiting.length for waiting in self._waiting), budget)
         window = [self._waiting.popleft() for _ in range(size)]
-        chosen = choose_batch([waiting.length for waiting in window], self.limits.max_batch_tokens)
-        taken = set(chosen)
-        self._waiting.extendleft(window[i] for i in reversed(range(size)) if i not in taken)
+        chosen = choose_batch([waiting.length for waiting in window], budget)
+        self._waiting.extendleft(window[i] for i in sorted({*range(size)} - {*chosen}, reverse=True))
         batch = [window[i] for i in chosen]
         self._waiting_tokens -= sum(waiting.length for waiting in batch)
         return batch
@@ -235,9 +239,8 @@ class MicroBatcher(Generic[Row, Answer]):
         """Run these rows and hand out their answers; the exception if there was one."""
         if not batch:
             return None
-        rows = [waiting.row for waiting in batch]
-        padded = max(waiting.length for waiting in batch) * len(batch)
-        self._running_tokens = tokens = sum(waiting.length for waiting in batch)
+        rows, lengths = [waiting.row for waiting in batch], [waiting.length for waiting in batch]
+        self._running_tokens = tokens = sum(lengths)
         began = time.monotonic()
         error: Exception | None = None
         try:
@@ -248,7 +251,7 @@ class MicroBatcher(Generic[Row, Answer]):
         finally:
             self._running_tokens = 0
         ended = time.monotonic()
-        self._on_batch(BatchReport(len(rows), padded, ended - began, failed=error is not None))
+        self._on_batch(BatchReport(len(rows), max(lengths) * len(rows), ended - began, error is not None))
         if error is None:
             self.pace.note(tokens, ended - (self._last_end or began))
             for waiting, answer in answered:
@@ -259,18 +262,13 @@ class MicroBatcher(Generic[Row, Answer]):
     def _hand_out(self, waiting: _Waiting[Row, Answer], answer: Answer | Exception) -> None:
         request = waiting.request
         if isinstance(answer, Exception):
-            self._fail(request, answer)
-            return
+            return self._fail(request, answer)
         request.answers[waiting.index] = answer
         if len(request.answers) == request.num_rows and not request.future.done():
             values = [request.answers[index] for index in range(request.num_rows)]
             started = request.started or request.submitted
             seconds = time.monotonic() - started
             request.future.set_result(Answers(values, started - request.submitted, seconds))
-
-
-def closed() -> RequestError:
-    return RequestError(503, "closed", "the server is going away", wait=1)
 
 
 def window_size(lengths: Iterable[int], max_batch_tokens: int) -> int:
@@ -342,12 +340,10 @@ class Worker:
     """
 
     def __init__(self, name: str, on_error: Callable[[BaseException], None] = lambda error: None) -> None:
-        self._loop = asyncio.get_running_loop()
         self._on_error = on_error
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._began: float | None = None
         self._ended = False
-        self._free = asyncio.Lock()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -356,40 +352,17 @@ class Worker:
 
         Cancelled while it runs, the caller is let go; the thread still finishes, and others wait for that.
         """
-        await self._free.acquire()
-        done: asyncio.Future[Any] = self._loop.create_future()
-
-        def settle(value: Any, error: Exception | None) -> None:
-            self._began = None
-            self._free.release()
-            if done.cancelled():
-                return
-            if error is None:
-                done.set_result(value)
-            else:
-                done.set_exception(error)
-
-        def job() -> None:
-            value, error = None, None
-            try:
-                value = function()
-            except BaseException as raised:
-                self._on_error(raised)
-                release_locals(raised)  # or it would hold a batch for as long as it is kept
-                error = raised if isinstance(raised, Exception) else RuntimeError(repr(raised))
-            with contextlib.suppress(RuntimeError):  # the loop may be closed by now
-                self._loop.call_soon_threadsafe(settle, value, error)
-
-        self._began = time.monotonic()
-        self._jobs.put(job)
-        return await done
+        done: Future[Any] = Future()
+        self._jobs.put((done, function))
+        return await asyncio.wrap_future(done)
 
     @property
     def running_seconds(self) -> float:
         """For how long it has been at what it is at: 0 between calls, endless if the thread is dead."""
         if not self._thread.is_alive() and not self._ended:
             return math.inf
-        return 0.0 if self._began is None else time.monotonic() - self._began
+        began = self._began  # read once: the thread writes it
+        return 0.0 if began is None else time.monotonic() - began
 
     async def end(self, timeout: float) -> bool:
         """Let the thread end after what it is at; whether it did within `timeout` seconds.
@@ -403,5 +376,20 @@ class Worker:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            self._run(*job)
             del job  # not kept until the next one comes: it holds a batch and its answers
+
+    def _run(self, done: Future[Any], function: Callable[[], Any]) -> None:
+        if not done.set_running_or_notify_cancel():
+            return
+        self._began = time.monotonic()
+        try:
+            value = function()
+        except BaseException as error:
+            self._on_error(error)
+            release_locals(error)  # or it would hold a batch for as long as it is kept
+            self._began = None
+            done.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+        else:
+            self._began = None
+            done.set_result(value)

@@ -16,8 +16,8 @@ import resource
 import socket
 import stat
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from bertpair.errors import ConfigError
 from bertpair.settings.serve import ServeConfig
@@ -33,22 +33,22 @@ def check_descriptors(max_connections: int) -> None:
     """Raise the soft limit of open files to what `max_connections` needs; ConfigError if that cannot be."""
     needed = max_connections + SPARE_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
-            raise ConfigError(
-                f"max_connections {max_connections}: this process may open {hard} files, and that many "
-                f"connections need {needed}; raise the limit (ulimit -n) or lower max_connections"
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"max_connections {max_connections}: this process may open {hard} files, and that many "
+            f"connections need {needed}; raise the limit (ulimit -n) or lower max_connections"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def read_key(path: str, most: int = 4096) -> bytes:
     """The key in the first line of a file; at most `most` bytes, for which a request must have room."""
     try:
-        lines = Path(path).read_bytes().splitlines()
+        key = Path(path).read_bytes().partition(b"\n")[0].strip()
     except OSError as error:
         raise ConfigError(f"api_key_file: {path} cannot be read: {error.strerror}") from error
-    key = lines[0].strip() if lines else b""
     if not 8 <= len(key) <= most or not all(33 <= byte <= 126 for byte in key):
         expected = f"8 or more printable ASCII characters, at most {most}, no spaces"
         raise ConfigError(f"api_key_file: {path}: expected {expected}")
@@ -61,13 +61,54 @@ def trusted_proxies(given: str) -> str:
     for item in list(found):
         try:
             network = ipaddress.ip_network(item)
-        except ValueError:
+        except ValueError:  # `*`
             continue
         if isinstance(network, ipaddress.IPv4Network):
             found.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
         elif (inner := network.network_address.ipv4_mapped) and network.prefixlen >= 96:
             found.append(f"{inner}/{network.prefixlen - 96}")
     return ",".join(found)
+
+
+def is_local(config: ServeConfig) -> bool:
+    """Whether only this machine can reach the server."""
+    if config.uds or config.host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(config.host).is_loopback
+    except ValueError:
+        return False
+
+
+def allowed_hosts(config: ServeConfig) -> frozenset[str] | None:
+    """The Host names that are answered, None for any.
+
+    On a loopback address only local ones by default: a page in a browser on this machine could otherwise
+    reach the server under a name of its own that resolves to it.
+    """
+    if config.allowed_hosts is not None:
+        return None if "*" in config.allowed_hosts else frozenset(map(str.lower, config.allowed_hosts))
+    if config.uds or not is_local(config):
+        return None
+    return frozenset({"localhost", "127.0.0.1", "[::1]", config.host.lower(), f"[{config.host.lower()}]"})
+
+
+def bind(config: ServeConfig) -> TcpListener | UnixListener:
+    """Its place, taken and not listening yet; ConfigError if it is somebody else's."""
+    if config.uds:
+        return UnixListener(config.uds, int(config.uds_mode or "660", 8))
+    return TcpListener(config.host, config.port)
+
+
+@contextlib.contextmanager
+def _explained(place: str) -> Iterator[None]:
+    """An OSError in it as a ConfigError that says what is wrong with the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EAGAIN):
+            raise ConfigError(f"{place} is in use by another program") from error
+        raise ConfigError(f"{place} cannot be used: {error.strerror or error}") from error
 
 
 class TcpListener:
@@ -78,7 +119,7 @@ class TcpListener:
     """
 
     def __init__(self, host: str, port: int) -> None:
-        self.place = f"{host}:{port}"
+        self.place = f"port: {host}:{port}"
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             family, kind, number, _, address = found[0]
@@ -87,40 +128,29 @@ class TcpListener:
             raise ConfigError(f"host {host}: no host has such a name") from error
         except OSError as error:
             raise ConfigError(f"host {host}: {error.strerror or error}") from error
-        try:
-            self._bind(address)
-        except OSError as error:
-            self.socket.close()
-            raise self._explain(error) from error
-
-    def _bind(self, address: Any) -> None:
-        try:
-            self.socket.bind(address)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            self._set_reuse(True)
-            self.socket.bind(address)
-            self._set_reuse(False)
-
-    def _set_reuse(self, is_on: bool) -> None:
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_on)
-
-    def _explain(self, error: OSError) -> ConfigError:
-        if error.errno == errno.EADDRINUSE:
-            return ConfigError(f"port: {self.place} is in use by another program")
-        return ConfigError(f"port: {self.place} cannot be bound: {error.strerror}")
+        with _explained(self.place), contextlib.ExitStack() as undo:
+            undo.callback(self.socket.close)
+            try:
+                self.socket.bind(address)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                self._set_reuse(True)
+                self.socket.bind(address)
+                self._set_reuse(False)
+            undo.pop_all()
 
     def __str__(self) -> str:
         host, port = self.socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
+    def _set_reuse(self, is_on: bool) -> None:
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_on)
+
     def listen(self) -> None:
-        try:
+        with _explained(self.place):
             self._set_reuse(True)
             self.socket.listen(BACKLOG)
-        except OSError as error:
-            raise self._explain(error) from error
 
     def hand_over(self) -> None:
         """A port has one server at a time."""
@@ -151,16 +181,15 @@ class UnixListener:
         self.path, self.new_path, self.identity = path, path + ".new", b""
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.lock: int | None = None
-        try:
+        with _explained(f"uds: {path}"), contextlib.ExitStack() as undo:
+            undo.callback(self.socket.close)
+            undo.callback(self.hand_over)
             self._acquire()
             self._check_free()
             Path(self.new_path).unlink(missing_ok=True)  # a crash's
             self.socket.bind(self.new_path)
             os.chmod(self.new_path, mode)
-        except OSError as error:
-            self._release()
-            self.socket.close()
-            raise self._explain(error) from error
+            undo.pop_all()
 
     def __str__(self) -> str:
         return self.path
@@ -168,19 +197,19 @@ class UnixListener:
     def listen(self) -> None:
         """ConfigError if another program has put something at the path in the meantime."""
         assert self.lock is not None
-        try:
+        with _explained(f"uds: {self.path}"):
             self._check_free()
             self.socket.listen(BACKLOG)
             self.identity = _identity(self.new_path)
             os.ftruncate(self.lock, 0)
             os.pwrite(self.lock, self.identity, 0)
             os.rename(self.new_path, self.path)
-        except OSError as error:
-            raise self._explain(error) from error
 
     def hand_over(self) -> None:
         """Let a new server have the path as soon as it listens; until then clients find this one."""
-        self._release()
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     def refuse(self) -> None:
         """Let no new client begin: take the socket away, unless the path belongs to a new server."""
@@ -189,7 +218,7 @@ class UnixListener:
             Path(self.new_path).unlink(missing_ok=True)
             if _identity(self.path) == self.identity:
                 Path(self.path).unlink(missing_ok=True)
-        self._release()
+        self.hand_over()
 
     def close(self) -> None:
         self.refuse()
@@ -199,16 +228,7 @@ class UnixListener:
         """OSError if another server holds the lock; never waits."""
         if self.lock is None:
             self.lock = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._release()
-            raise
-
-    def _release(self) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _check_free(self) -> None:
         """OSError if a file stands at the path, or the socket of a listening program that is not ours."""
@@ -223,11 +243,6 @@ class UnixListener:
             if probe.connect_ex(self.path) != errno.ECONNREFUSED:
                 raise OSError(errno.EADDRINUSE, "in use")
 
-    def _explain(self, error: OSError) -> ConfigError:
-        is_taken = error.errno in (errno.EADDRINUSE, errno.EAGAIN)
-        reason = "in use by another program" if is_taken else error.strerror or error
-        return ConfigError(f"uds: {self.path}: {reason}")
-
 
 def _identity(path: str) -> bytes:
     """Which file stands there; nothing if none does."""
@@ -236,33 +251,3 @@ def _identity(path: str) -> bytes:
     except FileNotFoundError:
         return b""
     return f"{found.st_dev} {found.st_ino}".encode()
-
-
-def bind(config: ServeConfig) -> TcpListener | UnixListener:
-    """Its place, taken and not listening yet; ConfigError if it is somebody else's."""
-    if config.uds:
-        return UnixListener(config.uds, int(config.uds_mode or "660", 8))
-    return TcpListener(config.host, config.port)
-
-
-def is_local(config: ServeConfig) -> bool:
-    """Whether only this machine can reach the server."""
-    if config.uds or config.host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(config.host).is_loopback
-    except ValueError:
-        return False
-
-
-def allowed_hosts(config: ServeConfig) -> frozenset[str] | None:
-    """The Host names that are answered, None for any.
-
-    On a loopback address only local ones by default: a page in a browser on this machine could otherwise
-    reach the server under a name of its own that resolves to it.
-    """
-    if config.allowed_hosts is not None:
-        return None if "*" in config.allowed_hosts else frozenset(map(str.lower, config.allowed_hosts))
-    if config.uds or not is_local(config):
-        return None
-    return frozenset({"localhost", "127.0.0.1", "[::1]", config.host.lower(), f"[{config.host.lower()}]"})

@@ -56,15 +56,4 @@ class ServeMetrics:
         self.batch_rows.observe(report.num_rows)
         self.batch_tokens.observe(report.padded_tokens)
         self.inference_seconds.observe(report.seconds)
-        if report.failed:
-            self.failed_batches.inc()
-
-    def count_drop(self, reason: str, num_rows: int) -> None:
-        self.drops.labels(reason).inc(num_rows)
-
-    def count_answer(self, route: str, status: int, seconds: float) -> None:
-        self.requests.labels(route, str(status)).inc()
-        self.request_seconds.labels(route).observe(seconds)
-
-    def count_event(self, event: str) -> None:
-        self.protocol.labels(event).inc()
+        self.failed_batches.inc(report.failed)

@@ -22,7 +22,6 @@ from bertpair.data.source import resolve_source
 from bertpair.data.tokenizer import Tokens, check_max_length, offsets_of
 from bertpair.errors import ConfigError, DataError, first_line
 from bertpair.evaluation.classifier import PairClassifier, Prediction
-from bertpair.model.config import ModelFolder
 from bertpair.model.packed import fill_up
 from bertpair.runtime import set_threads
 from bertpair.serving.batcher import ROUND_UP
@@ -82,7 +81,7 @@ class Predictor:
     def cut(self) -> int:
         return self.classifier.max_seq_length
 
-    def encode(self, text_a: Sequence[str], text_b: Sequence[str] | None) -> list[TokenRow]:
+    def encode(self, text_a: Sequence[str], text_b: Sequence[str] | None = None) -> list[TokenRow]:
         """The rows' token ids, cut where the model's texts are cut."""
         tokens = self.classifier.tokenizer.encode(text_a, text_b, self.cut)
         bounds = tokens.offsets.tolist()
@@ -123,9 +122,8 @@ class Predictor:
 
         What comes out is kept in `agreement`, and said in one line.
         """
-        pairs = _read_rows(path, self.settings, self.classifier)
+        rows = self.read_rows(path)
         exact = PairClassifier.from_pretrained(folder, max_seq_length=self.cut, device="cpu", optimize=False)
-        rows = pairs if self.takes_pairs else [a for a, _ in pairs]
         self.agreement = found = compare(self.classifier.predict(rows), exact.predict(rows))
         logger.log(
             logging.INFO if found.is_enough else logging.WARNING,
@@ -136,6 +134,23 @@ class Predictor:
             found.largest_change,
         )
         return found
+
+    def read_rows(self, path: str) -> list[Any]:
+        """The first texts of a file laid out like the training data; labels are not looked at."""
+        known = {name: value for name, value in self.settings.items() if name in DataSettings.model_fields}
+        known |= {"dev_file": [path], "max_eval_samples": CHECK_ROWS}
+        source = resolve_source(DataSettings(**known), needs=("dev",))
+        columns = source.columns_for(path, with_labels=False, header=self.classifier.header)
+        try:
+            pairs = source.read([path], columns, self.labels)
+        except DataError as error:  # whose advice is for scripts that can be told another layout
+            reason = first_line(error).partition("; ")[0]
+            message = f"quantize_check: {reason}; it must be laid out like the training data"
+            raise DataError(message) from error
+        if not len(pairs):
+            raise ConfigError(f"quantize_check: {path} holds no rows")
+        texts = pairs.text_b or [""] * len(pairs)
+        return list(zip(pairs.text_a, texts, strict=True)) if self.takes_pairs else list(pairs.text_a)
 
 
 def _filled(most: int) -> Iterator[int]:
@@ -170,35 +185,39 @@ def compare(found: Sequence[Prediction], exact: Sequence[Prediction]) -> Agreeme
     return Agreement(len(exact), same / max(1, len(exact)), change)
 
 
-def _read_rows(path: str, settings: Mapping[str, Any], classifier: PairClassifier) -> list[tuple[str, str]]:
-    """The first texts of a file laid out like the training data; labels are not looked at."""
-    known = {name: value for name, value in settings.items() if name in DataSettings.model_fields}
-    known |= {"dev_file": [path], "max_eval_samples": CHECK_ROWS}
-    source = resolve_source(DataSettings(**known), needs=("dev",))
-    columns = source.columns_for(path, with_labels=False, header=classifier.header)
-    try:
-        pairs = source.read([path], columns, classifier.labels)
-    except DataError as error:  # whose advice is for scripts that can be told another layout
-        reason = first_line(error).partition("; ")[0]
-        raise DataError(f"quantize_check: {reason}; it must be laid out like the training data") from error
-    if not len(pairs):
-        raise ConfigError(f"quantize_check: {path} holds no rows")
-    return list(zip(pairs.text_a, pairs.text_b or [""] * len(pairs), strict=True))
-
-
 def load_predictor(config: ServeConfig) -> Predictor:
     """The model of `config`, verified and loaded. Raises CheckpointError or ConfigError."""
     assert config.model_dir is not None
     threads = set_threads(config.num_threads)
     folder = open_model(config.model_dir, verify=False)  # it is verified when its weights are read
     settings = model_settings(folder.path)
-    classifier = _load_classifier(config, folder, settings)
+    cut = config.max_seq_length or settings.get("max_seq_length")
+    if not config.max_seq_length and isinstance(cut, int):
+        cut = min(cut, folder.config.max_position_embeddings)
+    classifier = PairClassifier.from_pretrained(
+        folder.path,
+        labels=config.labels,
+        max_seq_length=cut,
+        device=config.device,
+        amp="off" if config.quantize else config.amp,
+        quantize=config.quantize,
+        max_batch_tokens=2**31,  # the queue cuts batches, not the scorer
+    )
     takes_pairs = classifier.takes_pairs = classifier.takes_pairs is not False  # where nothing says so, pairs
-    limits = _fit_limits(config, classifier.max_seq_length, num_texts=2 if takes_pairs else 1)
-    if config.quantize_check is not None:
-        _read_rows(config.quantize_check, settings, classifier)  # a wrong file is said at once
+    cut, num_texts = classifier.max_seq_length, 2 if takes_pairs else 1
+    check_max_length(cut, num_texts)
+    limits = settle_limits(config, cut, num_texts)
+    if config.max_batch_tokens is not None and config.max_batch_tokens < cut:
+        raise ConfigError(
+            f"max_batch_tokens {config.max_batch_tokens} is below the cut of {cut} tokens: a row must fit"
+        )
     precision = classifier.scorer.precision
     name = config.quantize or {"off": "float32"}.get(precision.name, precision.name)
+    version = weights_digest(folder.path)[:12]
+    title = Path(config.model_dir).resolve().name
+    predictor = Predictor(classifier, title, version, takes_pairs, limits, name, settings, threads)
+    if config.quantize_check is not None:
+        predictor.read_rows(config.quantize_check)  # a wrong file is said at once
     logger.info(
         "%s: %s, device %s, %d threads, %s (%s), cut at %d tokens",
         config.model_dir,
@@ -207,41 +226,6 @@ def load_predictor(config: ServeConfig) -> Predictor:
         threads,
         name,
         "as set" if config.quantize else precision.reason,
-        classifier.max_seq_length,
+        cut,
     )
-    return Predictor(
-        classifier,
-        Path(config.model_dir).resolve().name,
-        weights_digest(folder.path)[:12],
-        takes_pairs=takes_pairs,
-        limits=limits,
-        precision=name,
-        settings=settings,
-        num_threads=threads,
-    )
-
-
-def _load_classifier(config: ServeConfig, folder: ModelFolder, settings: Mapping[str, Any]) -> PairClassifier:
-    trained = settings.get("max_seq_length")
-    if isinstance(trained, int):
-        trained = min(trained, folder.config.max_position_embeddings)
-    return PairClassifier.from_pretrained(
-        folder.path,
-        labels=config.labels,
-        max_seq_length=config.max_seq_length or trained,
-        device=config.device,
-        amp="off" if config.quantize else config.amp,
-        quantize=config.quantize,
-        max_batch_tokens=2**31,  # the queue cuts batches, not the scorer
-    )
-
-
-def _fit_limits(config: ServeConfig, cut: int, num_texts: int) -> RequestLimits:
-    """What a request to this model may hold; ConfigError where the settings do not fit the model."""
-    check_max_length(cut, num_texts=num_texts)
-    limits = settle_limits(config, cut, num_texts)
-    if config.max_batch_tokens is not None and config.max_batch_tokens < cut:
-        raise ConfigError(
-            f"max_batch_tokens {config.max_batch_tokens} is below the cut of {cut} tokens: a row must fit"
-        )
-    return limits
+    return predictor

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import uvicorn
 
@@ -42,6 +42,7 @@ from bertpair.serving.metrics import DroppedLines, ServeMetrics
 from bertpair.serving.middleware import Shell, access_logger
 from bertpair.serving.predictor import Predictor, load_predictor
 from bertpair.serving.protocol import GuardedProtocol
+from bertpair.serving.requests import MAX_URL_BYTES
 from bertpair.settings.serve import ServeConfig
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class _Server:
         server = make_uvicorn(self.service)
         self.listener.listen()
         serving = asyncio.create_task(server.serve(sockets=[self.listener.socket]))
-        warming = asyncio.create_task(self._warm(server))
+        warming = asyncio.create_task(self._warm())
         stopped = asyncio.create_task(self.stopping.wait())
         await asyncio.wait({serving, warming, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if warming.done():
@@ -134,9 +135,7 @@ class _Server:
         logger.info("drained")
         return 0
 
-    async def _warm(self, server: uvicorn.Server) -> None:
-        while not server.started:
-            await asyncio.sleep(0.01)
+    async def _warm(self) -> None:
         logger.info("listening on %s", self.listener)
         config, batcher, predictor = self.config, self.service.batcher, self.service.predictor
         if config.quantize_check and config.model_dir:
@@ -150,12 +149,11 @@ def make_service(config: ServeConfig, predictor: Predictor, key: bytes | None) -
     """The service with its queue and its figures; called on the event loop."""
     metrics = ServeMetrics()
     max_batch_tokens = config.max_batch_tokens or QueueLimits.max_batch_tokens  # until the warm-up finds it
-    limits = QueueLimits(max_batch_tokens, config.max_queue_rows, config.queue_deadline)
     batcher = MicroBatcher(
         predictor.run,
-        limits,
+        QueueLimits(max_batch_tokens, config.max_queue_rows, config.queue_deadline),
         on_batch=metrics.count_batch,
-        on_drop=metrics.count_drop,
+        on_drop=lambda reason, num_rows: metrics.drops.labels(reason).inc(num_rows),
         on_error=end_if_device_lost,
     )
     service = Service(config, predictor, batcher, metrics, key)
@@ -184,8 +182,9 @@ def make_uvicorn(service: Service) -> uvicorn.Server:
     shell = Shell(service.routes(), metrics, hosts=allowed_hosts(config), origins=config.cors_origin or ())
     protocol: Any = functools.partial(
         GuardedProtocol,
-        settings=config,
-        on_event=metrics.count_event,
+        max_connections=config.max_connections,
+        receive_timeout=config.receive_timeout,
+        on_event=lambda event: metrics.protocol.labels(event).inc(),
         is_draining=lambda: service.is_draining,
     )
     return _QuietServer(
@@ -199,6 +198,8 @@ def make_uvicorn(service: Service) -> uvicorn.Server:
             access_log=False,
             server_header=False,
             backlog=BACKLOG,
+            # More than the application allows: it is the one that answers 431 and 414, after 404 and 401.
+            h11_max_incomplete_event_size=config.max_header_bytes + MAX_URL_BYTES + 1024,
             timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # a fraction does as well
             root_path=config.root_path or "",
             proxy_headers=config.forwarded_allow_ips is not None,
@@ -269,21 +270,16 @@ def configure_serve_logging() -> None:
     root = logging.getLogger()
     for handler in list(root.handlers):
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+            sys.stderr.flush()
+            writer = LogWriter(sys.stderr.fileno(), "standard error")
+            writer.setFormatter(handler.formatter)
             root.removeHandler(handler)
-            _add_writer(root, sys.stderr, "standard error", handler.formatter)
+            root.addHandler(writer)
     if sys.stdout is None:
         logger.warning("standard output is closed: there is no access log")
     else:
-        _add_writer(access_logger, sys.stdout, "standard output", None)
-
-
-def _add_writer(
-    target: logging.Logger, stream: TextIO, place: str, formatter: logging.Formatter | None
-) -> None:
-    stream.flush()
-    writer = LogWriter(stream.fileno(), place)
-    writer.setFormatter(formatter)
-    target.addHandler(writer)
+        sys.stdout.flush()
+        access_logger.addHandler(LogWriter(sys.stdout.fileno(), "standard output"))
 
 
 def count_dropped_lines() -> int:

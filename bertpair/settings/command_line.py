@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -30,7 +30,7 @@ from bertpair.settings.config import (
     settle,
 )
 from bertpair.settings.fields import Group, expected, from_words, placed, suggest, typed
-from bertpair.settings.files import read_settings
+from bertpair.settings.files import Layer, read_settings
 from bertpair.settings.run_glue import OldNames, translate
 
 Script = Literal["train", "evaluate", "serve"]
@@ -78,35 +78,23 @@ class Parsed:
     notes: tuple[str, ...]
 
 
-@dataclass
-class Layer:
-    """Settings of one origin. `where` begins a line about one; names in `bad` have their fault already."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    where: dict[str, str] = field(default_factory=dict)
-    bad: set[str] = field(default_factory=set)
-    faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def fill(self, raw: Mapping[str, object], names: type[Group], script: Script) -> None:
-        """Add the typed values of `raw`, what its old names mean today, and its faults."""
-        values, faults = typed(names, raw)
-        self.bad |= faults.keys()
-        self.faults += placed(faults, self.where)
-        old = {name: values.pop(name) for name in values.keys() & OldNames.model_fields.keys()}
-        self.values |= values
-        for name in [name for name in raw if name in old]:
-            where = self.where[name]
-            meaning, note = translate(name, old[name], script)
-            if note:
-                self.notes.append(f"{where} {note}")
-            for today, wanted in meaning.items():
-                found = self.values.setdefault(today, wanted)
-                self.where.setdefault(today, self.where[name])
-                if found != wanted:
-                    self.faults.append(
-                        f"{where} means {today} {show(wanted)}, found {today} {show(found)} as well"
-                    )
+def _fill(layer: Layer, raw: Mapping[str, object], names: type[Group], script: Script) -> Layer:
+    """Add the typed values of `raw`, what its old names mean today, and its faults."""
+    values, faults = typed(names, raw)
+    layer.bad |= faults.keys()
+    layer.faults += placed(faults, layer.where)
+    layer.values = {name: value for name, value in values.items() if name not in OldNames.model_fields}
+    for name in [name for name in values if name in OldNames.model_fields]:
+        where = layer.where[name]
+        meaning, note = translate(name, values[name], script)
+        layer.notes += [f"{where} {note}"] if note else []
+        for today, wanted in meaning.items():
+            found = layer.values.setdefault(today, wanted)
+            layer.where.setdefault(today, where)
+            if found != wanted:
+                said = f"{where} means {today} {show(wanted)}, found {today} {show(found)} as well"
+                layer.faults.append(said)
+    return layer
 
 
 def parse_command_line(
@@ -241,14 +229,13 @@ def file_layer(path: str | None, names: type[Group], script: Script) -> Layer:
     if path is None:
         return Layer()
     try:
-        file = read_settings(path)
+        layer = read_settings(path)
     except ConfigError as error:
         return Layer(faults=[str(error)], bad=set(names.model_fields))
-    layer = Layer(where=file.where, bad=file.where.keys() - file.values.keys(), faults=file.faults)
-    layer.notes = [f"settings read from {path}"]
-    is_known = names.model_fields.keys() if script == "serve" else SETTINGS.keys()
-    layer.fill({n: v for n, v in file.values.items() if n in is_known or n not in SETTINGS}, names, script)
-    return layer
+    layer.notes.append(f"settings read from {path}")
+    known = names.model_fields.keys() | (SETTINGS.keys() if script != "serve" else ())
+    raw = {name: value for name, value in layer.values.items() if name in known or name not in SETTINGS}
+    return _fill(layer, raw, names, script)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -296,8 +283,7 @@ def flag_layer(
             layer.notes.append(f"--{name} is given more than once: the last, {show(found[-1])}, counts")
     config, faults = typed(_Flags, {name: raw.pop(name) for name in _Flags.model_fields if name in raw})
     layer.faults += placed(faults, layer.where)
-    layer.fill(raw, names, script)
-    return layer, config.get("config")
+    return _fill(layer, raw, names, script), config.get("config")
 
 
 def _parser(

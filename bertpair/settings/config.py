@@ -17,11 +17,12 @@ from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator
 
 from bertpair.errors import CheckpointError, ConfigError, list_faults, listed, show
 from bertpair.settings.fields import (
     NO,
+    ONE_OR_MORE,
     Amp,
     Column,
     Device,
@@ -72,7 +73,7 @@ Resume = Annotated[
 Reports = Annotated[
     list[Literal["none"]],
     Field(min_length=1),
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    ONE_OR_MORE,
     said("none, the only one there is for now"),
 ]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]

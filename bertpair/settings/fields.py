@@ -9,17 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-    WithJsonSchema,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import WithJsonSchema as JsonSchema
 
 from bertpair.errors import ConfigError, half_character, list_faults, near_misses, plain, show
 
@@ -27,26 +21,24 @@ NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _WHOLE = re.compile(r"[-+]?[0-9]{1,18}")
 _MANY = 2**31 - 1
 _QUOTE_IT = "YAML reads an unquoted yes, no, on, off, true, null or number as something else: quote it"
-# What people know a setting by: its name here, or a sentence about it.
+_GPU = "the GPU is chosen by device: cuda, or cuda:1 for the second"
+_NO_CACHE = "it no longer does anything: texts are tokenized anew each time, which takes seconds"
+# What people call a setting: its name here, or a sentence about it.
 OTHER_NAMES = {
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
-    "num_epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
     "train_batch_size": "per_device_train_batch_size",
     "eval_batch_size": "per_device_eval_batch_size",
     "max_length": "max_seq_length",
-    "max_len": "max_seq_length",
     "validation_file": "dev_file",
-    "eval_file": "dev_file",
     "model": "model_name_or_path",
-    "model_name": "model_name_or_path",
     "seeds": "seed",
-    "scheduler": "lr_scheduler_type",
-    "dropout": "it is set in the model's config.json: hidden_dropout_prob and classifier_dropout",
     "bf16": "mixed precision is set by amp: bf16",
-    "gpu": "the GPU is chosen by device: cuda, or cuda:1 for the second",
-    "cuda": "the GPU is chosen by device: cuda, or cuda:1 for the second",
+    "gpu": _GPU,
+    "cuda": _GPU,
+    "token_cache_dir": _NO_CACHE,
+    "overwrite_cache": _NO_CACHE,
     "gradient_checkpointing": "there is none; a smaller per_device_train_batch_size with more "
     "gradient_accumulation_steps saves memory too",
 }
@@ -133,44 +125,27 @@ def expected(model: type[Group]) -> dict[str, str]:
 
 
 def _words(schema: Mapping[str, Any]) -> str:
-    if said := schema.get("format"):
-        return str(said)
     if "anyOf" in schema:
         return ", or ".join(map(_words, schema["anyOf"]))
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     if "const" in schema:
         return show(schema["const"]).strip("'")
-    low, high = schema.get("minimum"), schema.get("maximum", _MANY)
-    if schema.get("type") == "integer" and low is not None:
-        return (
-            f"a whole number of at least {low}" if high == _MANY else f"a whole number from {low} to {high}"
-        )
-    if schema.get("type") == "number":
-        keys = {"exclusiveMinimum": "above", "minimum": "of at least", "maximum": "at most"}
-        bounds = [
-            f"{word} {schema[key]:g}"
-            for key, word in (keys | {"exclusiveMaximum": "below"}).items()
-            if key in schema
-        ]
-        return f"a number {' and '.join(bounds)}".strip()
-    return {"boolean": "true or false", "null": "null"}.get(str(schema.get("type")), "a value")
-
-
-def plain_types(annotation: Any) -> set[type]:
-    """The types that an annotation allows, without what it asks of them."""
-    if get_origin(annotation) is Literal:
-        return {type(value) for value in get_args(annotation)}
-    if get_origin(annotation) is Annotated:
-        return plain_types(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, type(int | str)):
-        return set().union(*map(plain_types, get_args(annotation)))
-    return {get_origin(annotation) or annotation}
+    names = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
+    name = str(schema.get("format") or names.get(schema.get("type", ""), "a value"))
+    high, bounds = schema.get("maximum", _MANY), {"exclusiveMinimum": "above", "minimum": "of at least"}
+    if schema.get("type") == "integer" and high != _MANY:
+        return f"{name} from {schema['minimum']} to {high}"
+    if high != _MANY or "exclusiveMaximum" in schema:
+        bounds |= {"maximum": "at most", "exclusiveMaximum": "below"}
+    return (
+        f"{name} {' and '.join(f'{bounds[key]} {schema[key]:g}' for key in bounds if key in schema)}".strip()
+    )
 
 
 def from_words(words: Sequence[str], annotation: Any) -> object:
     """The words after a flag as YAML would give the value; ValueError says what was found if it is none."""
-    types = plain_types(annotation)
+    types = _plain_types(annotation)
     if types & {list, dict} and words:
         return None if list(words) == ["null"] and type(None) in types else list(words)
     if not words and bool in types:
@@ -185,15 +160,24 @@ def from_words(words: Sequence[str], annotation: Any) -> object:
     return None if word == "null" else word
 
 
+def _plain_types(annotation: Any) -> set[Any]:
+    """The types that an annotation allows, without what it asks of them."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return set(map(type, parts))
+    if origin in (Annotated, Union, UnionType):
+        return set().union(*map(_plain_types, parts[:1] if origin is Annotated else parts))
+    return {origin or annotation}
+
+
 def as_text(value: object) -> str:
     """Text that can be written to YAML and handed to the system; ValueError otherwise."""
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if not isinstance(value, str) or not value:
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or not text:
         raise ValueError
-    if "\0" in value or half_character(value) is not None:
-        raise ValueError(f"expected text without NUL or bytes that are not UTF-8, found {show(value)}")
-    return value
+    if "\0" in text or half_character(text) is not None:
+        raise ValueError(f"expected text without NUL or bytes that are not UTF-8, found {show(text)}")
+    return text
 
 
 def as_path(value: object) -> str:
@@ -208,10 +192,6 @@ def _as_number(value: object) -> object:
     return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
 
 
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str | os.PathLike) else value
-
-
 def as_label(value: object) -> str:
     """A label as text; a plain whole number is one too, anything else that YAML made of it is refused."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -223,18 +203,13 @@ def as_label(value: object) -> str:
     return as_text(value)
 
 
-def _as_labels(value: object) -> list[str]:
+def _as_labels(value: object, least: int = 2) -> list[str]:
     if not isinstance(value, list | tuple):
         raise ValueError
     labels = [as_label(item) for item in value]
-    if len(labels) < 2:
+    if len(labels) < least:
         raise ValueError(f"expected at least two labels, found {', '.join(map(show, labels)) or 'none'}")
-    return _once(labels)
-
-
-def _once(labels: list[str]) -> list[str]:
-    twice = [show(label) for label, count in Counter(labels).items() if count > 1]
-    if twice:
+    if twice := [show(label) for label, count in Counter(labels).items() if count > 1]:
         raise ValueError(f"expected every label once, found {', '.join(twice[:5])} more than once")
     return labels
 
@@ -242,14 +217,11 @@ def _once(labels: list[str]) -> list[str]:
 def _as_weights(value: object) -> object:
     if value in ("balanced", ["balanced"]):
         return "balanced"
-    if isinstance(value, list):  # label=weight, from a command line
-        pairs = [str(item).rpartition("=") for item in value]
-        value = {label: weight for label, _, weight in pairs} if all(label for label, _, _ in pairs) else None
+    if isinstance(value, list) and all("=" in str(item)[1:] for item in value):  # from a command line
+        value = {label: weight for label, _, weight in (str(item).rpartition("=") for item in value)}
     if not isinstance(value, Mapping) or not value:
         raise ValueError
-    weights = dict(
-        zip(_once([as_label(label) for label in value]), map(_as_number, value.values()), strict=True)
-    )
+    weights = dict(zip(_as_labels(list(value), least=1), map(_as_number, value.values()), strict=True))
     for weight in weights.values():  # float32 holds a sum of losses so weighted
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not 1e-6 <= weight <= 1e6:
             raise ValueError(f"expected weights of at least 1e-06 and at most 1e+06, found {show(weight)}")
@@ -264,44 +236,34 @@ def _as_column(value: object) -> object:
     return as_text(value)
 
 
-def said(words: str) -> WithJsonSchema:
+def said(words: str) -> JsonSchema:
     """What a type of its own rules may hold, in words."""
-    return WithJsonSchema({"format": words})
+    return JsonSchema({"type": "string", "format": words})
+
+
+def matching(pattern: str) -> Any:
+    """Text of this form."""
+    return Field(strict=True, pattern=rf"\A({pattern})\z")
 
 
 _UNSET = BeforeValidator(lambda value: None if value == "" else value)  # as run_glue's "" meant
 OFF = BeforeValidator(lambda value: "off" if value is False else value)  # PyYAML reads an unquoted off so
 NO = BeforeValidator(lambda value: "no" if value is False else value)
+ONE_OR_MORE = BeforeValidator(lambda value: [value] if isinstance(value, str | os.PathLike) else value)
 Switch = Annotated[bool, Field(strict=True)]
 Whole = Annotated[int, Field(strict=True)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Real = Annotated[Finite, BeforeValidator(_as_number)]
-SomeText = Annotated[str, PlainValidator(as_text), said("text")]
-SomePath = Annotated[str, PlainValidator(as_path), said("a path")]
-Text = Annotated[SomeText | None, _UNSET]
-Path = Annotated[SomePath | None, _UNSET]
-Paths = (
-    Annotated[list[SomePath], Field(min_length=1), BeforeValidator(_as_list), said("one path or several")]
-    | None
-)
+Text = Annotated[Annotated[str, PlainValidator(as_text), said("text")] | None, _UNSET]
+_Path = Annotated[str, PlainValidator(as_path), said("a path")]
+Path = Annotated[_Path | None, _UNSET]
+Paths = Annotated[list[_Path], Field(min_length=1), ONE_OR_MORE, said("one path or several")] | None
 Label = Annotated[str, PlainValidator(as_label), said("a label")] | None
 Labels = Annotated[list[str], PlainValidator(_as_labels), said("a list of at least two labels")] | None
-Weights = (
-    Annotated[
-        str | dict[str, float],
-        PlainValidator(_as_weights),
-        said("balanced, or a weight from 1e-6 to 1e6 by label (label=weight …)"),
-    ]
-    | None
-)
-Column = Annotated[
-    int | str,
-    PlainValidator(_as_column),
-    said("auto, a header name, or a column number (from 0; -1 is the last)"),
-]
-Device = Annotated[
-    str,
-    Field(strict=True, pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"),
-    said("auto, cpu, mps, cuda or cuda:N"),
-]
+_WEIGHTS = "balanced, or a weight from 1e-6 to 1e6 by label (label=weight …)"
+Weights = Annotated[str | dict[str, float], PlainValidator(_as_weights), said(_WEIGHTS)] | None
+_COLUMN = "auto, a header name, or a column number (from 0; -1 is the last)"
+Column = Annotated[int | str, PlainValidator(_as_column), said(_COLUMN)]
+_DEVICES = "auto, cpu, mps, cuda or cuda:N"
+Device = Annotated[str, matching(r"auto|cpu|mps|cuda(:[0-9]{1,3})?"), said(_DEVICES)]
 Amp = Annotated[Literal["auto", "off", "bf16", "fp16"], OFF]

@@ -23,13 +23,15 @@ _TAG = "tag:yaml.org,2002:"
 
 
 @dataclass
-class SettingsFile:
-    """The values by name, where each stands (`config.yaml:3: seed`), and the faults found so far."""
+class Layer:
+    """Settings of one origin. `where` begins a line about one (`config.yaml:3: seed`); names in `bad` have
+    their fault already."""
 
-    path: str
-    values: dict[str, object] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
+    bad: set[str] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class _NodeError(ValueError):
@@ -40,7 +42,7 @@ class _NodeError(ValueError):
         self.line = node.start_mark.line + 1 if node.start_mark else 1
 
 
-def read_settings(path: str | Path) -> SettingsFile:
+def read_settings(path: str | Path) -> Layer:
     """The settings in a YAML file, or a JSON file if its name ends so; ConfigError if it is neither."""
     try:
         with open(path, "rb") as file:
@@ -55,36 +57,36 @@ def read_settings(path: str | Path) -> SettingsFile:
     return parse_settings(data, str(path))
 
 
-def parse_settings(data: bytes, path: str) -> SettingsFile:
+def parse_settings(data: bytes, path: str) -> Layer:
     """The settings in the bytes of such a file."""
-    if path.lower().endswith(".json"):
-        try:
-            values = parse_json(data, path)
-        except CheckpointError as error:
-            raise ConfigError(str(error)) from None
-        return SettingsFile(path, values, {name: f"{path}: {name}" for name in values})
+    line: object = ""
     try:
+        if path.lower().endswith(".json"):
+            values = parse_json(data, path)
+            return Layer(values, {name: f"{path}: {name}" for name in values})
         return _read_yaml(path, data.decode("utf-8-sig"))
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
     except UnicodeDecodeError as error:
-        number = data[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{path}:{number}: found bytes that are not UTF-8") from None
+        line, said = data[: error.start].count(b"\n") + 1, "found bytes that are not UTF-8"
     except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply; settings are names and plain values") from None
+        said = "nested too deeply; settings are names and plain values"
     except _NodeError as error:
-        raise ConfigError(f"{path}:{error.line}: {error}") from None
+        line, said = error.line, str(error)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        said = getattr(error, "problem", None) or " ".join(str(error).split())
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not YAML that can be read: {said}") from None
+        line = mark.line + 1 if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        said = f"not YAML that can be read: {problem}"
+    raise ConfigError(f"{path}:{line}: {said}".replace("::", ":"))
 
 
-def _read_yaml(path: str, text: str) -> SettingsFile:
+def _read_yaml(path: str, text: str) -> Layer:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise _NodeError(event, "not YAML that can be read: aliases (*name) are not allowed")
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    read = SettingsFile(path)
+    read = Layer()
     if root is None or root.tag == f"{_TAG}null":
         return read
     if not isinstance(root, yaml.MappingNode):
@@ -100,6 +102,7 @@ def _read_yaml(path: str, text: str) -> SettingsFile:
             read.values[name] = _value(node)
         except _NodeError as error:
             read.faults.append(f"{path}:{error.line}: {error}")
+    read.bad = read.where.keys() - read.values.keys()
     return read
 
 
@@ -131,8 +134,8 @@ def _value(node: yaml.Node) -> object:
         return text
     if kind == "null":
         return None
-    if kind == "bool" and text.lower() in yaml.SafeLoader.bool_values:
-        return yaml.SafeLoader.bool_values[text.lower()]
+    if kind == "bool" and (switch := yaml.SafeLoader.bool_values.get(text.lower())) is not None:
+        return switch
     if kind == "int" and _DECIMAL.fullmatch(text):
         return int(text)
     if kind == "float" and NUMBER.fullmatch(text):

@@ -11,7 +11,20 @@ from pydantic import BeforeValidator, Field, PlainValidator
 from bertpair.errors import ConfigError
 from bertpair.settings.command_line import file_layer, flag_layer, sample_output_dir
 from bertpair.settings.config import raise_faults
-from bertpair.settings.fields import Amp, Device, Group, Labels, Path, Real, Whole, as_text, said, setting
+from bertpair.settings.fields import (
+    ONE_OR_MORE,
+    Amp,
+    Device,
+    Group,
+    Labels,
+    Path,
+    Real,
+    Whole,
+    as_text,
+    matching,
+    said,
+    setting,
+)
 
 _MEGABYTE = 2**20
 MOST_BODY_BYTES = 64 * _MEGABYTE
@@ -31,18 +44,16 @@ def _known_proxies(value: object) -> str:
     return text
 
 
+_NAME = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]|\*"
+_ORIGIN = r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?|\*"
 _Host = Annotated[
-    str,
-    Field(strict=True, pattern=r"^[A-Za-z0-9.:*-]{1,253}(%[A-Za-z0-9]+)?$"),
-    said("a host name or an IP address"),
+    str, matching(r"[A-Za-z0-9.:*-]{1,253}(%[A-Za-z0-9]+)?"), said("a host name or an IP address")
 ]
-_Mode = Annotated[
-    str, Field(strict=True, pattern="^0?[0-7]{3}$"), said('octal digits in quotes, such as "660"')
-]
+_Hosts = Annotated[list[Annotated[str, matching(_NAME)]], Field(min_length=1), ONE_OR_MORE]
+_Origins = Annotated[list[Annotated[str, matching(_ORIGIN)]], Field(min_length=1), ONE_OR_MORE]
+_Mode = Annotated[str, matching("0?[0-7]{3}"), said('octal digits in quotes, such as "660"')]
 _Root = Annotated[
-    str,
-    Field(strict=True, pattern="^(/[A-Za-z0-9._~-]+)+$"),
-    said("a path such as /pairs, without a slash at its end"),
+    str, matching("(/[A-Za-z0-9._~-]+)+"), said("a path such as /pairs, without a slash at its end")
 ]
 _Proxies = Annotated[
     str, PlainValidator(_known_proxies), said("IP addresses or networks with commas between them, or *")
@@ -51,16 +62,6 @@ _Tokens = Annotated[
     Annotated[Whole, Field(ge=1, le=1_000_000)] | None,
     BeforeValidator(lambda value: None if value == "auto" else value),
     said("auto, or a whole number from 1 to 1000000"),
-]
-_alone = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-_HostName = Annotated[
-    str,
-    Field(strict=True, pattern=r"^([A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]|\*)$"),
-]
-_Hosts = Annotated[list[_HostName], Field(min_length=1), _alone, said("host names without a port, or *")]
-_Origin = Annotated[str, Field(strict=True, pattern=r"^(https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?|\*)$")]
-_Origins = Annotated[
-    list[_Origin], Field(min_length=1), _alone, said("origins such as https://example.com, or *")
 ]
 
 
@@ -131,8 +132,10 @@ class Access(Group):
     """Who may ask."""
 
     api_key_file: Path = setting(None, "file whose first line is the bearer key asked for")
-    cors_origin: _Origins | None = setting(None, "web pages that may call from a browser")
-    allowed_hosts: _Hosts | None = setting(
+    cors_origin: Annotated[_Origins, said("origins such as https://example.com, or *")] | None = setting(
+        None, "web pages that may call from a browser"
+    )
+    allowed_hosts: Annotated[_Hosts, said("host names without a port, or *")] | None = setting(
         None, "Host names answered; null: any, but only local ones on a loopback address"
     )
 

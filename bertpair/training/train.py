@@ -22,8 +22,9 @@ from bertpair.checkpoints.run_folder import OPTIMIZER_FILE, STATE_FILE, RunFolde
 from bertpair.console import stop_flag
 from bertpair.errors import CheckpointError, ConfigError, StoppedError, TrainingError, first_line
 from bertpair.evaluation.classifier import Scorer
-from bertpair.evaluation.evaluate import Evaluation, curves_file, evaluate_split, result_files
+from bertpair.evaluation.evaluate import Evaluation, evaluate_split, result_files
 from bertpair.evaluation.metrics import finite_or_null
+from bertpair.evaluation.plots import draw_curves
 from bertpair.model.config import config_json
 from bertpair.model.pretrained import WORD_TABLE, load_state, state_tensors
 from bertpair.runtime import (
@@ -187,7 +188,8 @@ class _Run:
         except StoppedError as stopped:  # nothing is lost: the last weights are saved
             self._put_back()
             raise loop.kept(stopped) from None
-        files = curves_file(self.folder.read_metrics(), loop.plan.metric)
+        records = self.folder.read_metrics()
+        files = {"curves.png": draw_curves(records, loop.plan.metric)} if records else {}
         if evaluation is not None and job.dev is not None:
             files |= result_files(evaluation, job.dev, job.labels)
         measured, folder = {} if evaluation is None else evaluation.figures, str(self.folder.path)

@@ -145,7 +145,7 @@ def test_measure_of_a_regression() -> None:
     rng = np.random.default_rng(0)
     gold = rng.normal(size=50).astype(np.float32)
     logits = (gold + rng.normal(size=50)).astype(np.float32)[:, None]
-    found = measure(logits, gold, None)
+    found = measure(logits, gold, None, None)
     assert found["loss"] == pytest.approx(np.mean((logits[:, 0].astype(float) - gold) ** 2))
     assert found["pearson"] == pytest.approx(np.corrcoef(logits[:, 0], gold)[0, 1], rel=1e-6)
 

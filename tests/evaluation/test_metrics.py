@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from bertpair.evaluation.metrics import (
     classification_metrics,
     confusion_matrix,
-    expected_calibration_error,
     is_better,
     pearson,
     per_class,
@@ -130,32 +129,6 @@ def test_correlations_do_not_overflow_or_vanish(scale: float) -> None:
 def test_values_that_are_not_finite_have_no_correlation(bad: float) -> None:
     measured = regression_metrics([1.0, 2.0, 3.0], [1.0, bad, 2.0])
     assert all(np.isnan(measured[name]) for name in ("pearson", "spearmanr", "corr")) and measured["n"] == 3
-
-
-def calibration_by_the_book(gold: Ids, probabilities: Floats, num_bins: int) -> float:
-    total = 0.0
-    for k in range(num_bins):
-        rows = [i for i, p in enumerate(probabilities) if k / num_bins < p.max() <= (k + 1) / num_bins]
-        if rows:
-            right = np.mean([probabilities[i].argmax() == gold[i] for i in rows])
-            confidence = np.mean([probabilities[i].max() for i in rows])
-            total += len(rows) / len(gold) * abs(right - confidence)
-    return total
-
-
-def test_calibration_error_matches_its_definition(random: np.random.Generator) -> None:
-    for num_bins in (1, 10, 15):
-        probabilities = random.dirichlet([0.6, 0.4, 0.3], size=400)
-        gold = random.integers(0, 3, size=400)
-        expected = calibration_by_the_book(gold, probabilities, num_bins)
-        assert expected_calibration_error(gold, probabilities, num_bins) == pytest.approx(expected, abs=1e-12)
-    edges = np.array([4, 5, 6, 7, 8])[:, None] / 8  # on the edges of four bins, and between
-    probabilities, gold = np.hstack([edges, 1 - edges]), np.array([0, 1, 0, 1, 0])
-    expected = calibration_by_the_book(gold, probabilities, 4)
-    assert expected_calibration_error(gold, probabilities, 4) == pytest.approx(expected, abs=1e-12)
-    sure = np.eye(2)[[0, 1, 1, 0]]
-    assert expected_calibration_error([0, 1, 1, 0], sure) == 0.0
-    assert expected_calibration_error([1, 0, 0, 1], sure) == 1.0
 
 
 def test_lists_and_float32_are_welcome() -> None:

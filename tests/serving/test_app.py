@@ -155,6 +155,9 @@ MEANING: dict[str, tuple[object, str | None]] = {
     "too many characters": ({**PAIR, "text_a": "a" * 501}, "text_a"),
     "too many characters, to be cut": ({**PAIR, "text_a": "a" * 501, "truncate": True}, "text_a"),
     "truncate as text": ({**PAIR, "truncate": "yes"}, "truncate"),
+    "missing, and a wrong value": ({"text_a": 5, "truncate": 5, "labels": 1}, "text_b"),
+    "unknown, and a wrong value": ({**PAIR, "text_a": 5, "labels": 1}, None),
+    "two wrong values": ({**PAIR, "truncate": 5, "text_b": 5}, "text_b"),
 }
 MEANING_OF_BATCHES: dict[str, tuple[object, str | None]] = {
     "no rows": ({"pairs": []}, "pairs"),
@@ -162,6 +165,11 @@ MEANING_OF_BATCHES: dict[str, tuple[object, str | None]] = {
     "rows as lists": ({"pairs": [["a", "b"]]}, "pairs[0]"),
     "an object": ({"pairs": {}}, "pairs"),
     "a bad row": ({"pairs": [PAIR, {**PAIR, "text_b": 1}]}, "pairs[1].text_b"),
+    "too many rows, each wrong": ({"pairs": [[]] * 9}, "pairs"),
+    "a bad row, and truncate": (
+        {"truncate": 5, "pairs": [PAIR, {**PAIR, "text_b": 1}, 5]},
+        "pairs[1].text_b",
+    ),
     "an unknown field in a row": ({"pairs": [{**PAIR, "truncate": True}]}, "pairs[0]"),
 }
 
@@ -254,8 +262,8 @@ def test_a_text_that_nobody_can_see_is_blank_here_and_in_a_file(
     answer = live.predict({**PAIR, "text_b": blank})
     assert answer.status == 422 and answer.error["field"] == "text_b" and "blank" in answer.error["message"]
     assert live.predict({**PAIR, "text_b": blank + "a"}).status == 200
-    schema = live.ask("GET", "/openapi.json").json["paths"]["/v1/predict"]["post"]["requestBody"]
-    pattern = schema["content"]["application/json"]["schema"]["properties"]["text_b"]["pattern"]
+    schemas = live.ask("GET", "/openapi.json").json["components"]["schemas"]
+    pattern = schemas["Question"]["properties"]["text_b"]["pattern"]
     assert not re.search(pattern, blank) and re.search(pattern, blank + "a")
     file = tmp_path / "train.tsv"
     file.write_bytes(f"the cat\t{blank}\n".encode())

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bertpair.errors import ConfigError
-from bertpair.settings.files import MAX_BYTES, SettingsFile, read_settings
+from bertpair.settings.files import MAX_BYTES, Layer, read_settings
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
-def read(path: Path, content: str | bytes) -> SettingsFile:
+def read(path: Path, content: str | bytes) -> Layer:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return read_settings(path)
 

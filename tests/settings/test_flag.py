@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from bertpair.settings.command_line import Layer, flag_layer
+from bertpair.settings.command_line import flag_layer
 from bertpair.settings.config import Resume
 from bertpair.settings.fields import Group, Labels, Path, Real, Switch, Whole, expected, setting
+from bertpair.settings.files import Layer
 
 
 class Fields(Group):

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from bertpair.settings.command_line import REPLACES, Layer, Names, file_layer, flag_layer, merge
+from bertpair.settings.command_line import REPLACES, Names, file_layer, flag_layer, merge
 from bertpair.settings.config import Config
+from bertpair.settings.files import Layer
 
 
 def flags(*argv: str) -> Layer:
