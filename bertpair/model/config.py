@@ -38,18 +38,13 @@ def _names(table: object) -> tuple[str, ...]:
     return tuple(sound)
 
 
-def _nothing(value: object) -> object:
-    if value not in (None, {}, []):
-        raise ValueError
-    return value
-
-
 _Names = Annotated[
     tuple[str, ...],
     PlainValidator(lambda table: () if table is None else _names(table)),
     said("names, none empty and none twice, with the ids 0, 1, 2, … without a gap"),
 ]
-_Nothing = Annotated[Any, PlainValidator(_nothing), said("none: only whole layers are supported")]
+_Empty = Annotated[dict[str, Any] | list[Any], Field(max_length=0)]
+_Nothing = Annotated[_Empty | None, said("none: only whole layers are supported")]
 _Encoder = Annotated[Literal[False] | None, said("false: only encoders are supported")]
 
 

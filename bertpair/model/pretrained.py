@@ -197,9 +197,6 @@ def _raise_all(faults: Sequence[str]) -> None:
         raise CheckpointError(list_faults(faults))
 
 
-# Weight files
-
-
 def find_weights(folder: Path) -> Path | None:
     """The weight file of a model folder, or its index of shards; None where there is neither."""
     # A link that leads nowhere counts: falling back to another file would hide the loss.
@@ -309,9 +306,6 @@ def _is_plain(value: Any) -> bool:
     if type(value) not in (Tensor, nn.Parameter):
         return False
     return (value.layout, value.device.type, value.is_quantized) == (torch.strided, "cpu", False)
-
-
-# The hub
 
 
 def resolve_folder(

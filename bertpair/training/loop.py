@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bertpair.checkpoints.run_folder import RunFolder, WriteCheckpoint
@@ -21,7 +21,7 @@ from bertpair.evaluation.evaluate import Evaluation
 from bertpair.evaluation.metrics import finite_or_null, is_better
 from bertpair.runtime import peak_memory_gb
 from bertpair.training.setup import Job, digest_of, make_plan
-from bertpair.training.step import Step, Stepper, loss_weight
+from bertpair.training.step import Stepper, loss_weight
 
 logger = logging.getLogger(__name__)
 
@@ -171,18 +171,16 @@ class Loop:
             self._save()
 
     def _log(self) -> None:
-        reading = self.stepper.meter.read()
-        self._clock.count()
-        step = self.progression.global_step
+        self._check_verdicts()
+        mean_loss, norm = self.stepper.meter.read()
+        step, memory = self.progression.global_step, round(peak_memory_gb(self.stepper.device), 3)
         rate = self.plan.learning_rate(step - 1)
-        record: dict[str, object] = {"step": step, "epoch": self.epoch, "loss": reading.loss, "lr": rate}
-        record |= {"grad_norm": reading.grad_norm, **self._clock.rates()}
-        record["memory"] = round(peak_memory_gb(self.stepper.device), 3)
-        self._report_skipped(reading.skipped)
+        record: dict[str, object] = {"step": step, "epoch": self.epoch, "loss": mean_loss, "lr": rate}
+        record |= {"grad_norm": norm, **self._clock.rates(), "memory": memory}
         if self._unlogged:
             record["skipped_steps"], self._unlogged = self._unlogged, []
         self.folder.append_metrics(record)
-        loss = "-" if reading.loss is None else f"{reading.loss:.4f}"
+        loss = "-" if mean_loss is None else f"{mean_loss:.4f}"
         self._progress.show(loss=loss, lr=f"{rate:.2g}")
         self._progress.line(
             f"step {step}/{self.plan.total_steps}  epoch {self.epoch:.2f}  loss {loss}  lr {rate:.3g}  "
@@ -194,9 +192,6 @@ class Loop:
         """Wait for the device and read them; the wait is the steps' time."""
         skipped = self.stepper.meter.verdicts()
         self._clock.count()
-        self._report_skipped(skipped)
-
-    def _report_skipped(self, skipped: Sequence[Step]) -> None:
         for one in skipped:
             rows = ", ".join(map(self.job.train.pairs.where, one.rows.tolist()))
             self._unlogged.append(one.number)

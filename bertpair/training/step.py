@@ -60,15 +60,6 @@ class Step:
     unchanged: Tensor  # bool: the weights stayed as they were, for that reason or an fp16 overflow
 
 
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """What the steps since the last reading did."""
-
-    loss: float | None  # mean over the steps that counted; None where none did
-    grad_norm: float | None  # of the last step, before clipping; None where it was not finite
-    skipped: tuple[Step, ...]
-
-
 class Meter:
     """Running sums that live on the device until somebody reads them."""
 
@@ -110,12 +101,12 @@ class Meter:
         self.num_skipped += len(skipped)
         return tuple(skipped)
 
-    def read(self) -> Reading:
-        """Wait for the device, return the window's figures and start a new window."""
-        skipped, norm = self.verdicts(), self._norm.item()
-        loss, steps = self.window.tolist()
+    def read(self) -> tuple[float | None, float | None]:
+        """The mean loss of the steps that counted since the last reading, and the last step's gradient norm
+        before clipping; None where there is none that is finite. Call `verdicts` first."""
+        norm, (loss, steps) = self._norm.item(), self.window.tolist()
         self.window.zero_()
-        return Reading(loss / steps if steps else None, norm if np.isfinite(norm) else None, skipped)
+        return loss / steps if steps else None, norm if np.isfinite(norm) else None
 
     @property
     def mean_loss(self) -> float | None:
