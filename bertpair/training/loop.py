@@ -20,7 +20,7 @@ from bertpair.errors import StoppedError, TrainingError, plain
 from bertpair.evaluation.evaluate import Evaluation
 from bertpair.evaluation.metrics import finite_or_null, is_better
 from bertpair.runtime import peak_memory_gb
-from bertpair.training.setup import Job, digest_of, make_plan
+from bertpair.training.setup import Job, Plan, digest_of
 from bertpair.training.step import Stepper, loss_weight
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Loop:
         lengths = padded_lengths(job.train.tokens.lengths, config.pad_to_multiple_of, config.max_seq_length)
         rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.stream = BatchStream(lengths, rows, seed=config.seed, group_by_length=config.group_by_length)
-        self.plan = make_plan(config, self.stream.num_batches, job.metrics, has_dev=job.dev is not None)
+        self.plan = Plan(config, self.stream.num_batches, job.metrics, has_dev=job.dev is not None)
         self.identity: dict[str, Any] = {  # what else trainer_state.json keeps
             "data_sha256": job.data_digest,
             "dev_sha256": None if job.dev is None else digest_of(job.dev),

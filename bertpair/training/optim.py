@@ -152,7 +152,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def learning_rate_at(
-    step: int, *, scheduler: str, learning_rate: float, warmup_steps: int, total_steps: int
+    step: int, scheduler: str, learning_rate: float, warmup_steps: int, total_steps: int
 ) -> float:
     """The learning rate of the update that follows `step` updates, as LambdaLR counts: with a warm-up, the
     first update has learning rate 0, as in run_glue. Both constant schedules warm up if asked to."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -202,17 +201,26 @@ def class_weight_tensor(
     return torch.tensor([setting[label] for label in labels], dtype=torch.float32)
 
 
-@dataclasses.dataclass(frozen=True)
 class Plan:
-    """When things happen, in optimizer steps."""
+    """When the run logs, evaluates, saves and ends, in optimizer steps."""
 
-    total_steps: int
-    steps_per_epoch: int
-    learning_rate: Callable[[int], float]  # updates done before → the next one's rate
-    logging_steps: int  # 0: only the last step
-    save_steps: int  # 0: none but what evaluation asks for
-    eval_steps: int  # 0: no evaluation within training
-    metric: str
+    def __init__(
+        self, config: Config, steps_per_epoch: int, metrics: Sequence[str], *, has_dev: bool
+    ) -> None:
+        self.config, self.steps_per_epoch = config, steps_per_epoch
+        epochs = math.ceil(config.num_train_epochs * steps_per_epoch)
+        self.total_steps = config.max_steps if config.max_steps > 0 else epochs
+        self.logging_steps = max(0, config.logging_steps)  # 0: only the last step
+        self.save_steps = max(0, config.save_steps)  # 0: none but what evaluation asks for
+        every = {"no": 0, "epoch": steps_per_epoch, "steps": config.eval_interval or 0}
+        self.eval_steps = every[config.eval_strategy] if has_dev else 0  # 0: no evaluation within training
+        self.metric = config.metric_for_best_model or metrics[0]
+
+    def learning_rate(self, done: int) -> float:
+        """The rate of the update that follows `done` others."""
+        config, total = self.config, self.total_steps
+        warmup = config.warmup_steps or math.ceil(total * config.warmup_ratio)
+        return learning_rate_at(done, config.lr_scheduler_type, config.learning_rate, warmup, total)
 
     def checkpoints_kept(self, limit: int | None) -> int:
         """How many checkpoints the run is sure to keep: those of save_steps up to `limit`, and a best one."""
@@ -220,19 +228,3 @@ class Plan:
         if not self.eval_steps:
             return regular if limit is None else min(limit, regular)
         return max(1, regular) if limit is None else min(limit, regular) + 1
-
-
-def make_plan(config: Config, steps_per_epoch: int, metrics: Sequence[str], *, has_dev: bool) -> Plan:
-    """When the run logs, evaluates, saves and ends, in optimizer steps."""
-    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
-    every = {"no": 0, "epoch": steps_per_epoch, "steps": config.eval_interval or 0}[config.eval_strategy]
-    rate = functools.partial(
-        learning_rate_at,
-        scheduler=config.lr_scheduler_type,
-        learning_rate=config.learning_rate,
-        warmup_steps=config.warmup_steps or math.ceil(total * config.warmup_ratio),
-        total_steps=total,
-    )
-    logs, saves = max(0, config.logging_steps), max(0, config.save_steps)
-    metric = config.metric_for_best_model or metrics[0]
-    return Plan(total, steps_per_epoch, rate, logs, saves, every if has_dev else 0, metric)

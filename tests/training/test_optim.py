@@ -28,7 +28,7 @@ from bertpair.training.optim import (
     parameter_groups,
     state_tensors,
 )
-from bertpair.training.setup import make_plan
+from bertpair.training.setup import Plan
 
 SHAPES = [(7, 5), (5,), (), (0, 3), (2, 3, 4)]
 
@@ -383,7 +383,7 @@ def test_past_the_end_no_schedule_rises_again() -> None:
 def test_the_warmup_is_in_steps_or_a_part_of_all_steps_rounded_up() -> None:
     for given, warmup in (({"warmup_steps": 5}, 5), ({"warmup_ratio": 0.1}, 11), ({}, 0)):
         config = Config(max_steps=101, learning_rate=1.0, **given)
-        plan = make_plan(config, 10, ["acc"], has_dev=False)
+        plan = Plan(config, 10, ["acc"], has_dev=False)
         for step in range(warmup):
             assert plan.learning_rate(step) == step / warmup
         assert plan.learning_rate(warmup) == 1.0 > plan.learning_rate(warmup + 1)
