@@ -57,12 +57,7 @@ class Loop:
         rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.stream = BatchStream(lengths, rows, seed=config.seed, group_by_length=config.group_by_length)
         self.plan = Plan(config, self.stream.num_batches, job.metrics, has_dev=job.dev is not None)
-        self.identity: dict[str, Any] = {  # what else trainer_state.json keeps
-            "data_sha256": job.data_digest,
-            "dev_sha256": None if job.dev is None else digest_of(job.dev),
-            "device": job.device.type,
-            "positive_label": config.positive_label,
-        }
+        self.dev_digest = None if job.dev is None else digest_of(job.dev)
         self.progression = TrainState()
         self.last_evaluation: dict[int | None, Evaluation] = {}  # by the step of its weights
         self._saved_step: int | None = None  # this step is on disk already
@@ -245,7 +240,10 @@ class Loop:
     def state_dict(self) -> dict[str, Any]:
         """What trainer_state.json keeps: everything a resume needs beside tensors."""
         return {
-            **self.identity,
+            "data_sha256": self.job.data_digest,
+            "dev_sha256": self.dev_digest,
+            "device": self.job.device.type,
+            "positive_label": self.job.config.positive_label,
             **dataclasses.asdict(self.progression),
             "metric": self.plan.metric,
             "epoch": self.epoch,
@@ -261,10 +259,10 @@ class Loop:
         The best evaluation is forgotten where it is of another metric, or on other rows, than those to come.
         """
         known = TrainState(**{field.name: state[field.name] for field in dataclasses.fields(TrainState)})
-        watched = {"metric": self.plan.metric, "dev_sha256": self.identity["dev_sha256"]}
+        watched = {"metric": self.plan.metric, "dev_sha256": self.dev_digest}
         if self.plan.metric == "f1":
-            watched["positive_label"] = self.identity["positive_label"]
-        has_best = known.best_step is not None and watched["dev_sha256"] is not None
+            watched["positive_label"] = self.job.config.positive_label
+        has_best = known.best_step is not None and self.dev_digest is not None
         if has_best and any(state.get(name, value) != value for name, value in watched.items()):
             logger.warning("another metric or dev set is watched from here on: the best so far starts anew")
             known = TrainState(known.global_step, evaluation_pending=known.evaluation_pending)

@@ -137,8 +137,8 @@ class _Run:
     def _restore(self, start: RunState) -> None:
         check_same_run(self.job, start)
         tensors = start.optimizer_tensors()
-        stored = [tensors.pop(name) for name in (USED_IDS,) if name in tensors]
-        if len(stored) != len(self.used) or not all(map(torch.equal, stored, self.used.values())):
+        used, stored = self.used.get(USED_IDS), tensors.pop(USED_IDS, None)
+        if used is not stored and (used is None or stored is None or not torch.equal(used, stored)):
             raise CheckpointError(f"{start.folder}: compact_vocabulary: the data now uses other words")
         states = [name for name in tensors if name.startswith(RANDOM)]
         random = {name.removeprefix(RANDOM): tensors.pop(name) for name in states}
