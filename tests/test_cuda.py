@@ -189,7 +189,7 @@ def test_a_step_that_is_not_finite_changes_nothing(device: torch.device, name: P
     after = optimizer_state(stepper)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert [skipped.step for skipped in stepper.meter.verdicts()] == [3]
+    assert [skipped.number for skipped in stepper.meter.verdicts()] == [3]
 
 
 @on_each

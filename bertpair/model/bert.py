@@ -4,13 +4,13 @@ Shapes: B batch, L length, Q positions that are computed (L, in the last layer 1
 H = D / N head size, F intermediate size, C classes (1: regression).
 
 The head reads [CLS] only, so `forward` computes the last layer for that one position: all positions are
-still looked at, and nothing is approximated. `last_hidden_state` computes every position.
+still looked at, and nothing is approximated.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -25,8 +25,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
-
-
 _Share = Annotated[Finite, Field(ge=0.0, lt=1)]
 
 
@@ -80,24 +78,18 @@ class Attention(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.query = nn.Linear(D, D)
-        self.key = nn.Linear(D, D)
-        self.value = nn.Linear(D, D)
-        self.out = nn.Linear(D, D)
+        self.query, self.key, self.value, self.out = (nn.Linear(D, D) for _ in range(4))
         self.dropout = config.attention_probs_dropout_prob
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        q = self.split_heads(self.query(x))  # (B, N, Q, H)
-        k = self.split_heads(self.key(context))  # (B, N, L, H)
-        v = self.split_heads(self.value(context))  # (B, N, L, H)
+        q, k, v = (
+            each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, N, Q or L, H)
+            for each in (self.query(x), self.key(context), self.value(context))
+        )
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, N, Q, H)
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))  # (B, Q, D)
         return out
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        B, L, D = x.shape
-        return x.view(B, L, self.num_heads, D // self.num_heads).transpose(1, 2)  # (B, N, L, H)
 
 
 class Layer(nn.Module):
@@ -117,8 +109,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         x = self.attention_norm(self.dropout(self.attention(x, context, mask)) + x)  # (B, Q, D)
         hidden = self.activation(self.up(x))  # (B, Q, F)
-        x = self.output_norm(self.dropout(self.down(hidden)) + x)  # (B, Q, D)
-        return x
+        out: Tensor = self.output_norm(self.dropout(self.down(hidden)) + x)  # (B, Q, D)
+        return out
 
 
 class BertClassifier(nn.Module):
@@ -138,40 +130,21 @@ class BertClassifier(nn.Module):
         self.pooler = nn.Linear(D, D)
         self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
         self.classifier = nn.Linear(D, config.num_labels)
-        self.init_weights()
+        init_module(self, config.initializer_range)
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
         """Logits, (B, C)."""
-        mask = broadcast_mask(attention_mask)
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, L)
+        x = self.embeddings(input_ids, token_type_ids)  # (B, L, D)
         *body, last = self.layers
-        x = self.encode(self.embeddings(input_ids, token_type_ids), body, mask)  # (B, L, D)
+        for layer in body:
+            x = layer(x, x, mask)  # (B, L, D)
         cls = last(x[:, :1], x, mask).squeeze(1)  # (B, D)
         pooled = torch.tanh(self.pooler(cls))  # (B, D)
         logits: Tensor = self.classifier(self.dropout(pooled))  # (B, C)
         return logits
-
-    def last_hidden_state(
-        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        """What the last layer says of every position, (B, L, D); at padding it means nothing."""
-        x = self.embeddings(input_ids, token_type_ids)
-        return self.encode(x, self.layers, broadcast_mask(attention_mask))
-
-    def encode(self, x: Tensor, layers: Iterable[nn.Module], mask: Tensor | None) -> Tensor:
-        for layer in layers:
-            x = layer(x, x, mask)  # (B, L, D)
-        return x
-
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Start afresh, from `generator` or torch's global one."""
-        init_module(self, self.config.initializer_range, generator)
-
-
-def broadcast_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """(B, L) of any type, true or 1 where there is a token, as the attention wants it: bool (B, 1, 1, L)."""
-    return None if attention_mask is None else attention_mask.bool()[:, None, None, :]
 
 
 @torch.no_grad()

@@ -11,55 +11,56 @@ norm that clipping divides by sums the table's gradient in another order. Else e
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bertpair.data.tokenizer import Tokens
 from bertpair.model.bert import BertClassifier
-
-Ids = NDArray[np.int64]
 
 logger = logging.getLogger(__name__)
 
 BLOCK_VALUES = 2**15  # decayed for all steps at once: fits a cache, and is too small for torch to split
 
 
-def used_ids(tokens_list: Iterable[Tokens], extra_ids: Sequence[int], vocab_size: int) -> Ids:
-    """The ids that occur in any of the data sets, and `extra_ids` (padding at least), sorted."""
-    is_used = np.zeros(vocab_size, dtype=np.bool_)
-    is_used[list(extra_ids)] = True
-    for tokens in tokens_list:
-        is_used[tokens.ids] = True
-    return np.flatnonzero(is_used)
+class CompactTable:
+    """The whole word table (V, D) of a model that trains only the rows in use, those of `used`."""
 
+    def __init__(self, full: Tensor, tokens_list: Sequence[Tokens], pad_id: int) -> None:
+        is_used = np.zeros(len(full), dtype=np.bool_)
+        is_used[pad_id] = True
+        for tokens in tokens_list:
+            is_used[tokens.ids] = True
+        self.used = torch.from_numpy(np.flatnonzero(is_used))  # (U,), sorted
+        self.pad_id = int(is_used[:pad_id].sum())  # the padding's row among them
+        self.full = full.detach().cpu().clone()
 
-def compact(table: Tensor, used: Ids) -> Tensor:
-    """A copy of the used rows: (V, D) → (U, D)."""
-    return table.detach()[torch.from_numpy(used).to(table.device)]
+    def rows(self) -> Tensor:
+        """A copy of the rows in use, (U, D)."""
+        return self.full[self.used]
 
+    def remap(self, tokens: Tokens) -> Tokens:
+        """The same rows with ids that count the rows in use; ValueError where one has no row there."""
+        row_of = np.full(len(self.full), -1, dtype=np.int32)
+        row_of[self.used.numpy()] = np.arange(len(self.used), dtype=np.int32)
+        ids = row_of[tokens.ids]
+        if (ids < 0).any():
+            missing = np.unique(tokens.ids[ids < 0])
+            raise ValueError(f"{len(missing)} token ids have no row in the table, {missing[0]} the first")
+        return replace(tokens, ids=ids)
 
-def compact_id(token_id: int, used: Ids) -> int:
-    """The compact table's row for one id, the padding's for instance; ValueError if it has none."""
-    row = int(np.searchsorted(used, token_id))
-    if row == len(used) or used[row] != token_id:
-        raise ValueError(f"token id {token_id} has no row in the compact table")
-    return row
+    def catch_up(self, learning_rates: Sequence[float], weight_decay: float) -> None:
+        """Do to the unused rows what AdamW's steps at these rates do; none twice, no skipped one's."""
+        decay(self.full, learning_rates, weight_decay)
 
-
-def remap(tokens: Tokens, used: Ids, vocab_size: int) -> Tokens:
-    """The same rows with ids that count the compact table's rows; ValueError where one has no row there."""
-    row_of = np.full(vocab_size, -1, dtype=np.int32)
-    row_of[used] = np.arange(len(used), dtype=np.int32)
-    ids = row_of[tokens.ids]
-    if (ids < 0).any():
-        missing = np.unique(tokens.ids[ids < 0])
-        raise ValueError(f"{len(missing)} token ids have no row in the compact table, {missing[0]} the first")
-    return replace(tokens, ids=ids)
+    def whole(self, trained: Tensor) -> Tensor:
+        """The table that a full training would have, given the rows that were trained: a copy."""
+        table = self.full.clone()
+        table[self.used] = trained.detach().to(table)
+        return table
 
 
 @torch.no_grad()
@@ -72,55 +73,18 @@ def decay(table: Tensor, learning_rates: Sequence[float], weight_decay: float) -
     factors = torch.tensor([1 - rate * weight_decay for rate in learning_rates], dtype=torch.float64)
     factors = factors.to(table.dtype)
     steps = factors[factors != 1].tolist()
-    size = BLOCK_VALUES if table.device.type == "cpu" else table.numel()
-    for block in torch.split(table.view(-1), size):
+    for block in torch.split(table.view(-1), BLOCK_VALUES):
         for factor in steps:
             block.mul_(factor)
-
-
-def expand(
-    full: Tensor, trained: Tensor, used: Ids, learning_rates: Sequence[float] = (), weight_decay: float = 0.0
-) -> Tensor:
-    """The table (V, D) that a full training would have: `trained` in the used rows, `full` decayed elsewhere.
-
-    `full` is the table as it was before the first of `learning_rates`, and is left alone. For a table of
-    Adam's moments, `full` is zeros and there are no rates.
-    """
-    table = full.detach().clone(memory_format=torch.contiguous_format)
-    decay(table, learning_rates, weight_decay)
-    table[torch.from_numpy(used).to(table.device)] = trained.detach().to(table)
-    return table
-
-
-class CompactTable:
-    """The whole word table (V, D) of a model that trains only the rows of `used`."""
-
-    def __init__(self, full: Tensor, used: Ids) -> None:
-        self.full = full.detach().cpu().clone()
-        self.used = used
-
-    def catch_up(self, learning_rates: Sequence[float], weight_decay: float) -> None:
-        """Do to the unused rows what AdamW's steps at these rates do; none twice, no skipped one's."""
-        decay(self.full, learning_rates, weight_decay)
-
-    def whole(self, trained: Tensor) -> Tensor:
-        """The table that a full training would have, given the rows that were trained."""
-        return expand(self.full, trained.cpu(), self.used)
-
-    def replace(self, full: Tensor) -> Tensor:
-        """Take another table (V, D) for the whole one; returns its rows in use."""
-        self.full = full.detach().cpu().clone()
-        return compact(self.full, self.used)
 
 
 def compact_model(model: BertClassifier, tokens_list: Sequence[Tokens], pad_id: int) -> CompactTable:
     """Leave `model` only the word rows that occur in the data; `remap` then counts ids accordingly."""
     words = model.embeddings.words
-    used = used_ids(tokens_list, [pad_id], words.num_embeddings)
-    table = CompactTable(words.weight, used)
-    padding = None if words.padding_idx is None else compact_id(pad_id, used)
+    table = CompactTable(words.weight, tokens_list, pad_id)
+    padding = None if words.padding_idx is None else table.pad_id
     model.embeddings.words = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
-        compact(words.weight, used), freeze=False, padding_idx=padding
+        table.rows(), freeze=False, padding_idx=padding
     )
-    logger.info("compact vocabulary: %d of %d word rows are trained", len(used), words.num_embeddings)
+    logger.info("compact vocabulary: %d of %d word rows are trained", len(table.used), words.num_embeddings)
     return table

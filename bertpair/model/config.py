@@ -19,36 +19,23 @@ from bertpair.settings.files import read_json
 
 logger = logging.getLogger(__name__)
 
-NOT_WRITTEN = (  # would be untrue of what we write: float32, plain BERT, other data, labels told by id2label
-    "_name_or_path",
-    "auto_map",
-    "bertpair",
-    "num_labels",
-    "quantization_config",
-    "torch_dtype",
-    "transformers_version",
-)
+# They would be untrue of what we write: float32, plain BERT, other data, labels told by id2label.
+NOT_WRITTEN = {"_name_or_path", "auto_map", "bertpair", "num_labels", "quantization_config", "torch_dtype"}
+NOT_WRITTEN |= {"transformers_version"}
 CLASSIFICATION, REGRESSION = "single_label_classification", "regression"
 
 
 def _names(table: object) -> tuple[str, ...]:
     """The label names of an id2label or a label2id, in id order."""
     by_id = table if isinstance(table, dict) else {}
+    size = len(by_id)
     if all(type(i) is int for i in by_id.values()):
         by_id = {str(i): name for name, i in by_id.items()}
-    names = [by_id.get(str(i)) for i in range(len(by_id))]
-    if not names or len(set(map(str, names))) < len(names) or len(by_id) < len(table):  # type: ignore[arg-type]
+    names = tuple(by_id.get(str(i)) for i in range(size))
+    sound = [name for name in names if isinstance(name, str) and name and half_character(name) is None]
+    if not names or len(set(sound)) < size:
         raise ValueError
-    for name in names:
-        if not isinstance(name, str) or not name or half_character(name) is not None:
-            raise ValueError
-    return tuple(map(str, names))
-
-
-def _nothing(value: object) -> object:
-    if value not in (None, {}, []):
-        raise ValueError
-    return value
+    return tuple(sound)
 
 
 _Names = Annotated[
@@ -56,6 +43,8 @@ _Names = Annotated[
     PlainValidator(lambda table: () if table is None else _names(table)),
     said("names, none empty and none twice, with the ids 0, 1, 2, … without a gap"),
 ]
+_Empty = Annotated[dict[str, Any] | list[Any], Field(max_length=0)]
+_Nothing = Annotated[_Empty | None, said("none: only whole layers are supported")]
 _Encoder = Annotated[Literal[False] | None, said("false: only encoders are supported")]
 
 
@@ -76,9 +65,7 @@ class _ConfigJson(BertConfig):
     position_embedding_type: Literal["absolute"] | None = None
     is_decoder: _Encoder = None
     add_cross_attention: _Encoder = None
-    pruned_heads: Annotated[Any, PlainValidator(_nothing), said("none: only whole layers are supported")] = (
-        None
-    )
+    pruned_heads: _Nothing = None
     problem_type: Literal["single_label_classification", "regression"] | None = None
     num_labels: Whole | None = Field(None, ge=1, le=1_000_000)  # type: ignore[assignment]
     id2label: _Names = ()
@@ -114,36 +101,22 @@ def read_folder(path: Path, *, config_name: str | Path | None = None) -> ModelFo
     values, wrong = typed(_ConfigJson, raw)
     said = _ConfigJson(**{name: raw[name] for name in values})
     faults = [f"{name}: {fault}" for name, fault in wrong.items()]
-    if said.model_type is None and "model_type" not in wrong and not _looks_like_bert(said):
+    width, heads = said.hidden_size, said.num_attention_heads
+    words, padding = said.vocab_size, said.pad_token_id
+    is_bert = "hidden_size" in values and all(name.startswith("Bert") for name in said.architectures or ())
+    if said.model_type is None and "model_type" not in wrong and not is_bert:
         faults.append("model_type: expected bert, found none, and this describes no BERT")
-    if (
-        not {"hidden_size", "num_attention_heads"} & wrong.keys()
-        and said.hidden_size % said.num_attention_heads
-    ):
-        expected = f"a multiple of num_attention_heads ({said.num_attention_heads})"
-        faults.append(f"hidden_size: expected {expected}, found {said.hidden_size}")
-    if "vocab_size" not in wrong and (said.pad_token_id or 0) >= said.vocab_size:
-        expected = f"a whole number under vocab_size ({said.vocab_size})"
-        faults.append(f"pad_token_id: expected {expected}, found {said.pad_token_id}")
+    if not {"hidden_size", "num_attention_heads"} & wrong.keys() and width % heads:
+        faults.append(f"hidden_size: expected a multiple of num_attention_heads ({heads}), found {width}")
+    if "vocab_size" not in wrong and (padding or 0) >= words:
+        faults.append(f"pad_token_id: expected a whole number under vocab_size ({words}), found {padding}")
     names, count, regression = _read_labels(said, faults)
     if faults:
         raise CheckpointError(list_faults([f"{file}: {fault}" for fault in faults]))
     shape = {name: values[name] for name in BertConfig.model_fields if name in values}
-    layout = said.bertpair
-    return ModelFolder(
-        path,
-        BertConfig(**shape | {"num_labels": count}),
-        names,
-        regression,
-        None if layout is None else layout.takes_pairs,
-        None if layout is None else layout.header,
-        raw,
-    )
-
-
-def _looks_like_bert(said: _ConfigJson) -> bool:
-    classes = said.architectures or []
-    return "hidden_size" in said.model_fields_set and all(name.startswith("Bert") for name in classes)
+    config, layout = BertConfig(**shape | {"num_labels": count}), said.bertpair
+    pairs, header = (layout.takes_pairs, layout.header) if layout else (None, None)
+    return ModelFolder(path, config, names, regression, pairs, header, raw)
 
 
 def _read_labels(said: _ConfigJson, faults: list[str]) -> tuple[tuple[str, ...] | None, int, bool]:
@@ -168,12 +141,9 @@ def _read_labels(said: _ConfigJson, faults: list[str]) -> tuple[tuple[str, ...] 
 def label_order(
     folder: ModelFolder, data_labels: Sequence[str], *, new_head: bool, given: bool = False
 ) -> tuple[str, ...]:
-    """The labels in id order for training `folder` on data with `data_labels`.
-
-    The folder's own order where its names are the same set; the data's where it has no names, and where a new
-    head replaces another set or the order was `given` in the settings. Raises CheckpointError for another set
-    otherwise.
-    """
+    """The labels in id order for training `folder` on data with `data_labels`: the folder's own order where
+    its names are the same set; the data's where it has no names, and where a new head replaces another set
+    or the order was `given` in the settings. Raises CheckpointError for another set otherwise."""
     own, found = folder.labels, tuple(data_labels)
     if own is None or (new_head and (given or set(own) != set(found))):
         return found
@@ -189,15 +159,10 @@ def label_order(
 
 
 def check_pairs(folder: ModelFolder, advice: str = "") -> None:
-    """CheckpointError where the network cannot tell the second text of a pair from the first.
-
-    It ends with `advice`, which says what its reader can do.
-    """
-    if folder.config.type_vocab_size < 2:
-        raise CheckpointError(
-            f"{folder.path}: type_vocab_size is {folder.config.type_vocab_size}, and pairs need 2: "
-            f"this model takes single texts only{advice}"
-        )
+    """CheckpointError, with `advice` at its end, where the network cannot tell two texts apart."""
+    if (types := folder.config.type_vocab_size) < 2:
+        need = f"type_vocab_size is {types}, and pairs need 2: this model takes single texts only"
+        raise CheckpointError(f"{folder.path}: {need}{advice}")
 
 
 def name_labels(folder: ModelFolder, given: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -205,54 +170,46 @@ def name_labels(folder: ModelFolder, given: Sequence[str] | None) -> tuple[str, 
 
     None for a regression. Raises ConfigError where `given` names another set, or another number of labels.
     """
+    path, count, known = folder.path, folder.config.num_labels, folder.labels
     if given is not None:
-        given = [label.strip() for label in DataSettings(labels=list(given)).labels or ()]
-    if folder.regression:
-        if given is not None:
-            raise ConfigError(f"labels: found {listed(given)}; {folder.path} is a regression model")
-        return None
-    count = folder.config.num_labels
-    own = folder.labels or tuple(f"LABEL_{i}" for i in range(count))
-    if given is None and folder.labels is None:
-        logger.info("%s: its labels have no names; `labels` gives them, in id order", folder.path)
-    if given is None or set(given) == set(own):
+        given = tuple(label.strip() for label in DataSettings(labels=list(given)).labels or ())
+        if folder.regression:
+            raise ConfigError(f"labels: found {listed(given)}; {path} is a regression model")
+    elif known is None and not folder.regression:
+        logger.info("%s: its labels have no names; `labels` gives them, in id order", path)
+    own = None if folder.regression else known or tuple(f"LABEL_{i}" for i in range(count))
+    if given is None or own is None or set(given) == set(own):
         return own
-    if folder.labels is not None:
-        raise ConfigError(
-            f"labels: found {listed(given)}; {folder.path} was trained for {listed(folder.labels)}"
-        )
+    if known is not None:
+        raise ConfigError(f"labels: found {listed(given)}; {path} was trained for {listed(known)}")
     if len(given) != count:
-        raise ConfigError(f"labels: found {len(given)} names; {folder.path} has {count} labels without names")
-    return tuple(given)
+        raise ConfigError(f"labels: found {len(given)} names; {path} has {count} labels without names")
+    return given
 
 
 def config_json(
     config: BertConfig,
     labels: Sequence[str] | None,
-    regression: bool,
     raw: Mapping[str, Any] | None = None,
     *,
     takes_pairs: bool,
     header: Sequence[str] | None,
 ) -> bytes:
-    """config.json for weights as we write them; other keys of `raw`, the original's, stay.
+    """config.json for weights as we write them; `labels` None: a regression. Other keys of `raw` stay.
 
     `takes_pairs` and `header`, the training file's, stand in one object that transformers ignores.
     """
-    names = labels if labels is not None else [f"LABEL_{i}" for i in range(config.num_labels)]
-    kept = {key: value for key, value in (raw or {}).items() if key not in NOT_WRITTEN}
-    shape = config.model_dump(exclude={"num_labels"})
+    names = labels or ["LABEL_0"]
     document = {
-        **kept,
-        **shape,
+        **{key: value for key, value in (raw or {}).items() if key not in NOT_WRITTEN},
+        **config.model_dump(exclude={"num_labels"}),
         "architectures": ["BertForSequenceClassification"],
-        "bertpair": {"takes_pairs": takes_pairs, "header": None if header is None else list(header)},
+        "bertpair": {"takes_pairs": takes_pairs, "header": header},
         "dtype": "float32",
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
         "model_type": "bert",
-        "problem_type": REGRESSION if regression else CLASSIFICATION,
+        "problem_type": REGRESSION if labels is None else CLASSIFICATION,
     }
-    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode(
-        errors="backslashreplace"  # a lone surrogate that somebody wrote as an escape stays one
-    )
+    text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")  # a lone surrogate written as an escape stays one

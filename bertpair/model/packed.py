@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,22 +32,25 @@ from bertpair.runtime import cpu_flags
 
 Linear = Callable[[Tensor], Tensor]
 MakeLinear = Callable[[Tensor, Tensor, str | None], Linear]  # weight (out, in), bias (out,), an activation
+ACTIVATE: dict[Any, Linear] = {None: lambda x: x, **ACTIVATIONS}
 _FUSED = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
 VNNI_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}  # products of bytes, added in 32 bits
 TYPICAL_ROWS = 256  # oneDNN chooses the weights' layout for about so many; any number runs
 
 
-@dataclasses.dataclass(frozen=True)
 class PackedLayer:
-    """One encoder layer. `queries` is None where `context` gives queries, keys and values in one."""
+    """One encoder layer, its linear layers made by `linear`; of the last one, queries for [CLS] alone."""
 
-    queries: Linear | None  # D → D, of the last layer
-    context: Linear  # D → 3 D, of the last layer 2 D
-    out: Linear
-    up: Linear  # its activation included
-    down: Linear
-    attention_norm: nn.LayerNorm
-    output_norm: nn.LayerNorm
+    def __init__(
+        self, layer: Layer, linear: Callable[..., Linear], activation: str, *, is_last: bool
+    ) -> None:
+        query, rest = layer.attention.query, (layer.attention.key, layer.attention.value)
+        self.queries = linear(query) if is_last else None  # D → D
+        self.context = linear(*rest) if is_last else linear(query, *rest)  # D → 3 D, of the last layer 2 D
+        self.out = linear(layer.attention.out)
+        self.up = linear(layer.up, activation=activation)
+        self.down = linear(layer.down)
+        self.attention_norm, self.output_norm = layer.attention_norm, layer.output_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,42 +70,43 @@ class PackedClassifier(nn.Module):
 
     def __init__(self, model: BertClassifier, make: MakeLinear, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.config = model.config
-        self.dtype = dtype
+        self.config, self.dtype = model.config, dtype
         self.embeddings, self.pooler, self.classifier = model.embeddings, model.pooler, model.classifier
+
+        def linear(*parts: nn.Linear, activation: str | None = None) -> Linear:
+            weight = torch.cat([part.weight.detach() for part in parts]).to(dtype)
+            bias = torch.cat([part.bias.detach() for part in parts]).to(dtype)
+            return make(weight, bias, activation)
+
         *body, last = [layer for layer in model.layers if isinstance(layer, Layer)]
         act = model.config.hidden_act
-        self.packed = [pack_layer(layer, make, dtype, act, is_last=False) for layer in body]
-        self.packed.append(pack_layer(last, make, dtype, act, is_last=True))
+        self.packed = [PackedLayer(layer, linear, act, is_last=False) for layer in body]
+        self.packed.append(PackedLayer(last, linear, act, is_last=True))
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
         """Logits (B, C) in float32; the arguments are `BertClassifier`'s."""
         with torch.autocast("cpu", enabled=False):
-            batch = locate(input_ids, attention_mask)
-            x = self.embed(input_ids, token_type_ids, batch)  # (T', D)
+            batch, table = locate(input_ids, attention_mask), self.embeddings
+            positions = torch.arange(batch.length).expand(batch.num_rows, -1)
+            types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            ids, kinds, at = (each.reshape(-1)[batch.places] for each in (input_ids, types, positions))
+            x = table.words(ids) + table.types(kinds) + table.positions(at)  # (T', D)
+            x = table.norm(x).to(self.dtype)
             for layer in self.packed:
                 x = self.run_layer(layer, x, batch)  # (T', D), after the last (B', D)
             x = x[: batch.num_rows].float()
             logits: Tensor = self.classifier(torch.tanh(self.pooler(x)))  # (B, C)
             return logits
 
-    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None, batch: _Batch) -> Tensor:
-        table = self.embeddings
-        positions = torch.arange(batch.length).expand(batch.num_rows, -1)
-        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        ids, kinds, at = (each.reshape(-1)[batch.places] for each in (input_ids, types, positions))
-        x = table.words(ids) + table.types(kinds) + table.positions(at)  # (T', D)
-        normed: Tensor = table.norm(x)
-        return normed.to(self.dtype)
-
     def run_layer(self, layer: PackedLayer, x: Tensor, batch: _Batch) -> Tensor:
-        N, B = self.config.num_attention_heads, batch.num_rows
-        context = spread(layer.context(x), batch)  # (B, L, 2 D or 3 D)
-        split = context.view(B, batch.length, -1, N, x.shape[1] // N)  # (B, L, 2 or 3, N, H)
+        N, B, L, T = self.config.num_attention_heads, batch.num_rows, batch.length, batch.num_tokens
+        places, context = batch.places, layer.context(x)  # (T', 2 D or 3 D)
+        if T < B * L:  # zeros at padding
+            context = x.new_zeros(B * L, context.shape[1]).index_copy_(0, places[:T], context[:T])
+        split = context[: B * L].view(B, L, -1, N, x.shape[1] // N)  # (B, L, 2 or 3, N, H)
         *own, k, v = (part.transpose(1, 2) for part in split.unbind(2))  # (B, N, L, H)
-        places = batch.places
         if layer.queries is not None:
             x = x[batch.firsts]  # (B', D)
             own = [layer.queries(x)[:B].view(B, N, 1, -1)]  # (B, N, 1, H)
@@ -112,39 +117,16 @@ class PackedClassifier(nn.Module):
         return normalise(layer.output_norm, layer.down(layer.up(x)) + x)
 
 
-def pack_layer(
-    layer: Layer, make: MakeLinear, dtype: torch.dtype, activation: str, *, is_last: bool
-) -> PackedLayer:
-    """The layer with `make` applied to its weights in `dtype`."""
-
-    def linear(parts: list[nn.Linear], activation: str | None = None) -> Linear:
-        weight = torch.cat([part.weight.detach() for part in parts]).to(dtype)
-        bias = torch.cat([part.bias.detach() for part in parts]).to(dtype)
-        return make(weight, bias, activation)
-
-    attention = layer.attention
-    rest = [attention.key, attention.value]
-    return PackedLayer(
-        queries=linear([attention.query]) if is_last else None,
-        context=linear(rest if is_last else [attention.query, *rest]),
-        out=linear([attention.out]),
-        up=linear([layer.up], activation),
-        down=linear([layer.down]),
-        attention_norm=layer.attention_norm,
-        output_norm=layer.output_norm,
-    )
-
-
 def locate(input_ids: Tensor, attention_mask: Tensor | None) -> _Batch:
     B, L = input_ids.shape
-    if attention_mask is None:
-        places, firsts, mask = torch.arange(B * L), torch.arange(0, B * L, L), None
-    else:
+    places, firsts, mask = torch.arange(B * L), torch.arange(0, B * L, L), None
+    if attention_mask is not None:
         is_token = attention_mask.bool()
         lengths = is_token.sum(dim=1)
         places, firsts = is_token.reshape(-1).nonzero().squeeze(1), lengths.cumsum(0) - lengths
         mask = is_token[:, None, None, :]
-    return _Batch(B, L, len(places), extend(places), extend(firsts), mask)
+    filled, first = (F.pad(each, (0, fill_up(len(each)) - len(each))) for each in (places, firsts))
+    return _Batch(B, L, len(places), filled, first, mask)
 
 
 def fill_up(count: int) -> int:
@@ -153,39 +135,25 @@ def fill_up(count: int) -> int:
     return -(-count // step) * step
 
 
-def extend(indices: Tensor) -> Tensor:
-    """With zeros up to a count of `fill_up`."""
-    return F.pad(indices, (0, fill_up(len(indices)) - len(indices)))
-
-
-def spread(x: Tensor, batch: _Batch) -> Tensor:
-    """(T', …) → (B, L, …), zeros at padding."""
-    B, L, T = batch.num_rows, batch.length, batch.num_tokens
-    if T < B * L:
-        x = x.new_zeros(B * L, x.shape[1]).index_copy_(0, batch.places[:T], x[:T])
-    return x[: B * L].view(B, L, -1)
-
-
 def normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """Statistics in float32 whatever the type of `x`."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
+@dataclasses.dataclass(frozen=True)
 class PlainLinear:
     """PyTorch's own."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, activation: str | None) -> None:
-        self.weight, self.bias, self.activation = weight, bias, activation
+    weight: Tensor
+    bias: Tensor
+    activation: str | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return activate(F.linear(x, self.weight, self.bias), self.activation)
+        return ACTIVATE[self.activation](F.linear(x, self.weight, self.bias))
 
 
 class PackedLinear:
-    """The same with the weight reordered once as oneDNN wants it, and the activation fused.
-
-    In float32 it equals `PlainLinear` up to rounding.
-    """
+    """The same up to rounding: the weight is reordered once as oneDNN wants it, the activation fused."""
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: str | None) -> None:
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
@@ -216,7 +184,7 @@ class Int8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         product = torch.ops.quantized.linear_dynamic(x, self.packed, self.narrow)
-        return activate(product, self.activation)
+        return ACTIVATE[self.activation](product)
 
     def __reduce__(self) -> tuple[object, ...]:
         quantized, _ = torch.ops.quantized.linear_unpack(self.packed)
@@ -229,10 +197,6 @@ def int8_linear(weight: Tensor, bias: Tensor, activation: str | None) -> Linear:
     scales = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny * 2**24)
     steps = (weight / scales[:, None]).round().clamp(-127, 127).to(torch.int8)
     return Int8Linear(steps, scales.double(), bias, activation)
-
-
-def activate(x: Tensor, activation: str | None) -> Tensor:
-    return x if activation is None else ACTIVATIONS[activation](x)
 
 
 def check_int8() -> None:
@@ -252,8 +216,6 @@ def choose_linear(dtype: torch.dtype) -> MakeLinear:
 
     Packing was the faster one for every size of layer and of batch that was measured.
     """
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return PlainLinear
     ones = torch.ones(16, 16, dtype=dtype)
     try:
         PackedLinear(ones, ones[0], None)(ones)

@@ -10,20 +10,19 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub import constants, errors
+from huggingface_hub import constants, errors, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bertpair.errors import CheckpointError, list_faults
-from bertpair.model.bert import BertClassifier, BertConfig, init_module
+from bertpair.model.bert import BertClassifier, init_module
 from bertpair.model.config import ModelFolder
 from bertpair.runtime import physical_memory
 from bertpair.settings.files import MAX_JSON_BYTES, parse_json, read_json
@@ -54,14 +53,8 @@ INDEX_SUFFIX = ".index.json"
 WEIGHT_FILES = tuple(  # the first that is there is read
     name + suffix for name in ("model.safetensors", "pytorch_model.bin") for suffix in ("", INDEX_SUFFIX)
 )
-HUB_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+HUB_FILES = [f"{name}.json" for name in ("config", "tokenizer", "tokenizer_config", "special_tokens_map")]
+HUB_FILES += ["added_tokens.json", "vocab.txt"]
 # In this order, until one kind of weights is there: a repository often holds several.
 HUB_WEIGHTS = (
     ("model.safetensors",),
@@ -69,22 +62,31 @@ HUB_WEIGHTS = (
     ("pytorch_model.bin",),
     ("pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
 )
-HUB_NAME = re.compile(r"([\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
+HUB_NAME = re.compile(r"(?![.-])(?!.*(\.\.|--))([\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
+_FILLING = {"normal_", "uniform_", "kaiming_uniform_", "zero_", "zeros_", "ones_", "fill_"}
 
 
-def name_table(model: BertClassifier) -> dict[str, str]:
-    """Parameter names: ours → Hugging Face's."""
-    modules = dict(MODULES)
-    for i in range(model.config.num_hidden_layers):
-        modules |= {f"layers.{i}.{a}": f"bert.encoder.layer.{i}.{b}" for a, b in LAYER_MODULES.items()}
-    split = (name.rpartition(".") for name, _ in model.named_parameters())
-    return {f"{module}.{kind}": f"{modules[module]}.{kind}" for module, _, kind in split}
+class _Unfilled(TorchFunctionMode):
+    """Tensors keep no first values: PyTorch loads its compiler to write them, and that wants a folder."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__name__", "") in _FILLING:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 def state_tensors(model: BertClassifier) -> dict[str, Tensor]:
     """The model's own weights (no copies) under Hugging Face's names."""
-    table = name_table(model)
-    return {table[name]: parameter.detach() for name, parameter in model.named_parameters()}
+    modules, tensors = dict(MODULES), {}
+    for i in range(model.config.num_hidden_layers):
+        modules |= {f"layers.{i}.{a}": f"bert.encoder.layer.{i}.{b}" for a, b in LAYER_MODULES.items()}
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        tensors[f"{modules[module]}.{kind}"] = parameter.detach()
+    return tensors
 
 
 @torch.no_grad()
@@ -114,90 +116,69 @@ def load_model(
     generator; with `require_head` lacking one is an error: nobody wants a random model's answers.
     Raises CheckpointError listing all that is missing, surplus, of another shape or not finite.
     """
+    path, file = folder.path, find_weights(folder.path)
     config = folder.config.model_copy(update={"num_labels": num_labels})
-    file = find_weights(folder.path)
-    if file is None and require_head:
-        raise CheckpointError(f"{folder.path}: no weights in it ({', '.join(WEIGHT_FILES)}): train it first")
+    if file is None and (require_head or not from_scratch):
+        start = "; add them, or set `from_scratch: true` to start from random ones"
+        advice = ": train it first" if require_head else start
+        raise CheckpointError(f"{path}: no weights in it ({', '.join(WEIGHT_FILES)}){advice}")
+    with torch.device("meta"), _Unfilled():
+        own = state_tensors(BertClassifier(config))  # names and shapes alone
     if file is None:
-        return _start_from_scratch(folder.path, config, from_scratch)
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
+        if 0 < (there := physical_memory()) < needed:
+            found = (
+                f"describes {needed / 1e9:.3g} GB of weights; this machine has {there / 1e9:.3g} GB of memory"
+            )
+            raise CheckpointError(f"{path / 'config.json'}: {found}: is it damaged?")
+        return BertClassifier(config), [f"{path}: no weights in it: starting from random ones"]
     stored, notes = _translate(read_weights(file), file)
     if from_scratch:
         notes.append(f"{file}: loaded; from_scratch is for folders without weights")
-    if new_head:
-        replaced = [stored.pop(name) for name in _names_under("classifier", stored)]
-        notes += [f"{file}: its classifier is replaced by a new one"] if replaced else []
-    new = [module for module in HEAD_MODULES if not _names_under(module, stored)]
+    if new_head and (old := [name for name in stored if name.startswith("classifier.")]):
+        notes.append(f"{file}: its classifier is replaced by a new one")
+        stored = {name: tensor for name, tensor in stored.items() if name not in old}
+    heads = {module: MODULES[module] + "." for module in HEAD_MODULES}
+    new = [module for module, prefix in heads.items() if not any(name.startswith(prefix) for name in stored)]
     if new and require_head:
         raise CheckpointError(f"{file}: holds no {' and no '.join(new)}: train this model first")
     if new:
         notes.append(f"new, to be trained: {', '.join(new)}")
-    advice = "config.json does not fit the weights" if require_head else "`new_head: true` trains a new one"
-    _check_outputs(stored, num_labels, file, advice)
-    return _fill(config, stored, new, str(file)), notes
-
-
-def _start_from_scratch(
-    path: Path, config: BertConfig, from_scratch: bool
-) -> tuple[BertClassifier, list[str]]:
-    if not from_scratch:
-        raise CheckpointError(
-            f"{path}: no weights in it ({', '.join(WEIGHT_FILES)});"
-            " add them, or set `from_scratch: true` to start from random ones"
-        )
-    _check_memory(path, config)
-    return BertClassifier(config), [f"{path}: no weights in it: starting from random ones"]
-
-
-def _check_memory(path: Path, config: BertConfig) -> None:
-    """CheckpointError where config.json describes weights that this machine has no memory for."""
-    with torch.device("meta"), _Unfilled():
-        needed = sum(p.numel() * p.element_size() for p in BertClassifier(config).parameters())
-    there = physical_memory()
-    if there and needed > there:
-        raise CheckpointError(
-            f"{path / 'config.json'}: describes {needed / 1e9:.3g} GB of weights; this machine has "
-            f"{there / 1e9:.3g} GB of memory: is it damaged?"
-        )
+    weight = stored.get("classifier.weight")
+    if weight is not None and weight.ndim == 2 and len(weight) != num_labels:
+        why = "config.json does not fit the weights" if require_head else "`new_head: true` trains a new one"
+        found = f"its classifier has {len(weight)} outputs, needed are {num_labels}"
+        raise CheckpointError(f"{file}: {found}; {why}")
+    fresh = tuple(heads[module] for module in new)
+    _check_alike({name: each for name, each in own.items() if not name.startswith(fresh)}, stored, str(file))
+    sound = to_float32(stored, str(file))
+    with _Unfilled():  # all of it is overwritten; to_empty would import torch's compiler
+        model = BertClassifier(config)
+    for module in new:
+        init_module(model.get_submodule(module), config.initializer_range)
+    load_state(model, {**state_tensors(model), **sound})
+    return model, notes
 
 
 def _translate(stored: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors under their present names, and a line about those that are none of ours."""
+    """Tensors under their present names, and a line about those that are none of ours.
+
+    Names of 2018 and of a bare encoder become those of BertForSequenceClassification.
+    """
     tensors: dict[str, Tensor] = {}
     ignored, faults = [], []
     for name, tensor in stored.items():
-        present = _present_name(name)
+        present = re.sub(r"^(?=(embeddings|encoder|pooler)\.)", "bert.", name)
+        present = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", present)
+        present = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", present)
         if name.startswith("cls.") or name.split(".")[-1] == "position_ids":
             ignored.append(name)
         elif present in tensors:
             faults.append(f"{file}: {name!r} stands there under another spelling too ({present!r})")
         else:
             tensors[present] = tensor
-    if faults:
-        raise CheckpointError(list_faults(faults))
+    _raise_all(faults)
     return tensors, [f"{file}: ignored {', '.join(sorted(ignored))}"] if ignored else []
-
-
-def _present_name(name: str) -> str:
-    """Names of 2018 and of a bare encoder → those of BertForSequenceClassification."""
-    if name.split(".")[0] in ("embeddings", "encoder", "pooler"):
-        name = "bert." + name
-    if name.endswith("LayerNorm.gamma"):
-        return name.removesuffix("gamma") + "weight"
-    if name.endswith("LayerNorm.beta"):
-        return name.removesuffix("beta") + "bias"
-    return name
-
-
-def _names_under(module: str, tensors: Mapping[str, Tensor]) -> list[str]:
-    return [name for name in tensors if name.startswith(MODULES[module] + ".")]
-
-
-def _check_outputs(stored: Mapping[str, Tensor], num_labels: int, file: Path, advice: str) -> None:
-    weight = stored.get("classifier.weight")
-    if weight is not None and weight.ndim == 2 and len(weight) != num_labels:
-        raise CheckpointError(
-            f"{file}: its classifier has {len(weight)} outputs, needed are {num_labels}; {advice}"
-        )
 
 
 def _check_alike(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
@@ -208,44 +189,12 @@ def _check_alike(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where
         for name, tensor in own.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
+    _raise_all(faults)
+
+
+def _raise_all(faults: Sequence[str]) -> None:
     if faults:
         raise CheckpointError(list_faults(faults))
-
-
-_FILLING = {"normal_", "uniform_", "kaiming_uniform_", "zero_", "zeros_", "ones_", "fill_"}
-
-
-class _Unfilled(TorchFunctionMode):
-    """Tensors keep no first values: PyTorch loads its compiler to write them, and that wants a folder."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = kwargs or {}
-        if getattr(func, "__name__", "") in _FILLING:
-            return args[0] if args else given["tensor"]
-        return func(*args, **given)
-
-
-def _fill(config: BertConfig, stored: Mapping[str, Tensor], new: Sequence[str], where: str) -> BertClassifier:
-    """A model with the `stored` weights, and initialised where it is `new`."""
-    with torch.device("meta"), _Unfilled():
-        own = state_tensors(BertClassifier(config))
-    fresh = {
-        name: tensor for module in new for name, tensor in own.items() if name in _names_under(module, own)
-    }
-    _check_alike(own, {**stored, **fresh}, where)
-    sound = to_float32(stored, where)
-    with _Unfilled():  # all of it is overwritten; to_empty would import torch's compiler
-        model = BertClassifier(config)
-    for module in new:
-        init_module(model.get_submodule(module), config.initializer_range)
-    own = state_tensors(model)
-    load_state(model, {**sound, **{name: own[name] for name in fresh}}, where)
-    return model
-
-
-# Weight files
 
 
 def find_weights(folder: Path) -> Path | None:
@@ -266,9 +215,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises CheckpointError naming the file: damaged, incomplete, contradicting its index, or not only tensors.
     """
-    if path.name.endswith(INDEX_SUFFIX):
-        return _read_shards(path)
-    return _reader(path)(path)
+    if not path.name.endswith(INDEX_SUFFIX):
+        return (_read_safetensors if path.name.endswith(".safetensors") else _read_bin)(path)
+    tensors: dict[str, Tensor] = {}
+    faults = []
+    for file, names in _read_index(path).items():
+        shard = path.parent / file
+        found = read_weights(shard)
+        lost, surplus = sorted(names - set(found)), sorted(set(found) - names)
+        faults += [f"{shard}: no tensor {name!r}, which {path.name} places there" for name in lost]
+        faults += [f"{shard}: {name!r} is there, but not in {path.name}" for name in surplus]
+        tensors |= found
+    _raise_all(faults)
+    return tensors
 
 
 def to_float32(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -283,29 +242,8 @@ def to_float32(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         # The extremes see NaN and infinity alike, and cost a hundredth of isfinite().
         if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(converted[name]))).all():
             faults.append(f"{where}: {name!r} holds numbers that are not finite")
-    if faults:
-        raise CheckpointError(list_faults(faults))
+    _raise_all(faults)
     return converted
-
-
-def _reader(path: Path) -> Callable[[Path], dict[str, Tensor]]:
-    return _read_safetensors if path.name.endswith(".safetensors") else _read_bin
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    files = _read_index(index)
-    tensors: dict[str, Tensor] = {}
-    faults = []
-    for file, names in files.items():
-        shard = index.parent / file
-        found = _reader(index)(shard)
-        lost, surplus = sorted(names - set(found)), sorted(set(found) - names)
-        faults += [f"{shard}: no tensor {name!r}, which {index.name} places there" for name in lost]
-        faults += [f"{shard}: {name!r} is there, but not in {index.name}" for name in surplus]
-        tensors.update(found)
-    if faults:
-        raise CheckpointError(list_faults(faults))
-    return tensors
 
 
 def _read_index(index: Path) -> dict[str, set[str]]:
@@ -321,11 +259,8 @@ def _read_index(index: Path) -> dict[str, set[str]]:
             faults.append(f"{index}: {name!r}: found {file!r}; expected a plain file name ending in {suffix}")
         else:
             files.setdefault(file, set()).add(name)
-    if not faults:
-        lost = [file for file in sorted(files) if not os.path.lexists(index.parent / file)]
-        faults = [f"{index.parent}: no {file!r}, a shard that {index.name} names" for file in lost]
-    if faults:
-        raise CheckpointError(list_faults(faults))
+    lost = [file for file in sorted(files) if not os.path.lexists(index.parent / file)]
+    _raise_all(faults or [f"{index.parent}: no {file!r}, a shard that {index.name} names" for file in lost])
     return files
 
 
@@ -335,10 +270,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             size = int.from_bytes(file.read(8), "little")
             left = os.fstat(file.fileno()).st_size - 8
             if size > min(left, MAX_JSON_BYTES):
-                raise CheckpointError(
-                    f"{path}: no safetensors file, or cut short (a header of {size} bytes where the file has"
-                    f" {max(left, 0)} more, and {MAX_JSON_BYTES} are allowed)"
-                )
+                found = f"a header of {size} bytes where the file has {max(left, 0)} more"
+                allowed = f"{MAX_JSON_BYTES} are allowed"
+                raise CheckpointError(f"{path}: no safetensors file, or cut short ({found}, and {allowed})")
             parse_json(file.read(size), f"{path}: header")  # the library lets a name stand there twice
         return load_file(path)
     except OSError as error:
@@ -353,38 +287,25 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # the bytes decide what an unpickler raises
-        raise CheckpointError(f"{path}: {_why_not_loaded(error)}") from error
+        why = "damaged, or not a file of PyTorch weights"
+        # PyTorch's own text is not shown: it proposes to load the file without the restriction.
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and asked:
+            why = f"refused: it holds more than tensors ({asked[1]}), and loading that could run any code; "
+            why += "save the weights as model.safetensors"
+        raise CheckpointError(f"{path}: {why}") from error
     if not isinstance(loaded, dict) or not loaded:
         raise CheckpointError(f"{path}: expected tensors by name, found {type(loaded).__name__}")
-    faults = [
-        f"{path}: {name!r}: found {type(value).__name__}; expected a name and a dense tensor"
-        for name, value in loaded.items()
-        if not (isinstance(name, str) and _is_plain(value))
-    ]
-    if faults:
-        raise CheckpointError(list_faults(faults))
-    return dict(loaded)
+    odd = [name for name, value in loaded.items() if not (isinstance(name, str) and _is_plain(value))]
+    expected = "expected a name and a dense tensor"
+    _raise_all([f"{path}: {name!r}: found {type(loaded[name]).__name__}; {expected}" for name in odd])
+    return loaded
 
 
-def _is_plain(value: object) -> bool:
+def _is_plain(value: Any) -> bool:
     if type(value) not in (Tensor, nn.Parameter):
         return False
-    assert isinstance(value, Tensor)
-    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-
-
-def _why_not_loaded(error: Exception) -> str:
-    """PyTorch's own text is not shown: it proposes to load the file without the restriction."""
-    asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if isinstance(error, pickle.UnpicklingError) and asked:
-        return (
-            f"refused: it holds more than tensors ({asked[1]}), and loading that could run any code;"
-            " save the weights as model.safetensors"
-        )
-    return "damaged, or not a file of PyTorch weights"
-
-
-# The hub
+    return (value.layout, value.device.type, value.is_quantized) == (torch.strided, "cpu", False)
 
 
 def resolve_folder(
@@ -395,53 +316,44 @@ def resolve_folder(
     The environment of huggingface_hub holds: HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE. `revision` is a
     branch, tag or commit. Raises CheckpointError with one line that says what to do.
     """
-    name = os.path.expanduser(name_or_path)
-    if name and os.path.isdir(name):
-        return Path(name)
-    if os.path.lexists(name):
-        raise CheckpointError(f"{name}: a file; expected a model folder or a name on the Hugging Face hub")
-    if not _is_hub_name(str(name_or_path)):
-        raise CheckpointError(
-            f"{name_or_path!r}: no such folder (and this cannot be a name on the Hugging Face hub,"
-            " such as google-bert/bert-base-multilingual-cased)"
+    path, name = os.path.expanduser(name_or_path), str(name_or_path)
+    if path and os.path.isdir(path):
+        return Path(path)
+    if os.path.lexists(path):
+        raise CheckpointError(f"{path}: a file; expected a model folder or a name on the Hugging Face hub")
+    if not HUB_NAME.fullmatch(name):
+        such = (
+            "this cannot be a name on the Hugging Face hub, such as google-bert/bert-base-multilingual-cased"
         )
-    for weights in HUB_WEIGHTS:
-        folder = _fetch(str(name_or_path), revision, cache_dir, [*HUB_FILES, *weights])
-        if (folder / weights[0]).exists():
-            break
-    logger.info("%s: %s", name_or_path, folder)
-    return folder
-
-
-def _is_hub_name(name: str) -> bool:
-    return bool(HUB_NAME.fullmatch(name)) and name[0] not in ".-" and ".." not in name and "--" not in name
-
-
-def _fetch(name: str, revision: str | None, cache_dir: str | Path | None, files: list[str]) -> Path:
+        raise CheckpointError(f"{name_or_path!r}: no such folder (and {such})")
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, cache_dir=cache_dir, allow_patterns=files
+        for weights in HUB_WEIGHTS:
+            files = [*HUB_FILES, *weights]
+            folder = Path(
+                snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=files)
             )
-        )
+            if (folder / weights[0]).exists():
+                break
     except Exception as error:  # of huggingface_hub, its HTTP client, its download backend, the file system
         raise CheckpointError(f"{name}: no such folder here, and {_explain(error, revision)}") from error
+    logger.info("%s: %s", name, folder)
+    return folder
 
 
 def _explain(error: Exception, revision: str | None) -> str:
     """Why the hub gave nothing, and what to do about it, in one line."""
+    hub = "the Hugging Face hub"
+    lost = "it is not in the cache while HF_HUB_OFFLINE forbids the network: unset that,"
+    if not constants.HF_HUB_OFFLINE:
+        lost = f"{hub} cannot be reached and the cache lacks it: try again online,"
+    terms = "gives it only to those who accepted its terms: do so there and set HF_TOKEN"
+    private = "knows no such model: check the name, or set HF_TOKEN if it is private"
     elsewhere = "or fetch the model on a machine with a network and give its folder"
-    if isinstance(error, errors.GatedRepoError):
-        return (
-            "the Hugging Face hub gives it only to those who accepted its terms: do so there and set HF_TOKEN"
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "the Hugging Face hub knows no such model: check the name, or set HF_TOKEN if it is private"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"the Hugging Face hub has no revision {revision!r} of this model"
-    if isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
-        return f"it is not in the cache while HF_HUB_OFFLINE forbids the network: unset that, {elsewhere}"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return f"the Hugging Face hub cannot be reached and the cache lacks it: try again online, {elsewhere}"
-    text = " ".join(str(error).split())
-    return f"fetching it from the Hugging Face hub failed ({type(error).__name__}: {text:.300})"
+    reasons: dict[type[Exception], str] = {  # a gated repository's error is a missing one's too
+        errors.GatedRepoError: f"{hub} {terms}",
+        errors.RepositoryNotFoundError: f"{hub} {private}",
+        errors.RevisionNotFoundError: f"{hub} has no revision {revision!r} of this model",
+        errors.LocalEntryNotFoundError: f"{lost} {elsewhere}",
+    }
+    failed = f"fetching it from {hub} failed ({type(error).__name__}: {' '.join(str(error).split()):.300})"
+    return next((reason for kind, reason in reasons.items() if isinstance(error, kind)), failed)

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bertpair.checkpoints.run_folder import RunFolder, WriteCheckpoint
@@ -20,8 +20,8 @@ from bertpair.errors import StoppedError, TrainingError, plain
 from bertpair.evaluation.evaluate import Evaluation
 from bertpair.evaluation.metrics import finite_or_null, is_better
 from bertpair.runtime import peak_memory_gb
-from bertpair.training.setup import Job, digest_of, make_plan
-from bertpair.training.step import SkippedStep, Stepper, loss_weight
+from bertpair.training.setup import Job, Plan, digest_of
+from bertpair.training.step import Stepper, loss_weight
 
 logger = logging.getLogger(__name__)
 
@@ -47,28 +47,19 @@ class Loop:
         job: Job,
         stepper: Stepper,
         folder: RunFolder,
-        *,
         evaluate: Callable[[], Evaluation],
         write_checkpoint: WriteCheckpoint,
     ) -> None:
         self.job, self.stepper, self.folder = job, stepper, folder
         self.evaluate, self.write_checkpoint = evaluate, write_checkpoint
         config = job.config
-        self.stream = BatchStream(
-            padded_lengths(job.train.tokens.lengths, config.pad_to_multiple_of, config.max_seq_length),
-            config.per_device_train_batch_size * config.gradient_accumulation_steps,
-            seed=config.seed,
-            group_by_length=config.group_by_length,
-        )
-        self.plan = make_plan(config, self.stream.num_batches, job.metrics, has_dev=job.dev is not None)
-        self.identity: dict[str, Any] = {  # what else trainer_state.json keeps
-            "data_sha256": job.data_digest,
-            "dev_sha256": None if job.dev is None else digest_of(job.dev),
-            "device": job.device.type,
-            "positive_label": config.positive_label,
-        }
+        lengths = padded_lengths(job.train.tokens.lengths, config.pad_to_multiple_of, config.max_seq_length)
+        rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.stream = BatchStream(lengths, rows, seed=config.seed, group_by_length=config.group_by_length)
+        self.plan = Plan(config, self.stream.num_batches, job.metrics, has_dev=job.dev is not None)
+        self.dev_digest = None if job.dev is None else digest_of(job.dev)
         self.progression = TrainState()
-        self._last_evaluation: tuple[int, Evaluation] | None = None
+        self.last_evaluation: dict[int | None, Evaluation] = {}  # by the step of its weights
         self._saved_step: int | None = None  # this step is on disk already
         self._unlogged: list[int] = []  # skipped steps that metrics.jsonl does not have yet
         weights = stepper.objective.class_weights
@@ -77,27 +68,22 @@ class Loop:
 
     @property
     def is_done(self) -> bool:
-        return self.progression.global_step >= self.plan.total_steps or self._is_out_of_patience
+        state, patience = self.progression, self.job.config.early_stopping_patience
+        is_out_of_patience = patience is not None and state.evaluations_without_improvement >= patience
+        return state.global_step >= self.plan.total_steps or is_out_of_patience
 
     @property
-    def _is_out_of_patience(self) -> bool:
-        patience, waited = self.plan.patience, self.progression.evaluations_without_improvement
-        return patience is not None and waited >= patience
+    def epoch(self) -> float:
+        return round(self.progression.global_step / self.plan.steps_per_epoch, 4)
 
     def log_end(self) -> None:
         """Say why no step is left to do."""
-        done, total = self.progression.global_step, self.plan.total_steps
-        if done >= total:
-            logger.info("step %d of %d: nothing is left to train", done, total)
-        else:
-            logger.info(
-                "step %d of %d: early stopping ended the run after %d evaluations without a better one; "
-                "a larger early_stopping_patience than %d goes on",
-                done,
-                total,
-                self.progression.evaluations_without_improvement,
-                self.plan.patience,
-            )
+        state, patience = self.progression, self.job.config.early_stopping_patience
+        why = "nothing is left to train"
+        if state.global_step < self.plan.total_steps:
+            why = f"early stopping ended the run after {state.evaluations_without_improvement} evaluations "
+            why += f"without a better one; a larger early_stopping_patience than {patience} goes on"
+        logger.info("step %d of %d: %s", state.global_step, self.plan.total_steps, why)
 
     def run(self) -> None:
         """Train to the end of the plan, or until patience runs out.
@@ -117,7 +103,12 @@ class Loop:
                     stop_flag.raise_if_set()
                     self._step()
                     self._after_step()
-                self._check_trained()
+                self._check_verdicts()
+                if self.stepper.meter.mean_loss is None:  # the weights are those of the start
+                    raise TrainingError(
+                        "nothing was trained: every step had a loss or gradient that is not finite; "
+                        + self._skipping_advice()
+                    )
                 if self.plan.save_steps:  # early stopping may end the run at any evaluation
                     self._save()
             except StoppedError as stopped:
@@ -132,9 +123,8 @@ class Loop:
         if self._saved_step is None:
             lost = "the last save failed, and what came after the newest checkpoint is lost"
             return StoppedError(stopped.signum, lost, save_failed=True)
-        place = shlex.quote(str(self.folder.path))
-        go_on = f"saved at step {step}; continue with --resume --output_dir {place}"
-        return StoppedError(stopped.signum, go_on)
+        go_on = f"continue with --resume --output_dir {shlex.quote(str(self.folder.path))}"
+        return StoppedError(stopped.signum, f"saved at step {step}; {go_on}")
 
     def _step(self) -> None:
         _, _, batch_rows = next(self.stream)
@@ -160,40 +150,32 @@ class Loop:
             learning_rate=self.plan.learning_rate(done),
         )
         self.progression.global_step = done + 1
-        self._clock.count(len(batch_rows), sum(batch.num_tokens for batch in micro_batches))
+        self._clock.count(1, len(batch_rows), sum(batch.num_tokens for batch in micro_batches))
         self._progress.advance()
 
     def _after_step(self) -> None:
-        step = self.progression.global_step
-        if self.plan.logs_at(step):
+        step, plan = self.progression.global_step, self.plan
+        intervals, is_last = (plan.logging_steps, plan.eval_steps, plan.save_steps), step == plan.total_steps
+        logs, evaluates, saves = (every > 0 and step % every == 0 for every in intervals)
+        if logs or is_last:
             self._log()
-        elif self.stepper.meter.num_pending >= READ_VERDICTS_EVERY:
+        elif len(self.stepper.meter.pending) >= READ_VERDICTS_EVERY:
             self._check_verdicts()
-        improved = False
-        if self.plan.evaluates_at(step):
-            improved = self._evaluate()
-        if improved or self.plan.saves_at(step):
+        improved = (evaluates or (is_last and plan.eval_steps > 0)) and self._evaluate()
+        if improved or saves:
             self._save()
 
     def _log(self) -> None:
-        reading = self.stepper.meter.read()
-        self._clock.add_wait()
-        step = self.progression.global_step
+        self._check_verdicts()
+        mean_loss, norm = self.stepper.meter.read()
+        step, memory = self.progression.global_step, round(peak_memory_gb(self.stepper.device), 3)
         rate = self.plan.learning_rate(step - 1)
-        record: dict[str, object] = {
-            "step": step,
-            "epoch": self.epoch,
-            "loss": reading.loss,
-            "lr": rate,
-            "grad_norm": reading.grad_norm,
-            **self._clock.rates(),
-            "memory": round(peak_memory_gb(self.stepper.device), 3),
-        }
-        self._report_skipped(reading.skipped)
+        record: dict[str, object] = {"step": step, "epoch": self.epoch, "loss": mean_loss, "lr": rate}
+        record |= {"grad_norm": norm, **self._clock.rates(), "memory": memory}
         if self._unlogged:
             record["skipped_steps"], self._unlogged = self._unlogged, []
         self.folder.append_metrics(record)
-        loss = "-" if reading.loss is None else f"{reading.loss:.4f}"
+        loss = "-" if mean_loss is None else f"{mean_loss:.4f}"
         self._progress.show(loss=loss, lr=f"{rate:.2g}")
         self._progress.line(
             f"step {step}/{self.plan.total_steps}  epoch {self.epoch:.2f}  loss {loss}  lr {rate:.3g}  "
@@ -201,36 +183,19 @@ class Loop:
         )
         self._clock.restart()
 
-    def last_evaluation_of(self, step: int | None) -> Evaluation | None:
-        """The last evaluation, if it was that of the weights after `step`."""
-        last, evaluation = self._last_evaluation or (None, None)
-        return evaluation if last == step else None
-
     def _check_verdicts(self) -> None:
         """Wait for the device and read them; the wait is the steps' time."""
         skipped = self.stepper.meter.verdicts()
-        self._clock.add_wait()
-        self._report_skipped(skipped)
-
-    def _report_skipped(self, skipped: Sequence[SkippedStep]) -> None:
+        self._clock.count()
         for one in skipped:
-            rows = ", ".join(self.job.train.pairs.where(row) for row in one.rows)
-            self._unlogged.append(one.step)
-            logger.warning("step %d skipped: its loss or gradient is not finite; rows: %s", one.step, rows)
-        longest = self.stepper.meter.longest
-        if longest > self.plan.max_skipped_steps:
+            rows = ", ".join(map(self.job.train.pairs.where, one.rows.tolist()))
+            self._unlogged.append(one.number)
+            logger.warning("step %d skipped: its loss or gradient is not finite; rows: %s", one.number, rows)
+        longest, most = self.stepper.meter.longest, self.job.config.max_skipped_steps
+        if longest > most:
             raise TrainingError(
                 f"{longest} steps in a row had a loss or gradient that is not finite "
-                f"(max_skipped_steps {self.plan.max_skipped_steps}); {self._skipping_advice()}"
-            )
-
-    def _check_trained(self) -> None:
-        """TrainingError where no step of the whole run counted: the weights are those of its start."""
-        self._check_verdicts()
-        if self.stepper.meter.mean_loss is None:
-            raise TrainingError(
-                "nothing was trained: every step had a loss or gradient that is not finite; "
-                + self._skipping_advice()
+                f"(max_skipped_steps {most}); {self._skipping_advice()}"
             )
 
     def _skipping_advice(self) -> str:
@@ -238,31 +203,30 @@ class Loop:
 
     def _evaluate(self) -> bool:
         """Evaluate now; True where the watched metric improved."""
-        state, step = self.progression, self.progression.global_step
+        state, step, metric = self.progression, self.progression.global_step, self.plan.metric
         self._check_verdicts()  # or the steps that are queued would count as time of the evaluation
         state.evaluation_pending = True
         started = time.monotonic()
         evaluation = self.evaluate()
         state.evaluation_pending = False
-        self._last_evaluation = (step, evaluation)
+        self.last_evaluation = {step: evaluation}
         figures = {f"eval_{name}": value for name, value in evaluation.figures.items()}
         seconds = round(time.monotonic() - started, 3)
         record = {"step": step, "epoch": self.epoch, **finite_or_null(figures), "eval_seconds": seconds}
         self.folder.append_metrics(record)
-        metric = self.plan.metric
         value = evaluation.metrics[metric]
         improved = is_better(metric, value, state.best_metric)
         if improved:
-            state.best_metric, state.best_step = value, step
-            state.evaluations_without_improvement = 0
+            state.best_metric, state.best_step, state.evaluations_without_improvement = value, step, 0
+            best = "best so far"
         else:
             state.evaluations_without_improvement += 1
-        best = "best so far" if improved else "not finite"
-        if not improved and state.best_metric is not None:
-            best = f"best {state.best_metric:.4f} at step {state.best_step}"
+            best = "not finite"
+            if state.best_metric is not None:
+                best = f"best {state.best_metric:.4f} at step {state.best_step}"
         of = f" of {plain(evaluation.positive_label or '')}" if metric == "f1" else ""
         self._progress.line(f"step {step}  evaluation: {metric}{of} {value:.4f} ({best})")
-        self._clock.restart_timer()
+        self._clock.pass_over()
         return improved
 
     def _save(self) -> None:
@@ -271,16 +235,15 @@ class Loop:
         if step != self._saved_step:
             saved = self.folder.save_checkpoint(step, self.write_checkpoint, self.progression.best_step)
             self._saved_step = step if saved else None
-        self._clock.restart_timer()
-
-    @property
-    def epoch(self) -> float:
-        return round(self.progression.global_step / self.plan.steps_per_epoch, 4)
+        self._clock.pass_over()
 
     def state_dict(self) -> dict[str, Any]:
         """What trainer_state.json keeps: everything a resume needs beside tensors."""
         return {
-            **self.identity,
+            "data_sha256": self.job.data_digest,
+            "dev_sha256": self.dev_digest,
+            "device": self.job.device.type,
+            "positive_label": self.job.config.positive_label,
             **dataclasses.asdict(self.progression),
             "metric": self.plan.metric,
             "epoch": self.epoch,
@@ -291,28 +254,23 @@ class Loop:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave; weights, optimizer and random states are the caller's."""
-        names = [field.name for field in dataclasses.fields(TrainState)]
-        self.progression = TrainState(**{name: state[name] for name in names})
-        self._saved_step = self.progression.global_step
+        """Put back what `state_dict` gave; weights, optimizer and random states are the caller's.
+
+        The best evaluation is forgotten where it is of another metric, or on other rows, than those to come.
+        """
+        known = TrainState(**{field.name: state[field.name] for field in dataclasses.fields(TrainState)})
+        watched = {"metric": self.plan.metric, "dev_sha256": self.dev_digest}
+        if self.plan.metric == "f1":
+            watched["positive_label"] = self.job.config.positive_label
+        has_best = known.best_step is not None and self.dev_digest is not None
+        if has_best and any(state.get(name, value) != value for name, value in watched.items()):
+            logger.warning("another metric or dev set is watched from here on: the best so far starts anew")
+            known = TrainState(known.global_step, evaluation_pending=known.evaluation_pending)
+        self.progression, self._saved_step = known, known.global_step
         self.stream.load_state_dict(state["position"])
         self.stepper.meter.load_state_dict(state["meter"])
         self.stepper.scaler.load_state_dict(state["scaler"])
         self._unlogged = list(state.get("unlogged_skips", []))
-        self._check_watched(state)
-
-    def _check_watched(self, state: Mapping[str, Any]) -> None:
-        """Forget the best evaluation where it is of another metric, or on other rows, than those to come."""
-        if self.progression.best_step is None or self.identity["dev_sha256"] is None:
-            return
-        watched = {"metric": self.plan.metric, "dev_sha256": self.identity["dev_sha256"]}
-        if self.plan.metric == "f1":
-            watched["positive_label"] = self.identity["positive_label"]
-        if any(state.get(name, value) != value for name, value in watched.items()):
-            logger.warning("another metric or dev set is watched from here on: the best so far starts anew")
-            fresh = TrainState(self.progression.global_step)
-            fresh.evaluation_pending = self.progression.evaluation_pending
-            self.progression = fresh
 
 
 class _Clock:
@@ -323,29 +281,21 @@ class _Clock:
 
     def restart(self) -> None:
         self._steps = self._pairs = self._tokens = 0
-        self._seconds = 0.0
-        self.restart_timer()
+        self._seconds, self._last = 0.0, time.monotonic()
 
-    def restart_timer(self) -> None:
+    def pass_over(self) -> None:
         """Leave out the time since the last step."""
         self._last = time.monotonic()
 
-    def add_wait(self) -> None:
-        """Count the time since the last step too: it was spent waiting for the device to do the steps."""
+    def count(self, steps: int = 0, pairs: int = 0, tokens: int = 0) -> None:
+        """Count the time since the last step too; without a step it was spent waiting for the device."""
         now = time.monotonic()
-        self._seconds += now - self._last
-        self._last = now
-
-    def count(self, pairs: int, tokens: int) -> None:
-        self.add_wait()
-        self._steps += 1
+        self._seconds, self._last = self._seconds + now - self._last, now
+        self._steps += steps
         self._pairs += pairs
         self._tokens += tokens
 
     def rates(self) -> dict[str, float]:
-        seconds = max(self._seconds, 1e-9)
-        return {
-            "step_seconds": round(seconds / max(self._steps, 1), 4),
-            "pairs_per_s": round(self._pairs / seconds, 1),
-            "tokens_per_s": round(self._tokens / seconds, 1),
-        }
+        seconds, steps = max(self._seconds, 1e-9), max(self._steps, 1)
+        pairs, tokens = round(self._pairs / seconds, 1), round(self._tokens / seconds, 1)
+        return {"step_seconds": round(seconds / steps, 4), "pairs_per_s": pairs, "tokens_per_s": tokens}

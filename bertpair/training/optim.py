@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from bertpair.errors import CheckpointError, list_faults
 
 STATE = ("exp_avg", "exp_avg_sq", "step")
-
-
 Row = tuple[Tensor, ...]  # a parameter, its gradient, and its state as in STATE
 
 
@@ -52,8 +50,6 @@ class AdamW(torch.optim.Optimizer):
         neither parameters nor moments nor step counts.
         """
         for group in self.param_groups:
-            numbers = {key: group[key] for key in ("lr", "eps", "weight_decay")}
-            numbers["beta1"], numbers["beta2"] = group["betas"]
             alike: dict[tuple[object, ...], list[Row]] = defaultdict(list)
             for param in group["params"]:
                 if param.grad is not None:
@@ -63,7 +59,7 @@ class AdamW(torch.optim.Optimizer):
                     row = (param, param.grad, *(state[kind] for kind in STATE))
                     alike[_has_kernel(row), param.device, param.dtype].append(row)
             for (has_kernel, *_), rows in alike.items():
-                (_fused_update if has_kernel else _plain_update)(rows, grad_scale, found_inf, **numbers)
+                (_fused_update if has_kernel else _plain_update)(rows, group, grad_scale, found_inf)
 
 
 def _fresh_state(param: Tensor) -> dict[str, Tensor]:
@@ -78,28 +74,22 @@ def _has_kernel(row: Row) -> bool:
 
 
 def _fused_update(
-    rows: list[Row], grad_scale: Tensor | None, found_inf: Tensor | None, **numbers: float
+    rows: list[Row], group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
     params, grads, exp_avgs, exp_avg_sqs, steps = map(list, zip(*rows, strict=True))
     torch._foreach_add_(steps, 1)
-    options: dict[str, Any] = {**numbers, "grad_scale": grad_scale, "found_inf": found_inf}
-    options |= {"amsgrad": False, "maximize": False}
+    beta1, beta2 = group["betas"]
+    options = {key: group[key] for key in ("lr", "eps", "weight_decay")} | {"beta1": beta1, "beta2": beta2}
+    options |= {"grad_scale": grad_scale, "found_inf": found_inf, "amsgrad": False, "maximize": False}
     torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], steps, **options)
     if found_inf is not None:  # the kernel skips the rest by itself
         torch._foreach_sub_(steps, [found_inf] * len(steps))
 
 
 def _plain_update(
-    rows: list[Row],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
+    rows: list[Row], group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
+    (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
     for param, grad, exp_avg, exp_avg_sq, step in rows:
         if grad_scale is not None:
             grad = grad / grad_scale
@@ -107,7 +97,7 @@ def _plain_update(
         square.addcmul_(grad, grad, value=1 - beta2)
         exact = count if count.device.type == "mps" else count.double()  # which has no float64
         root = (square / (1 - beta2**exact)).sqrt()
-        new = param * (1 - lr * weight_decay) - lr / (1 - beta1**exact) * mean / (root + eps)
+        new = param * (1 - lr * group["weight_decay"]) - lr / (1 - beta1**exact) * mean / (root + eps)
         for old, updated in ((param, new), (exp_avg, mean), (exp_avg_sq, square), (step, count)):
             old.copy_(updated if found_inf is None else torch.where(found_inf == 1, old, updated))
 
@@ -125,16 +115,13 @@ def state_tensors(optimizer: AdamW, names: Mapping[str, Tensor]) -> dict[str, Te
 def load_state_tensors(optimizer: AdamW, names: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Put back, bitwise, what `state_tensors` gave. CheckpointError lists every entry that does not fit, and
     then nothing has changed."""
-    left = dict(tensors)
-    faults: list[str] = []
-    pairs: list[tuple[Tensor, Tensor]] = []
-    states: dict[Tensor, dict[str, Tensor]] = {}
+    left, states, faults = dict(tensors), {}, []
     updated = {param for group in optimizer.param_groups for param in group["params"]}
     for name, param in names.items():
-        if param not in updated:
+        kinds = [kind for kind in STATE if f"{kind}.{name}" in left and param in updated]
+        if not (found := {kind: left.pop(f"{kind}.{name}") for kind in kinds}):
             continue
-        found = {kind: left.pop(f"{kind}.{name}") for kind in STATE if f"{kind}.{name}" in left}
-        states[param] = _fresh_state(param.detach()) if found else {}
+        states[param] = _fresh_state(param.detach())
         for kind, fresh in states[param].items():
             if kind not in found:
                 faults.append(f"{kind}.{name}: missing")
@@ -142,14 +129,12 @@ def load_state_tensors(optimizer: AdamW, names: Mapping[str, Tensor], tensors: M
                 was, allowed = (f"{each.dtype} {tuple(each.shape)}" for each in (found[kind], fresh))
                 faults.append(f"{kind}.{name}: found {was}; allowed is {allowed}")
             else:
-                pairs.append((fresh, found[kind]))
+                fresh.copy_(found[kind])
     faults += [f"{key}: the optimizer has no such parameter" for key in left]
     if faults:
         raise CheckpointError("optimizer state:\n" + list_faults(faults))
-    for fresh, tensor in pairs:
-        fresh.copy_(tensor)
     optimizer.state.clear()
-    optimizer.state.update({param: state for param, state in states.items() if state})
+    optimizer.state.update(states)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -162,20 +147,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             is_plain = isinstance(module, nn.LayerNorm) or name.endswith("bias")
             if param.requires_grad:
                 (plain if is_plain else decayed)[param] = None
-    groups = [
-        {"params": list(decayed), "weight_decay": weight_decay},
-        {"params": [param for param in plain if param not in decayed], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def num_warmup_steps(warmup_steps: int, warmup_ratio: float, total_steps: int) -> int:
-    """`warmup_steps` where given (above 0), else that share of all steps, rounded up."""
-    return warmup_steps if warmup_steps > 0 else math.ceil(total_steps * warmup_ratio)
+    groups = (list(decayed), weight_decay), ([param for param in plain if param not in decayed], 0.0)
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
 def learning_rate_at(
-    step: int, *, scheduler: str, learning_rate: float, warmup_steps: int, total_steps: int
+    step: int, scheduler: str, learning_rate: float, warmup_steps: int, total_steps: int
 ) -> float:
     """The learning rate of the update that follows `step` updates, as LambdaLR counts: with a warm-up, the
     first update has learning rate 0, as in run_glue. Both constant schedules warm up if asked to."""

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import shlex
 from collections.abc import Collection
-from pathlib import Path
 
 from bertpair.checkpoints.run_folder import RunFolder, RunState, versions
 from bertpair.errors import CheckpointError, ConfigError, list_faults
@@ -15,20 +14,7 @@ from bertpair.training.setup import Job
 
 logger = logging.getLogger(__name__)
 
-Change = tuple[str, object, object]
-RESOLVED = {
-    "amp": "auto",
-    "num_threads": None,
-    "device": "auto",
-    "positive_label": None,
-}  # these mean: as it was
-
-
-def name_output_dir(config: Config) -> Config:
-    """The settings with output_dir filled in, where a resume names a checkpoint and nothing else."""
-    if config.resume in (False, "auto") or config.output_dir is not None:
-        return config
-    return config.model_copy(update={"output_dir": str(Path(str(config.resume)).absolute().parent)})
+RESOLVED = {"amp": "auto", "num_threads": None, "device": "auto", "positive_label": None}  # mean: as it was
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +46,16 @@ def find_start(config: Config, explicit: Collection[str], folder: RunFolder) -> 
             return Start(merged, finished=finished)
     start = folder.find_resume(str(config.resume))
     if finished is not None:
-        _say_where_it_goes_on(finished, start)
+        ended = finished.state["global_step"]
+        if start is None:
+            raise CheckpointError(
+                f"{finished.folder}: the run is finished at step {ended} and has no checkpoint to go on from "
+                f"(save_steps was 0); start a new run from its weights with {_weights_of(finished)} "
+                "and another --output_dir"
+            )
+        if (step := start.state["global_step"]) != ended:
+            said = "the run ended at step %d; its newest checkpoint is of step %d, and it goes on from there"
+            logger.warning(said, ended, step)
     if start is None:
         folder.check_new(overwrite=folder.may_start_over(), instead_of_resume=True)
         logger.info("%s: no checkpoint to resume from: starting at step 0", folder.path)
@@ -79,24 +74,13 @@ def _ending(config: Config) -> dict[str, object]:
     return {**values, "do_eval": config.runs_evaluation, "eval_steps": config.eval_interval}
 
 
-def _say_where_it_goes_on(finished: RunState, start: RunState | None) -> None:
-    """CheckpointError where a finished run that is to go on has left no checkpoint."""
-    ended = finished.state["global_step"]
-    if start is None:
-        raise CheckpointError(
-            f"{finished.folder}: the run is finished at step {ended} and has no checkpoint to go on from "
-            "(save_steps was 0); start a new run from its weights with "
-            f"--model_name_or_path {shlex.quote(str(finished.folder))} and another --output_dir"
-        )
-    if start.state["global_step"] != ended:
-        logger.warning(
-            "the run ended at step %d; its newest checkpoint is of step %d, and it goes on from there",
-            ended,
-            start.state["global_step"],
-        )
+def _weights_of(run: RunState) -> str:
+    return f"--model_name_or_path {shlex.quote(str(run.folder))}"
 
 
-def merge_settings(config: Config, explicit: Collection[str], run: RunState) -> tuple[Config, list[Change]]:
+def merge_settings(
+    config: Config, explicit: Collection[str], run: RunState
+) -> tuple[Config, list[tuple[str, object, object]]]:
     """The run's own settings overlaid with the `explicit` ones, and what changed that a resume minds.
 
     Raises ConfigError naming every refused change with both values, and what to do about it.
@@ -106,39 +90,31 @@ def merge_settings(config: Config, explicit: Collection[str], run: RunState) -> 
     given = {name: value for name, value in now.items() if name not in RESOLVED or value != RESOLVED[name]}
     merged = old.model_copy(update={**given, "overwrite_output_dir": False})
     changes = [change for change in changed_settings(old, merged) if SETTINGS[change[0]].resume != "free"]
-    new_run = f"start a new run from the weights: --model_name_or_path {shlex.quote(str(run.folder))}"
-    _refuse("never", changes, run, f"a resume cannot change this; {new_run}")
-    if not config.resume_anyway:
-        _refuse("anyway", changes, run, "--resume_anyway accepts this")
+    refused = {
+        "never": f"a resume cannot change this; start a new run from the weights: {_weights_of(run)}",
+        "anyway": "--resume_anyway accepts this",
+    }
+    for rule, advice in refused.items():
+        differing = [change for change in changes if SETTINGS[change[0]].resume == rule]
+        if differing and not (rule == "anyway" and config.resume_anyway):
+            faults = [f"{name}: the run has {was!r}, found {new!r}" for name, was, new in differing]
+            differ = f"{run.folder}: these settings differ from the run's"
+            raise ConfigError(f"{differ}\n{list_faults(faults)}\n{advice}")
     return check_config(merged), changes
 
 
-def _refuse(rule: str, changes: list[Change], run: RunState, advice: str) -> None:
-    """ConfigError where settings of this rule have changed."""
-    faults = [
-        f"{name}: the run has {old!r}, found {new!r}"
-        for name, old, new in changes
-        if SETTINGS[name].resume == rule
-    ]
-    if faults:
-        differ = f"{run.folder}: these settings differ from the run's"
-        raise ConfigError(f"{differ}\n{list_faults(faults)}\n{advice}")
+def check_same_run(job: Job, run: RunState) -> None:
+    """CheckpointError unless the training rows, as the model sees them, are those of the run.
 
-
-def check_same_data(job: Job, resumed_from: RunState) -> None:
-    """CheckpointError unless the training rows, as the model sees them, are those of the run."""
-    if resumed_from.state.get("data_sha256") != job.data_digest:
+    Says so where device or versions are others than before: the run then ends alike to rounding only.
+    """
+    if run.state.get("data_sha256") != job.data_digest:
         raise CheckpointError(
-            f"{resumed_from.folder}: the training data (or how it is read) has changed since this "
-            "checkpoint; a resume needs the same rows. To train on from its weights, start a new run with "
-            f"--model_name_or_path {shlex.quote(str(resumed_from.folder))} and another --output_dir"
+            f"{run.folder}: the training data (or how it is read) has changed since this checkpoint; "
+            "a resume needs the same rows. To train on from its weights, start a new run with "
+            f"{_weights_of(run)} and another --output_dir"
         )
-
-
-def warn_of_other_machine(job: Job, resumed_from: RunState) -> None:
-    """Say so where device or versions are others than before: the run then ends alike to rounding only."""
-    then = {"device": resumed_from.state.get("device"), **resumed_from.manifest.versions}
-    now = {"device": job.device.type, **versions()}
-    for name, found in now.items():
+    then = {"device": run.state.get("device"), **run.manifest.versions}
+    for name, found in {"device": job.device.type, **versions()}.items():
         if then.get(name, found) != found:
             logger.warning("%s was %s, is now %s; results then agree to rounding", name, then[name], found)

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from bertpair.data.source import Source, resolve_source
 from bertpair.data.tokenizer import Tokenizer
 from bertpair.errors import ConfigError
 from bertpair.model.bert import BertClassifier
-from bertpair.model.compact_vocabulary import CompactTable, compact_id, compact_model, remap
+from bertpair.model.compact_vocabulary import CompactTable, compact_model
 from bertpair.model.config import ModelFolder, check_pairs, label_order, read_folder
 from bertpair.model.pretrained import load_model, resolve_folder
 from bertpair.runtime import (
@@ -34,7 +35,7 @@ from bertpair.runtime import (
 )
 from bertpair.settings.config import Config
 from bertpair.settings.tasks import measured_metrics
-from bertpair.training.optim import learning_rate_at, num_warmup_steps
+from bertpair.training.optim import learning_rate_at
 from bertpair.training.step import Objective
 
 logger = logging.getLogger(__name__)
@@ -65,16 +66,19 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
 
     Raises ConfigError, DataError or CheckpointError for whatever does not fit; writes nothing.
     """
-    device = _set_up_machine(config)
+    set_threads(config.num_threads)
+    keep_freed_memory()
+    set_deterministic(config.deterministic)
+    device = resolve_device(config.device)
+    reset_peak_memory(device)
     source = resolve_source(config)
-    folder = _open_model(config) if resumed_from is None else read_folder(resumed_from.folder)
+    folder = read_folder(resumed_from.folder) if resumed_from else _open_model(config)
     train_pairs, dev_pairs, labels = _read_pairs(config, source, folder)
     if train_pairs.text_b is not None:
         check_pairs(folder, " (text_b_column: null)")
     positive = source.positive_label(labels, config.positive_label)
     _check_watched(config, labels, has_dev=dev_pairs is not None)
-    tokenizer = _read_tokenizer(config, folder, resumed_from)
-    _check_positions(config, folder)
+    tokenizer = _read_tokenizer(config, folder, is_new=resumed_from is None)
     cut = config.max_seq_length
     train = make_split(train_pairs, labels, tokenizer, cut, name="train")
     dev = None if dev_pairs is None else make_split(dev_pairs, labels, tokenizer, cut, name="dev")
@@ -82,25 +86,24 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
     digest, pad_id, table = digest_of(train), tokenizer.pad_id, None
     weights = class_weight_tensor(config.class_weights, labels, train)
     with explain_memory(device):
+        num_labels, new_head = 1 if labels is None else len(labels), config.new_head and resumed_from is None
         model, notes = load_model(
-            folder,
-            num_labels=1 if labels is None else len(labels),
-            new_head=config.new_head and resumed_from is None,
-            from_scratch=config.from_scratch,
+            folder, num_labels=num_labels, new_head=new_head, from_scratch=config.from_scratch
         )
         for line in (*source.notes, *notes):
             logger.info("%s", line)
-        precision = _resolve_precision(config, folder, device)
+        precision = resolve_precision(config.amp, device, hidden_size=folder.config.hidden_size)
+        said = "device %s, %d threads, amp %s (%s)"
+        logger.info(said, device, torch.get_num_threads(), precision.name, precision.reason)
         if config.compact_vocabulary:
             table = compact_model(model, [each.tokens for each in (train, dev) if each is not None], pad_id)
-            train, pad_id = _renumbered(train, table), compact_id(pad_id, table.used)
-            dev = None if dev is None else _renumbered(dev, table)
+            pad_id, train = table.pad_id, dataclasses.replace(train, tokens=table.remap(train.tokens))
+            dev = None if dev is None else dataclasses.replace(dev, tokens=table.remap(dev.tokens))
         model = model.to(device)
         weights = None if weights is None else weights.to(device)
+    settled = {"amp": precision.name, "num_threads": torch.get_num_threads(), "positive_label": positive}
     return Job(
-        config=config.model_copy(
-            update={"amp": precision.name, "num_threads": torch.get_num_threads(), "positive_label": positive}
-        ),
+        config=config.model_copy(update=settled),
         model=model,
         folder=folder,
         tokenizer=tokenizer,
@@ -126,25 +129,11 @@ def digest_of(split: Split) -> str:
     return digest.hexdigest()
 
 
-def _renumbered(split: Split, table: CompactTable) -> Split:
-    return dataclasses.replace(split, tokens=remap(split.tokens, table.used, len(table.full)))
-
-
-def _set_up_machine(config: Config) -> torch.device:
-    set_threads(config.num_threads)
-    keep_freed_memory()
-    set_deterministic(config.deterministic)
-    device = resolve_device(config.device)
-    reset_peak_memory(device)
-    return device
-
-
 def _open_model(config: Config) -> ModelFolder:
+    hub: dict[str, Any] = {"revision": config.revision, "cache_dir": config.cache_dir}
+    named = config.config_name and resolve_folder(config.config_name, **hub)
     assert config.model_name_or_path is not None
-    revision, cache_dir = config.revision, config.cache_dir
-    named = config.config_name and resolve_folder(config.config_name, revision=revision, cache_dir=cache_dir)
-    name = config.model_name_or_path
-    return open_model(name, revision=revision, cache_dir=cache_dir, config_name=named)
+    return open_model(config.model_name_or_path, config_name=named, **hub)
 
 
 def _read_pairs(
@@ -152,12 +141,11 @@ def _read_pairs(
 ) -> tuple[Pairs, Pairs | None, tuple[str, ...] | None]:
     """Training pairs, dev pairs and the labels in the model's order; says what the two sets share."""
     train = source.read(source.train_files, source.columns, source.labels, "max_train_samples")
-    labels = source.training_labels(train)
+    labels, dev = source.training_labels(train), None
     if labels is not None:
         labels = label_order(folder, labels, new_head=config.new_head, given=config.labels is not None)
         for warning in label_warnings(labels):
             logger.warning("%s", warning)
-    dev = None
     if source.dev_files and config.runs_evaluation:
         columns = dataclasses.replace(source.columns, header=train.header)
         dev = source.read(source.dev_files, columns, labels)
@@ -182,33 +170,15 @@ def _check_watched(config: Config, labels: Sequence[str] | None, *, has_dev: boo
             logger.warning("%s has no effect: there is no dev file to evaluate on", name)
 
 
-def _read_tokenizer(config: Config, folder: ModelFolder, resumed_from: RunState | None) -> Tokenizer:
-    path = folder.path
-    if config.tokenizer_name is not None and resumed_from is None:
+def _read_tokenizer(config: Config, folder: ModelFolder, *, is_new: bool) -> Tokenizer:
+    path, cut, positions = folder.path, config.max_seq_length, folder.config.max_position_embeddings
+    if config.tokenizer_name is not None and is_new:
         path = resolve_folder(config.tokenizer_name, revision=config.revision, cache_dir=config.cache_dir)
-    return Tokenizer.from_folder(
-        path, do_lower_case=config.do_lower_case, word_table=folder.config.vocab_size
-    )
-
-
-def _check_positions(config: Config, folder: ModelFolder) -> None:
-    positions = folder.config.max_position_embeddings
-    if config.max_seq_length > positions:
-        raise ConfigError(
-            f"max_seq_length: found {config.max_seq_length}; {folder.path} has {positions} positions"
-        )
-
-
-def _resolve_precision(config: Config, folder: ModelFolder, device: torch.device) -> Precision:
-    precision = resolve_precision(config.amp, device, hidden_size=folder.config.hidden_size)
-    logger.info(
-        "device %s, %d threads, amp %s (%s)",
-        device,
-        torch.get_num_threads(),
-        precision.name,
-        precision.reason,
-    )
-    return precision
+    words, lower = folder.config.vocab_size, config.do_lower_case
+    tokenizer = Tokenizer.from_folder(path, do_lower_case=lower, word_table=words)
+    if cut > positions:
+        raise ConfigError(f"max_seq_length: found {cut}; {folder.path} has {positions} positions")
+    return tokenizer
 
 
 def class_weight_tensor(
@@ -219,42 +189,38 @@ def class_weight_tensor(
         return None
     if labels is None:
         raise ConfigError("class_weights: a regression has no classes")
-    if setting == "balanced":
+    if isinstance(setting, str):
         assert train.targets is not None
         counts = torch.bincount(torch.from_numpy(train.targets), minlength=len(labels)).double()
         if not counts.all():
             raise ConfigError("class_weights balanced: a label without a training row has no weight")
         return (len(train) / (len(labels) * counts)).float()
-    assert isinstance(setting, dict)
     if set(setting) != set(labels):
-        raise ConfigError(
-            f"class_weights: found weights for {', '.join(setting)}; the labels are {', '.join(labels)}"
-        )
+        found, allowed = ", ".join(setting), ", ".join(labels)
+        raise ConfigError(f"class_weights: found weights for {found}; the labels are {allowed}")
     return torch.tensor([setting[label] for label in labels], dtype=torch.float32)
 
 
-@dataclasses.dataclass(frozen=True)
 class Plan:
-    """When things happen, in optimizer steps."""
+    """When the run logs, evaluates, saves and ends, in optimizer steps."""
 
-    total_steps: int
-    steps_per_epoch: int
-    learning_rate: Callable[[int], float]  # updates done before → the next one's rate
-    logging_steps: int  # 0: only the last step
-    save_steps: int  # 0: none but what evaluation asks for
-    eval_steps: int  # 0: no evaluation within training
-    metric: str
-    patience: int | None
-    max_skipped_steps: int
+    def __init__(
+        self, config: Config, steps_per_epoch: int, metrics: Sequence[str], *, has_dev: bool
+    ) -> None:
+        self.config, self.steps_per_epoch = config, steps_per_epoch
+        epochs = math.ceil(config.num_train_epochs * steps_per_epoch)
+        self.total_steps = config.max_steps if config.max_steps > 0 else epochs
+        self.logging_steps = max(0, config.logging_steps)  # 0: only the last step
+        self.save_steps = max(0, config.save_steps)  # 0: none but what evaluation asks for
+        every = {"no": 0, "epoch": steps_per_epoch, "steps": config.eval_interval or 0}
+        self.eval_steps = every[config.eval_strategy] if has_dev else 0  # 0: no evaluation within training
+        self.metric = config.metric_for_best_model or metrics[0]
 
-    def logs_at(self, step: int) -> bool:
-        return step == self.total_steps or (self.logging_steps > 0 and step % self.logging_steps == 0)
-
-    def evaluates_at(self, step: int) -> bool:
-        return self.eval_steps > 0 and (step == self.total_steps or step % self.eval_steps == 0)
-
-    def saves_at(self, step: int) -> bool:
-        return self.save_steps > 0 and step % self.save_steps == 0
+    def learning_rate(self, done: int) -> float:
+        """The rate of the update that follows `done` others."""
+        config, total = self.config, self.total_steps
+        warmup = config.warmup_steps or math.ceil(total * config.warmup_ratio)
+        return learning_rate_at(done, config.lr_scheduler_type, config.learning_rate, warmup, total)
 
     def checkpoints_kept(self, limit: int | None) -> int:
         """How many checkpoints the run is sure to keep: those of save_steps up to `limit`, and a best one."""
@@ -262,27 +228,3 @@ class Plan:
         if not self.eval_steps:
             return regular if limit is None else min(limit, regular)
         return max(1, regular) if limit is None else min(limit, regular) + 1
-
-
-def make_plan(config: Config, steps_per_epoch: int, metrics: Sequence[str], *, has_dev: bool) -> Plan:
-    """When the run logs, evaluates, saves and ends, in optimizer steps."""
-    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
-    warmup = num_warmup_steps(config.warmup_steps, config.warmup_ratio, total)
-    every = {"no": 0, "epoch": steps_per_epoch, "steps": config.eval_interval or 0}[config.eval_strategy]
-    return Plan(
-        total_steps=total,
-        steps_per_epoch=steps_per_epoch,
-        learning_rate=lambda step: learning_rate_at(
-            step,
-            scheduler=config.lr_scheduler_type,
-            learning_rate=config.learning_rate,
-            warmup_steps=warmup,
-            total_steps=total,
-        ),
-        logging_steps=max(0, config.logging_steps),
-        save_steps=max(0, config.save_steps),
-        eval_steps=every if has_dev else 0,
-        metric=config.metric_for_best_model or metrics[0],
-        patience=config.early_stopping_patience,
-        max_skipped_steps=config.max_skipped_steps,
-    )

@@ -8,7 +8,8 @@ are read with the running sums, at logging steps and before saves.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertpair.data.batching import Batch
+from bertpair.data.batching import Batch, Rows
 from bertpair.model.bert import BertClassifier
 from bertpair.runtime import LossScaler, Precision
 from bertpair.training.optim import AdamW, clip_scale, gradient_norm
@@ -49,28 +50,11 @@ def loss_weight(targets: npt.NDArray[np.generic], class_weights: npt.ArrayLike |
 
 
 @dataclasses.dataclass(frozen=True)
-class SkippedStep:
-    """A step whose loss or gradient was not finite, and the row numbers of its pairs."""
+class Step:
+    """One step: its number, the rows of its pairs, its learning rate, and the verdicts on the device."""
 
-    step: int
-    rows: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """What the steps since the last reading did."""
-
-    loss: float | None  # mean over the steps that counted; None where none did
-    grad_norm: float | None  # of the last step, before clipping; None where it was not finite
-    skipped: tuple[SkippedStep, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pending:
-    """A step whose verdict is still on the device."""
-
-    step: int
-    rows: npt.NDArray[np.int64]
+    number: int
+    rows: Rows
     learning_rate: float
     skipped: Tensor  # bool: to be counted and named
     unchanged: Tensor  # bool: the weights stayed as they were, for that reason or an fp16 overflow
@@ -87,48 +71,42 @@ class Meter:
         self.longest = 0  # the longest row of skipped steps in the last verdicts
         self.num_skipped = 0
         self.applied_rates: list[float] = []  # of the steps that changed the weights; their user clears it
-        self._pending: list[_Pending] = []
-        self._norm: Tensor | None = None
+        self.pending: list[Step] = []  # those whose verdict nobody has read yet
+        self._norm = torch.tensor(float("nan"))
 
-    def add(self, pending: _Pending, loss: Tensor, norm: Tensor) -> None:
+    def add(self, step: Step, loss: Tensor, norm: Tensor) -> None:
         """Note one step; `loss` and `norm` are scalars on the device."""
-        counted = ~(pending.skipped | ~torch.isfinite(loss))
+        counted = ~(step.skipped | ~torch.isfinite(loss))
         one = torch.stack([torch.where(counted, loss, torch.zeros_like(loss)), counted.to(loss.dtype)])
         self.window += one
         self.total += one
         self._norm = norm
-        self._pending.append(pending)
+        self.pending.append(step)
 
-    @property
-    def num_pending(self) -> int:
-        """Steps whose verdict nobody has read yet."""
-        return len(self._pending)
-
-    def verdicts(self) -> tuple[SkippedStep, ...]:
+    def verdicts(self) -> tuple[Step, ...]:
         """Wait for the device and return the steps skipped since the last call; keeps `in_a_row` true."""
-        if not self._pending:
+        if not self.pending:
             return ()
-        flags = torch.stack([torch.stack([p.skipped, p.unchanged]) for p in self._pending]).tolist()
+        flags = torch.stack([torch.stack([step.skipped, step.unchanged]) for step in self.pending]).tolist()
         skipped = []
         self.longest = self.in_a_row
-        for pending, (is_skipped, is_unchanged) in zip(self._pending, flags, strict=True):
+        for step, (is_skipped, is_unchanged) in zip(self.pending, flags, strict=True):
             self.in_a_row = self.in_a_row + 1 if is_skipped else 0
             self.longest = max(self.longest, self.in_a_row)
             if is_skipped:
-                skipped.append(SkippedStep(pending.step, tuple(pending.rows.tolist())))
+                skipped.append(step)
             if not is_unchanged:
-                self.applied_rates.append(pending.learning_rate)
-        self._pending.clear()
+                self.applied_rates.append(step.learning_rate)
+        self.pending.clear()
         self.num_skipped += len(skipped)
         return tuple(skipped)
 
-    def read(self) -> Reading:
-        """Wait for the device, return the window's figures and start a new window."""
-        skipped = self.verdicts()
-        loss, steps = self.window.tolist()
-        norm = float("nan") if self._norm is None else self._norm.item()
+    def read(self) -> tuple[float | None, float | None]:
+        """The mean loss of the steps that counted since the last reading, and the last step's gradient norm
+        before clipping; None where there is none that is finite. Call `verdicts` first."""
+        norm, (loss, steps) = self._norm.item(), self.window.tolist()
         self.window.zero_()
-        return Reading(loss / steps if steps else None, norm if np.isfinite(norm) else None, skipped)
+        return loss / steps if steps else None, norm if np.isfinite(norm) else None
 
     @property
     def mean_loss(self) -> float | None:
@@ -136,20 +114,15 @@ class Meter:
         loss, steps = self.total.tolist()
         return loss / steps if steps else None
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Numbers that JSON keeps exactly. Call `verdicts` first."""
-        return {
-            "window": self.window.tolist(),
-            "total": self.total.tolist(),
-            "in_a_row": self.in_a_row,
-            "num_skipped": self.num_skipped,
-        }
+        counts = {"in_a_row": self.in_a_row, "num_skipped": self.num_skipped}
+        return {"window": self.window.tolist(), "total": self.total.tolist(), **counts}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        self.window.copy_(torch.tensor(state["window"], dtype=self.window.dtype))
-        self.total.copy_(torch.tensor(state["total"], dtype=self.total.dtype))
-        self.in_a_row = int(str(state["in_a_row"]))
-        self.num_skipped = int(str(state["num_skipped"]))
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for sums, stored in ((self.window, state["window"]), (self.total, state["total"])):
+            sums.copy_(torch.tensor(stored, dtype=sums.dtype))
+        self.in_a_row, self.num_skipped = state["in_a_row"], state["num_skipped"]
 
 
 class Stepper:
@@ -164,36 +137,21 @@ class Stepper:
         device: torch.device,
         precision: Precision,
         max_grad_norm: float,
-        reduce_gradients: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.objective = objective
-        self.device = device
-        self.precision = precision
+        self.model, self.optimizer, self.objective = model, optimizer, objective
+        self.device, self.precision = device, precision
         self.scaler = LossScaler(precision.name == "fp16", device)
         self.meter = Meter(device)
         self._max_grad_norm = max_grad_norm
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._reduce = reduce_gradients  # sums gradients (and the loss) over processes
 
     def step(
-        self,
-        number: int,
-        rows: npt.NDArray[np.int64],
-        micro_batches: Iterable[Batch],
-        *,
-        denominator: float,
-        learning_rate: float,
+        self, number: int, rows: Rows, batches: Iterable[Batch], *, denominator: float, learning_rate: float
     ) -> None:
-        """Do step `number` on `rows`, cut into `micro_batches`; `denominator` is the weight of all rows."""
-        loss = self._backward(micro_batches, denominator)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if self._reduce is not None:
-            self._reduce([loss, *gradients])
+        """Do step `number` on `rows`, cut into `batches`; `denominator` is the weight of all rows."""
+        loss = self._backward(batches, denominator)
         norm = gradient_norm(self._parameters) / self.scaler.scale
-        finite = torch.isfinite(norm)
-        found_inf = (~(finite & torch.isfinite(loss))).to(torch.float32)
+        found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).to(torch.float32)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         divisor = clip_scale(norm, self._max_grad_norm, self.scaler.scale)
@@ -204,14 +162,13 @@ class Stepper:
         helpless = self.scaler.scale <= self.scaler.FLOOR
         skipped = ~torch.isfinite(loss) | (found_inf.bool() & helpless)
         self.scaler.update(found_inf)
-        pending = _Pending(number, rows, learning_rate, skipped, found_inf.bool())
-        self.meter.add(pending, loss, norm)
+        self.meter.add(Step(number, rows, learning_rate, skipped, found_inf.bool()), loss, norm)
 
-    def _backward(self, micro_batches: Iterable[Batch], denominator: float) -> Tensor:
+    def _backward(self, batches: Iterable[Batch], denominator: float) -> Tensor:
         total = torch.zeros((), device=self.device)
-        # One context a step: it keeps the converted weights for all micro-batches.
+        # One context a step: it keeps the converted weights for all batches.
         with self.precision.autocast(self.device):
-            for host_batch in micro_batches:
+            for host_batch in batches:
                 batch = host_batch.to(self.device)
                 assert batch.targets is not None
                 logits = self.model(batch.input_ids, batch.token_type_ids, batch.attention_mask)

@@ -10,8 +10,9 @@ import contextlib
 import dataclasses
 import logging
 import shlex
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ from bertpair.settings.config import TRAINING_ARGS, Config, check_config, dump_y
 from bertpair.training.loop import Loop
 from bertpair.training.optim import AdamW, load_state_tensors, parameter_groups
 from bertpair.training.optim import state_tensors as optimizer_tensors
-from bertpair.training.resume import check_same_data, find_start, name_output_dir, warn_of_other_machine
+from bertpair.training.resume import check_same_run, find_start
 from bertpair.training.setup import Job, prepare
 from bertpair.training.step import Stepper
 
@@ -61,9 +62,9 @@ class TrainResult:
 
     def summary(self) -> dict[str, object]:
         """The values of train.py's last line."""
-        values = dataclasses.asdict(self)
+        values = {**dataclasses.asdict(self), "metrics": finite_or_null(self.metrics)}
         del values["save_failed"]
-        return {**values, "metrics": finite_or_null(self.metrics)}
+        return values
 
 
 def train(
@@ -82,7 +83,8 @@ def train(
     config = check_config(config, training=not config.resume)
     for note in notes:
         logger.info("%s", note)
-    config = name_output_dir(config)
+    if config.output_dir is None and config.resume != "auto":  # it names a checkpoint and nothing else
+        config = config.model_copy(update={"output_dir": str(Path(str(config.resume)).absolute().parent)})
     with contextlib.closing(RunFolder(Path(str(config.output_dir)))) as folder:
         start = find_start(config, given, folder)
         if start.finished is not None and start.checkpoint is None:
@@ -106,37 +108,24 @@ class _Run:
 
     def __init__(self, job: Job, start: RunState | None, folder: RunFolder) -> None:
         self.job, self.start, self.folder = job, start, folder
-        config = job.config
-        names = dict(job.model.named_parameters())
-        optimizer = AdamW(
-            parameter_groups(job.model, config.weight_decay),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        )
+        config, model, device, precision = job.config, job.model, job.device, job.precision
+        self.names = dict(model.named_parameters())
+        self.used = {} if job.table is None else {USED_IDS: job.table.used}
+        betas, decay, cut = (config.adam_beta1, config.adam_beta2), config.weight_decay, config.max_seq_length
+        groups = parameter_groups(model, decay)
+        self.optimizer = AdamW(groups, config.learning_rate, betas, config.adam_epsilon, decay)
         self.stepper = Stepper(
-            job.model,
-            optimizer,
+            model,
+            self.optimizer,
             job.objective,
-            device=job.device,
-            precision=job.precision,
+            device=device,
+            precision=precision,
             max_grad_norm=config.max_grad_norm,
         )
-        self.scorer = Scorer(
-            job.model,
-            job.pad_id,
-            job.device,
-            job.precision,
-            config.max_seq_length,
-            max_batch_tokens=config.per_device_eval_batch_size * config.max_seq_length,
-            pad_to_multiple_of=config.pad_to_multiple_of,
-        )
-        self.optimizer, self.names = optimizer, names
-        self._put_back: Callable[[], None] = lambda: None  # the last weights, once the best are loaded
-        self.loop = Loop(
-            job, self.stepper, folder, evaluate=self._evaluate, write_checkpoint=self._write_checkpoint
-        )
+        budget = config.per_device_eval_batch_size * cut
+        self.scorer = Scorer(model, job.pad_id, device, precision, cut, budget, config.pad_to_multiple_of)
+        self.loop = Loop(job, self.stepper, folder, self._evaluate, self._write_checkpoint)
+        self._last: tuple[dict[str, Tensor], Tensor | None] | None = None  # weights, once the best are loaded
         if start is not None:
             self._restore(start)
 
@@ -146,34 +135,24 @@ class _Run:
         return evaluate_split(self.scorer, job.dev, job.labels, positive_label=positive, label="dev")
 
     def _restore(self, start: RunState) -> None:
-        check_same_data(self.job, start)
-        warn_of_other_machine(self.job, start)
+        check_same_run(self.job, start)
         tensors = start.optimizer_tensors()
-        used, stored = self._used_ids().get(USED_IDS), tensors.pop(USED_IDS, None)
-        if (used is None) != (stored is None) or (
-            used is not None and stored is not None and not torch.equal(used, stored)
-        ):
+        used, stored = self.used.get(USED_IDS), tensors.pop(USED_IDS, None)
+        if used is not stored and (used is None or stored is None or not torch.equal(used, stored)):
             raise CheckpointError(f"{start.folder}: compact_vocabulary: the data now uses other words")
-        random = {name: tensors.pop(name) for name in list(tensors) if name.startswith(RANDOM)}
+        states = [name for name in tensors if name.startswith(RANDOM)]
+        random = {name.removeprefix(RANDOM): tensors.pop(name) for name in states}
         load_state_tensors(self.optimizer, self.names, tensors)
         self.loop.load_state_dict(start.state)
-        states = {name.removeprefix(RANDOM): tensor for name, tensor in random.items()}
-        restore_random_state(states, self.job.device)  # last: nothing may draw after it
-
-    def _used_ids(self) -> dict[str, Tensor]:
-        return {} if self.job.table is None else {USED_IDS: torch.from_numpy(self.job.table.used)}
+        restore_random_state(random, self.job.device)  # last: nothing may draw after it
 
     def run(self) -> TrainResult:
         trained = sum(p.numel() * p.element_size() for p in self.names.values())
         table, limit = self.job.table, self.job.config.save_total_limit
         left_out = 0 if table is None else (len(table.full) - len(table.used)) * table.full[0].nbytes
-        self.folder.begin(
-            self.start,
-            num_kept=self.loop.plan.checkpoints_kept(limit),
-            save_total_limit=limit,
-            weights_bytes=trained + left_out,
-            optimizer_bytes=2 * trained,
-        )
+        sizes = {"weights_bytes": trained + left_out, "optimizer_bytes": 2 * trained}
+        kept = self.loop.plan.checkpoints_kept(limit)
+        self.folder.begin(self.start, num_kept=kept, save_total_limit=limit, **sizes)
         try:
             self.loop.run()
             return self._finish()
@@ -187,9 +166,8 @@ class _Run:
         """What ran out of memory, which settings make it less, and what of the work stands."""
         config, step = self.job.config, self.loop.progression.global_step
         batch, groups = config.per_device_train_batch_size, config.gradient_accumulation_steps
-        found = self.folder.newest_whole()
         kept = "no checkpoint has been written"
-        if found is not None:
+        if found := self.folder.newest_whole():
             place = shlex.quote(str(found))
             kept = f"{found.name} stands: a new run with --model_name_or_path {place} starts from its weights"
         return (
@@ -201,40 +179,29 @@ class _Run:
 
     def _finish(self) -> TrainResult:
         """Choose the weights, measure them, and write the final folder."""
-        source, step, evaluation = self._measured()
-        result = TrainResult(
-            output_dir=str(self.folder.path),
-            global_step=self.loop.progression.global_step,
-            epoch=self.loop.epoch,
-            train_loss=self.stepper.meter.mean_loss,
-            best_metric=self.loop.progression.best_metric,
-            metrics={} if evaluation is None else evaluation.figures,
-        )
-        state = {**self.loop.state_dict(), "weights": source, "weights_step": step}
-        state["result"] = {**result.summary(), "output_dir": None}
-        self.folder.write_final(self._write_model, state, self._result_files(evaluation))
-        return dataclasses.replace(result, save_failed=self.folder.save_failed)
-
-    def _measured(self) -> tuple[str, int | None, Evaluation | None]:
-        """The weights chosen (best or last), their step, and how they do on the dev rows.
-
-        A stop here loses nothing either: the last weights are saved, put back first if need be.
-        """
-        progression = self.loop.progression
+        job, loop, state = self.job, self.loop, self.loop.progression
         try:
             stop_flag.raise_if_set()
-            source = self._load_best() if self.job.config.load_best_model_at_end else "last"
-            step = progression.best_step if source == "best" else progression.global_step
-            if self.job.dev is None:
-                return source, step, None
-            return source, step, self.loop.last_evaluation_of(step) or self._evaluate()
-        except StoppedError as stopped:
+            source = self._load_best() if job.config.load_best_model_at_end else "last"
+            step = state.best_step if source == "best" else state.global_step
+            evaluation = None if job.dev is None else loop.last_evaluation.get(step) or self._evaluate()
+        except StoppedError as stopped:  # nothing is lost: the last weights are saved
             self._put_back()
-            raise self.loop.kept(stopped) from None
+            raise loop.kept(stopped) from None
+        records = self.folder.read_metrics()
+        files = {"curves.png": draw_curves(records, loop.plan.metric)} if records else {}
+        if evaluation is not None and job.dev is not None:
+            files |= result_files(evaluation, job.dev, job.labels)
+        measured, folder = {} if evaluation is None else evaluation.figures, str(self.folder.path)
+        mean_loss, best = self.stepper.meter.mean_loss, state.best_metric
+        result = TrainResult(folder, state.global_step, loop.epoch, mean_loss, best, measured)
+        said = {"weights": source, "weights_step": step, "result": {**result.summary(), "output_dir": None}}
+        self.folder.write_final(self._write_model, {**loop.state_dict(), **said}, files)
+        return dataclasses.replace(result, save_failed=self.folder.save_failed)
 
     def _load_best(self) -> str:
         """Put the best checkpoint's weights into the model; "best", or "last" where that cannot be."""
-        step = self.loop.progression.best_step
+        model, table, step = self.job.model, self.job.table, self.loop.progression.best_step
         if step is None:
             return "last"
         if step == self.loop.progression.global_step:
@@ -242,44 +209,32 @@ class _Run:
         try:
             best = self.folder.read_checkpoint(step)
             weights = best.weights()
-            self._put_back = self._weights_kept()
-            if self.job.table is not None:
-                weights[WORD_TABLE] = self.job.table.replace(weights[WORD_TABLE])
-            load_state(self.job.model, weights, str(best.folder))
+            kept = {name: tensor.to("cpu", copy=True) for name, tensor in state_tensors(model).items()}
+            self._last = kept, None if table is None else table.full
+            if table is not None:
+                self._whole_table()  # steps done so far are not for the table that comes
+                table.full = weights[WORD_TABLE].clone()
+                weights[WORD_TABLE] = table.rows()
+            load_state(model, weights, str(best.folder))
         except CheckpointError as error:
             logger.error("the best weights are lost, the last ones are kept instead: %s", error)
             self._put_back()
             return "last"
         return "best"
 
-    def _weights_kept(self) -> Callable[[], None]:
-        """Keep a copy of the weights as they are now; the function puts it back."""
-        model, table = self.job.model, self.job.table
-        if table is not None:
-            self._whole_table()  # steps done so far are not for the table that comes
-        kept = {name: tensor.to("cpu", copy=True) for name, tensor in state_tensors(model).items()}
-        full = None if table is None else table.full
-
-        def put_back() -> None:
-            load_state(model, kept, "the last weights")
-            if table is not None and full is not None:
-                table.full = full
-
-        return put_back
-
-    def _result_files(self, evaluation: Evaluation | None) -> dict[str, bytes]:
-        records = self.folder.read_metrics()
-        files = {"curves.png": draw_curves(records, self.loop.plan.metric)} if records else {}
-        if evaluation is not None:
-            assert self.job.dev is not None
-            files |= result_files(evaluation, self.job.dev, self.job.labels)
-        return files
+    def _put_back(self) -> None:
+        """Take the last weights again where the best have taken their place."""
+        if self._last is not None:
+            weights, full = self._last
+            load_state(self.job.model, weights, "the last weights")
+            if self.job.table is not None and full is not None:
+                self.job.table.full = full
 
     def _write_checkpoint(self, staging: Staging, metrics_bytes: int) -> None:
         """A model folder, and all that a resume needs."""
         self._write_model(staging)
         random = {RANDOM + name: state for name, state in random_state(self.job.device).items()}
-        tensors = {**optimizer_tensors(self.optimizer, self.names), **self._used_ids(), **random}
+        tensors = {**optimizer_tensors(self.optimizer, self.names), **self.used, **random}
         staging.write_tensors(OPTIMIZER_FILE, tensors)
         staging.write_json(STATE_FILE, {**self.loop.state_dict(), "metrics_bytes": metrics_bytes})
 
@@ -291,14 +246,8 @@ class _Run:
             tensors[WORD_TABLE] = self._whole_table()
         staging.write_tensors("model.safetensors", tensors, {"format": "pt"})
         pairs = job.train.pairs
-        config = config_json(
-            job.model.config,
-            job.labels,
-            job.labels is None,
-            job.folder.raw,
-            takes_pairs=pairs.text_b is not None,
-            header=pairs.header,
-        )
+        kind: dict[str, Any] = {"takes_pairs": pairs.text_b is not None, "header": pairs.header}
+        config = config_json(job.model.config, job.labels, job.folder.raw, **kind)
         staging.write_bytes("config.json", config)
         for name, data in job.tokenizer.files(job.config.max_seq_length).items():
             staging.write_bytes(name, data)

@@ -167,7 +167,10 @@ def test_room_that_goes_during_the_run_costs_saves_and_not_the_run(
 
 def test_how_many_checkpoints_are_sure_to_be_kept() -> None:
     def plan(save_steps: int, eval_steps: int) -> Plan:
-        return Plan(100, 50, lambda step: 0.0, 0, save_steps, eval_steps, "acc", None, 10)
+        often = (
+            {"eval_strategy": "steps", "eval_steps": eval_steps} if eval_steps else {"eval_strategy": "no"}
+        )
+        return Plan(Config(max_steps=100, save_steps=save_steps, **often), 50, ["acc"], has_dev=True)
 
     assert plan(10, 0).checkpoints_kept(None) == 10 and plan(10, 0).checkpoints_kept(3) == 3
     assert plan(10, 5).checkpoints_kept(3) == 4  # the best is not counted by the limit

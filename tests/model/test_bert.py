@@ -40,6 +40,16 @@ def make_batch() -> tuple[Tensor, Tensor, Tensor]:
     return ids, torch.randint(0, 2, (4, 12)), torch.arange(12) < LENGTHS[:, None]
 
 
+def last_hidden_state(
+    model: BertClassifier, ids: Tensor, types: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """What the last layer says of every position, (B, L, D)."""
+    x = model.embeddings(ids, types)
+    for layer in model.layers:
+        x = layer(x, x, None if mask is None else mask[:, None, None, :])
+    return x
+
+
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new", "relu"])
 @pytest.mark.parametrize("layer_norm_eps", [1e-12, 1e-5, 1e-1])
 @pytest.mark.parametrize("with_types", [True, False])
@@ -54,7 +64,7 @@ def test_logits_and_hidden_states_equal_transformers(
     with torch.no_grad():
         expected = theirs(ids, attention, token_types, output_hidden_states=True)
         logits = ours(ids, token_types, attention)
-        hidden = ours.last_hidden_state(ids, token_types, attention)
+        hidden = last_hidden_state(ours, ids, token_types, attention)
     seen = mask if padded else torch.ones_like(mask)
     torch.testing.assert_close(logits, expected.logits, rtol=0, atol=2e-6)
     torch.testing.assert_close(hidden[seen], expected.hidden_states[-1][seen], rtol=0, atol=1e-5)
@@ -115,7 +125,7 @@ def test_the_last_layer_for_cls_alone_is_exact() -> None:
     model = make_twins()[0].double()
     ids, types, mask = make_batch()
     for attention in (mask, None):
-        cls = model.last_hidden_state(ids, types, attention)[:, 0]
+        cls = last_hidden_state(model, ids, types, attention)[:, 0]
         expected = model.classifier(torch.tanh(model.pooler(cls)))
         torch.testing.assert_close(model(ids, types, attention), expected, rtol=0, atol=1e-12)
 
@@ -173,7 +183,7 @@ def test_initial_weights_follow_the_seed_or_the_generator() -> None:
     model = BertClassifier(TINY)
     made = []
     for seed in (1, 1, 2):
-        model.init_weights(torch.Generator().manual_seed(seed))
+        init_module(model, 0.02, torch.Generator().manual_seed(seed))
         made.append(weights(model))
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])

@@ -1,5 +1,7 @@
 """Training on the rows in use against training on the whole table; the decay that unused rows get."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 from bertpair.data.batching import epoch_batches, pad_batch
 from bertpair.data.tokenizer import Tokens
 from bertpair.model.bert import BertClassifier, BertConfig
-from bertpair.model.compact_vocabulary import compact, compact_id, decay, expand, remap, used_ids
+from bertpair.model.compact_vocabulary import CompactTable, compact_model, decay
 from bertpair.training.optim import AdamW, clip_scale, gradient_norm, learning_rate_at, parameter_groups
 
 VOCAB_SIZE, PAD_ID, STEPS = 400, 3, 12
@@ -96,34 +98,25 @@ def build() -> BertClassifier:
     return model
 
 
-def build_compact(full: BertClassifier, used: np.ndarray) -> BertClassifier:
-    config = CONFIG.model_copy(update=dict(vocab_size=len(used), pad_token_id=compact_id(PAD_ID, used)))
-    model = BertClassifier(config)
-    tensors = {name: tensor.clone() for name, tensor in full.state_dict().items()}
-    tensors["embeddings.words.weight"] = compact(word_table(full), used)
-    model.load_state_dict(tensors)
-    return model
-
-
 def train_both(
     max_grad_norm: float, skipped: frozenset[int] = frozenset()
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """All weights and the word table's moments, after training on the whole and on the compact table."""
     tokens, dev = random_tokens(1), random_tokens(2, low=5, high=300)
-    used = used_ids([tokens, dev], [PAD_ID], VOCAB_SIZE)
     whole = build()
-    small = build_compact(whole, used)
-    initial = word_table(whole).detach().clone()
+    small = copy.deepcopy(whole)
+    table = compact_model(small, [tokens, dev], PAD_ID)
     options = {"max_grad_norm": max_grad_norm, "skipped": skipped}
     one = train(whole, tokens, PAD_ID, **options)  # type: ignore[arg-type]
-    other = train(small, remap(tokens, used, VOCAB_SIZE), compact_id(PAD_ID, used), **options)  # type: ignore[arg-type]
-    rates = [rate(step) for step in range(STEPS) if step not in skipped]
+    other = train(small, table.remap(tokens), table.pad_id, **options)  # type: ignore[arg-type]
+    table.catch_up([rate(step) for step in range(STEPS) if step not in skipped], WEIGHT_DECAY)
     expanded = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-    expanded["embeddings.words.weight"] = expand(initial, word_table(small), used, rates, WEIGHT_DECAY)
+    expanded["embeddings.words.weight"] = table.whole(word_table(small))
     expected = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     for kind in ("exp_avg", "exp_avg_sq"):
         expected[kind] = one.state[word_table(whole)][kind]
-        expanded[kind] = expand(torch.zeros_like(initial), other.state[word_table(small)][kind], used)
+        expanded[kind] = torch.zeros_like(expected[kind])
+        expanded[kind][table.used] = other.state[word_table(small)][kind]
     return expected, expanded
 
 
@@ -148,7 +141,7 @@ def test_a_full_training_gives_unused_rows_and_padding_no_gradient() -> None:
     tokens = random_tokens(1)
     gradients: list[torch.Tensor] = []
     train(build(), tokens, PAD_ID, word_gradients=gradients)
-    unused = np.setdiff1d(np.arange(VOCAB_SIZE), used_ids([tokens], [], VOCAB_SIZE))
+    unused = np.setdiff1d(np.arange(VOCAB_SIZE), tokens.ids)
     assert PAD_ID in unused and len(unused) > 100
     for gradient in gradients:
         assert (gradient[unused] == 0).all() and (gradient != 0).any()
@@ -196,46 +189,45 @@ def test_decay_may_be_made_up_for_in_portions() -> None:
 @given(
     st.lists(st.integers(0, 99), max_size=50),
     st.lists(st.integers(0, 99), max_size=50),
-    st.lists(st.integers(0, 99), max_size=4),
+    st.integers(0, 99),
 )
-def test_used_ids_are_what_occurs(first: list[int], second: list[int], extra: list[int]) -> None:
+def test_the_rows_in_use_are_those_that_occur(first: list[int], second: list[int], pad_id: int) -> None:
     def tokens(ids: list[int]) -> Tokens:
         one_row = np.array([0, len(ids)])
         return Tokens(np.array(ids, np.int32), one_row, np.array([1], np.uint16), np.array([False]))
 
-    used = used_ids([tokens(first), tokens(second)], extra, 100)
-    assert used.tolist() == sorted({*first, *second, *extra})
-    back = used[remap(tokens(first), used, 100).ids]
-    assert back.tolist() == first
-    assert [compact_id(token_id, used) for token_id in used] == list(range(len(used)))
+    table = CompactTable(torch.zeros(100, 2), [tokens(first), tokens(second)], pad_id)
+    assert table.used.tolist() == sorted({*first, *second, pad_id})
+    assert table.used[table.remap(tokens(first)).ids].tolist() == first
+    assert table.used[table.pad_id] == pad_id
 
 
 def test_remap_keeps_all_but_the_ids() -> None:
     tokens = random_tokens(1)
-    mapped = remap(tokens, used_ids([tokens], [], VOCAB_SIZE), VOCAB_SIZE)
+    mapped = CompactTable(torch.zeros(VOCAB_SIZE, 2), [tokens], PAD_ID).remap(tokens)
     assert mapped.ids.dtype == tokens.ids.dtype and mapped.ids.max() < VOCAB_SIZE // 2
     assert mapped.offsets is tokens.offsets and mapped.first_lengths is tokens.first_lengths
     assert mapped.truncated is tokens.truncated
 
 
 def test_an_id_without_a_row_is_refused() -> None:
-    tokens = random_tokens(1)
-    used = used_ids([tokens], [], VOCAB_SIZE)
-    lost = int(tokens.ids[0])
-    with pytest.raises(ValueError, match=f"1 token ids .* {lost} the first"):
-        remap(tokens, used[used != lost], VOCAB_SIZE)
-    for absent in (0, VOCAB_SIZE - 1, VOCAB_SIZE + 9):
-        with pytest.raises(ValueError, match=f"token id {absent} has no row"):
-            compact_id(absent, used[used < VOCAB_SIZE - 1])
+    table = CompactTable(torch.zeros(VOCAB_SIZE, 2), [random_tokens(1)], PAD_ID)
+    other = random_tokens(2)
+    lost = np.setdiff1d(other.ids, table.used)
+    with pytest.raises(ValueError, match=f"{len(lost)} token ids .* {lost[0]} the first"):
+        table.remap(other)
 
 
-def test_compact_and_expand_are_inverse_and_copy() -> None:
-    table = torch.nn.Parameter(torch.randn(30, 4, generator=torch.Generator().manual_seed(0)))
-    used = np.array([0, 7, 29])
-    small = compact(table, used)
-    assert not small.requires_grad and torch.equal(small, table[[0, 7, 29]])
+def test_rows_and_whole_are_inverse_and_copy() -> None:
+    parameter = torch.nn.Parameter(torch.randn(30, 4, generator=torch.Generator().manual_seed(0)))
+    tokens = Tokens(
+        np.array([7, 29], np.int32), np.array([0, 2]), np.array([1], np.uint16), np.array([False])
+    )
+    table = CompactTable(parameter, [tokens], 0)
+    small = table.rows()
+    assert not small.requires_grad and torch.equal(small, parameter[[0, 7, 29]])
     small += 1
-    wide = expand(table, small, used)
-    assert not wide.requires_grad and torch.equal(wide[used], small)
-    unused = np.setdiff1d(np.arange(30), used)
-    assert torch.equal(wide[unused], table[unused]) and not torch.equal(table[used], small)
+    wide = table.whole(small)
+    assert not wide.requires_grad and torch.equal(wide[table.used], small)
+    unused = np.setdiff1d(np.arange(30), table.used)
+    assert torch.equal(wide[unused], parameter[unused]) and torch.equal(table.full, parameter)

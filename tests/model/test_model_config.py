@@ -259,21 +259,21 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         vocab_size=100, hidden_size=32, num_attention_heads=4, pad_token_id=None, num_labels=3
     )
     kinds = (
-        (("错", "b", "right"), False, 3, True, ("句一", "b", "")),
-        (None, False, 3, False, None),
-        (None, True, 1, True, None),
+        (("错", "b", "right"), 3, True, ("句一", "b", "")),
+        (("错", "b", "right"), 3, False, None),
+        (None, 1, True, None),
     )
-    for labels, regression, count, takes_pairs, header in kinds:
+    for labels, count, takes_pairs, header in kinds:
         written = BertConfig(**{**vars(config), "num_labels": count})
         (tmp_path / "config.json").write_bytes(
-            config_json(written, labels, regression, takes_pairs=takes_pairs, header=header)
+            config_json(written, labels, takes_pairs=takes_pairs, header=header)
         )
         folder = read_folder(tmp_path)
-        assert (folder.config, folder.labels, folder.regression) == (written, labels, regression)
+        assert (folder.config, folder.labels, folder.regression) == (written, labels, labels is None)
         assert (folder.takes_pairs, folder.header) == (takes_pairs, header)
         theirs = HuggingFaceConfig.from_pretrained(tmp_path)
         assert theirs.num_labels == count
-        assert theirs.problem_type == ("regression" if regression else "single_label_classification")
+        assert theirs.problem_type == ("regression" if labels is None else "single_label_classification")
         assert labels is None or tuple(theirs.id2label[i] for i in range(3)) == labels
         for name in vars(config):
             assert getattr(theirs, name) == getattr(written, name), name
@@ -294,7 +294,7 @@ def test_other_keys_of_the_original_stay_and_untrue_ones_go(tmp_path: Path) -> N
         transformers_version="4.8.2",
         auto_map={"AutoModel": "evil.py"},
     )
-    document = json.loads(config_json(BertConfig(), ["词", "b"], False, raw, takes_pairs=True, header=None))
+    document = json.loads(config_json(BertConfig(), ["词", "b"], raw, takes_pairs=True, header=None))
     assert (document["directionality"], document["odd"]) == ("bidi", "\ud800")
     assert document["dtype"] == "float32"
     assert document["architectures"] == ["BertForSequenceClassification"]

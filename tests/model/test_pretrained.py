@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import write_tiny_bert
 from safetensors.torch import load_file, save_file
+from test_bert import last_hidden_state
 from torch import Tensor
 from transformers import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 
@@ -129,9 +130,8 @@ def test_what_pretraining_leaves_gets_a_new_head(hf_folder: Path, tmp_path: Path
     ours.eval()
     with torch.no_grad():
         hidden = expected(ids, mask, types).last_hidden_state
-        torch.testing.assert_close(
-            ours.last_hidden_state(ids, types, mask)[mask], hidden[mask], rtol=0, atol=1e-5
-        )
+        found = last_hidden_state(ours, ids, types, mask)
+        torch.testing.assert_close(found[mask], hidden[mask], rtol=0, atol=1e-5)
     assert ours(ids, types, mask).shape == (3, 5)
     pooler_is_new = kind is BertForMaskedLM
     assert notes[-1] == "new, to be trained: " + ("pooler, classifier" if pooler_is_new else "classifier")
@@ -233,7 +233,7 @@ def test_transformers_loads_what_we_write(
         torch.nn.init.normal_(parameter, mean=0.1, std=0.3)
     labels = ["a", "b", "c"] if num_labels == 3 else None
     (tmp_path / "config.json").write_bytes(
-        config_json(config, labels, labels is None, {"dtype": "float16"}, takes_pairs=True, header=None)
+        config_json(config, labels, {"dtype": "float16"}, takes_pairs=True, header=None)
     )
     save_file(state_tensors(ours), tmp_path / "model.safetensors", metadata={"format": "pt"})
     theirs, report = BertForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)

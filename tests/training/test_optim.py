@@ -18,16 +18,17 @@ from transformers import (
 )
 
 from bertpair.errors import CheckpointError
+from bertpair.settings.config import Config
 from bertpair.training.optim import (
     AdamW,
     clip_scale,
     gradient_norm,
     learning_rate_at,
     load_state_tensors,
-    num_warmup_steps,
     parameter_groups,
     state_tensors,
 )
+from bertpair.training.setup import Plan
 
 SHAPES = [(7, 5), (5,), (), (0, 3), (2, 3, 4)]
 
@@ -379,10 +380,13 @@ def test_past_the_end_no_schedule_rises_again() -> None:
         assert rate == 0.0
 
 
-def test_warmup_steps_win_over_the_ratio() -> None:
-    assert num_warmup_steps(5, 0.5, 100) == 5
-    assert num_warmup_steps(0, 0.1, 101) == 11
-    assert num_warmup_steps(0, 0.0, 101) == 0
+def test_the_warmup_is_in_steps_or_a_part_of_all_steps_rounded_up() -> None:
+    for given, warmup in (({"warmup_steps": 5}, 5), ({"warmup_ratio": 0.1}, 11), ({}, 0)):
+        config = Config(max_steps=101, learning_rate=1.0, **given)
+        plan = Plan(config, 10, ["acc"], has_dev=False)
+        for step in range(warmup):
+            assert plan.learning_rate(step) == step / warmup
+        assert plan.learning_rate(warmup) == 1.0 > plan.learning_rate(warmup + 1)
 
 
 @contextmanager
