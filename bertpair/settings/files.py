@@ -42,6 +42,14 @@ class _NodeError(ValueError):
         self.line = node.start_mark.line + 1 if node.start_mark else 1
 
 
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            problem = "not YAML that can be read: aliases (*name) are not allowed"
+            raise _NodeError(self.peek_event(), problem)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
+
+
 def read_settings(path: str | Path) -> Layer:
     """The settings in a YAML file, or a JSON file if its name ends so; ConfigError if it is neither."""
     try:
@@ -82,10 +90,7 @@ def parse_settings(data: bytes, path: str) -> Layer:
 
 
 def _read_yaml(path: str, text: str) -> Layer:
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent):
-            raise _NodeError(event, "not YAML that can be read: aliases (*name) are not allowed")
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    root = yaml.compose(text, Loader=_Loader)
     read = Layer()
     if root is None or root.tag == f"{_TAG}null":
         return read
