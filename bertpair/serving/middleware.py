@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("bertpair.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_WHOLE_URL = re.compile(r"https?://([^/#]*)(/[^#]*)?", re.IGNORECASE)
+_AUTHORITY = re.compile(r"([\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)  # no user's name
 _PROBES = {"/livez", "/readyz", "/metrics"}  # asked by the machine's address, under any name
 
 
@@ -86,10 +89,15 @@ class Shell:
     def _check(self, scope: Scope, headers: Headers) -> None:
         if scope["http_version"] not in ("1.0", "1.1"):
             raise RequestError(505, "http_version_not_supported", "HTTP/1.1 is spoken here", close=True)
-        host = headers.get("host")
+        host, root_path = headers.get("host"), scope["root_path"]
+        if url := _WHOLE_URL.fullmatch(scope["raw_path"].decode().removeprefix(root_path)):  # RFC 9112, 3.2.2
+            host, path = url[1], url[2] or "/"
+            if not _AUTHORITY.fullmatch(host):
+                raise RequestError(400, "bad_request", "the URL asked for names no sound host", close=True)
+            scope["path"], scope["raw_path"] = root_path + unquote(path), (root_path + path).encode()
         if self.hosts is None or host is None or host_name(host) in self.hosts:
             return
-        if scope["path"].removeprefix(scope["root_path"]).rstrip("/") not in _PROBES:
+        if scope["path"].removeprefix(root_path).rstrip("/") not in _PROBES:
             message = "this server does not answer to that Host; its setting allowed_hosts says to which"
             raise RequestError(400, "unknown_host", message, close=True)
 
