@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import dataclasses
 import hashlib
 import hmac
 import html
@@ -16,7 +15,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,27 +25,23 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
-from starlette.types import Scope
 
 from bertpair.evaluation.classifier import Prediction
-from bertpair.serving.batcher import Answers, MicroBatcher
+from bertpair.serving.batcher import MicroBatcher
 from bertpair.serving.metrics import ServeMetrics
 from bertpair.serving.middleware import Exchange
 from bertpair.serving.predictor import Predictor, TokenRow
 from bertpair.serving.requests import (
     JSON,
     MAX_URL_BYTES,
-    Headers,
+    BadValue,
     HeadersTooLarge,
     QueueFullError,
     RequestError,
     UrlTooLong,
-    bad_value,
-    check_content_type,
-    check_length,
+    check_body_headers,
     check_meaning,
-    parse_json,
-    read_body,
+    read_json,
 )
 from bertpair.serving.schema import Bodies, Info, body_models, describe_api
 from bertpair.settings.serve import ServeConfig
@@ -67,9 +62,7 @@ class Service:
     is_warm: bool = False
     is_draining: bool = False
     inflight_bytes: int = 0  # of bodies whose requests have no answer yet
-    tokenizing: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="tokenizing")
-    )
+    tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizing"))
 
     @cached_property
     def bodies(self) -> Bodies:
@@ -102,8 +95,8 @@ class Service:
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers={"Allow": allow})
             if keyed and self.key is not None:
-                check_key(request.scope["headers"], self.key)
-            check_head(request.scope, self.config.max_header_bytes)
+                check_key(request, self.key)
+            check_head(request, self.config.max_header_bytes)
             try:
                 return await handler(request)
             finally:
@@ -140,19 +133,18 @@ class Service:
         value = await self._read(request, may_be_any=True)
         if self.predictor.labels is None:
             raise RequestError(404, "not_found", "this model gives a value, no label: see /v1/predict")
-        answers = await self._run(request, [check_meaning(self.bodies[2], value)])
-        prediction = answers.values[0]
-        return json_response([prediction.label, prediction.score], answers)
+        [prediction] = await self._run(request, [check_meaning(self.bodies[2], value)])
+        return json_response([prediction.label, prediction.score])
 
     async def predict(self, request: Request) -> Response:
         row: Any = check_meaning(self.bodies[0], await self._read(request))
-        answers = await self._run(request, [row], truncate=row.truncate)
-        return json_response(self._describe(answers.values[0]), answers)
+        [prediction] = await self._run(request, [row], truncate=row.truncate)
+        return json_response(self._describe(prediction))
 
     async def predict_batch(self, request: Request) -> Response:
         body: Any = check_meaning(self.bodies[1], await self._read(request))
-        answers = await self._run(request, body.pairs, truncate=body.truncate, where="pairs")
-        return json_response({"predictions": [self._describe(p) for p in answers.values]}, answers)
+        predictions = await self._run(request, body.pairs, truncate=body.truncate, where="pairs")
+        return json_response({"predictions": [self._describe(each) for each in predictions]})
 
     async def _read(self, request: Request, *, may_be_any: bool = False) -> Any:
         """The JSON of a request's body, after all that can be said without it."""
@@ -167,14 +159,13 @@ class Service:
             self.inflight_bytes += num_bytes
             exchange.inflight_bytes += num_bytes
 
-        check_content_type(request.scope["headers"], may_be_any=may_be_any)
-        check_length(request.scope["headers"], most)
+        check_body_headers(request.headers, most, may_be_any=may_be_any)
         self._check_ready()
-        return parse_json(await read_body(request, most, hold))
+        return await read_json(request, most, hold)
 
     async def _run(
         self, request: Request, rows: Sequence[BaseModel], *, truncate: bool = True, where: str | None = None
-    ) -> Answers[Prediction]:
+    ) -> list[Prediction]:
         """The answers for rows of texts, in order; ClientDisconnect as soon as nobody waits for them."""
         names = [name for name in type(rows[0]).model_fields if name != "truncate"]
         columns = [[getattr(row, name) for row in rows] for name in names]
@@ -183,7 +174,7 @@ class Service:
         cut = [i for i, row in enumerate(tokens) if row.truncated]
         if cut and not truncate:
             message = f"the texts are longer than {self.predictor.cut} tokens, and truncate is false"
-            raise bad_value(message, f"{where}[{cut[0]}]" if where else None)
+            raise BadValue(message, where and f"{where}[{cut[0]}]")
         job = asyncio.ensure_future(self.batcher.submit(tokens, [len(row) for row in tokens]))
         gone = asyncio.ensure_future(wait_until_gone(request))
         gone.add_done_callback(lambda _: job.cancel())
@@ -199,28 +190,26 @@ class Service:
         self.metrics.queue_seconds.observe(answers.queue_seconds)
         self.metrics.predictions.inc(len(rows))
         self.metrics.truncated.inc(len(cut))
-        request.scope["exchange"].fields.update(
-            rows=len(rows),
-            queue_ms=round(answers.queue_seconds * 1000, 1),
-            inference_ms=round(answers.run_seconds * 1000, 1),
-        )
-        return answers
+        queue_ms, run_ms = round(answers.queue_seconds * 1000, 1), round(answers.run_seconds * 1000, 1)
+        exchange: Exchange = request.scope["exchange"]
+        exchange.headers = {"x-queue-ms": str(queue_ms), "x-inference-ms": str(run_ms)}
+        exchange.fields = {"rows": len(rows), "queue_ms": queue_ms, "inference_ms": run_ms}
+        return answers.values
 
     def _describe(self, prediction: Prediction) -> dict[str, object]:
-        found: dict[str, object] = {"value": prediction.score}
-        if prediction.label is not None:
-            found = {"label": prediction.label, "score": prediction.score}
-            found["probabilities"] = prediction.probabilities
-        found |= {"truncated": prediction.truncated, "num_tokens": prediction.num_tokens}
-        return {**found, "model_version": self.predictor.version}
+        found = {**vars(prediction), "model_version": self.predictor.version}
+        if prediction.label is None:
+            del found["label"], found["probabilities"]
+            found = {"value": found.pop("score"), **found}
+        return found
 
     # What there is to know
 
     @property
     def facts(self) -> Info:
-        config, predictor = self.config, self.predictor
+        config, predictor, agreement = self.config, self.predictor, self.predictor.agreement
         limits = {
-            **dataclasses.asdict(predictor.limits),
+            **asdict(predictor.limits),
             "max_inflight_bytes": config.max_inflight_bytes,
             "max_header_bytes": config.max_header_bytes,
             "max_queue_rows": config.max_queue_rows,
@@ -228,7 +217,6 @@ class Service:
             "queue_deadline": config.queue_deadline,
             "max_connections": config.max_connections,
         }
-        agreement = predictor.agreement
         return Info(
             model=predictor.name,
             model_version=predictor.version,
@@ -240,21 +228,19 @@ class Service:
             device=str(predictor.classifier.scorer.device),
             num_threads=predictor.num_threads,
             limits=limits,
-            agreement_with_float32=None if agreement is None else dataclasses.asdict(agreement),
+            agreement_with_float32=asdict(agreement) if agreement else None,
         )
+
+    @cached_property
+    def document(self) -> dict[str, Any]:
+        """/openapi.json; none of the facts in it ever changes."""
+        return describe_api(self.facts, self.bodies, self.key is not None, self.config.root_path)
 
     async def info(self, request: Request) -> Response:
         return json_response(self.facts.model_dump())
 
     async def show_metrics(self, request: Request) -> Response:
-        body = generate_latest(self.metrics.registry)
-        return Response(body, headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    @cached_property
-    def document(self) -> dict[str, Any]:
-        """/openapi.json; none of the facts in it ever changes."""
-        keyed, root_path = self.key is not None, self.config.root_path
-        return describe_api(self.facts, self.bodies, keyed=keyed, root_path=root_path)
+        return Response(generate_latest(self.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def openapi(self, request: Request) -> Response:
         return json_response(self.document)
@@ -263,9 +249,9 @@ class Service:
         return page_response(request.scope["root_path"], keyed=self.key is not None)
 
 
-def check_key(headers: Headers, key: bytes) -> None:
+def check_key(request: Request, key: bytes) -> None:
     """RequestError 401 unless the one Authorization header is `Bearer` and the key."""
-    given = [value for name, value in headers if name == b"authorization"]
+    given = [value for name, value in request.scope["headers"] if name == b"authorization"]
     scheme, _, credentials = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
     is_right = hmac.compare_digest(credentials.strip(), key)
     if scheme.lower() != b"bearer" or not is_right:
@@ -273,17 +259,15 @@ def check_key(headers: Headers, key: bytes) -> None:
         raise RequestError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
 
 
-def check_head(scope: Scope, max_header_bytes: int) -> None:
+def check_head(request: Request, max_header_bytes: int) -> None:
     """RequestError 431, 414 or 417 for headers or a URL that are too large, or an unknown expectation."""
-    headers: Headers = scope["headers"]
-    if sum(len(name) + len(value) + 4 for name, value in headers) > max_header_bytes:
+    if sum(len(name) + len(value) + 4 for name, value in request.headers.raw) > max_header_bytes:
         raise HeadersTooLarge()
-    if len(scope["raw_path"]) + len(scope["query_string"]) + 1 > MAX_URL_BYTES:
+    if len(request.scope["raw_path"]) + len(request.scope["query_string"]) + 1 > MAX_URL_BYTES:
         raise UrlTooLong()
-    if any(name == b"expect" and value.strip().lower() != b"100-continue" for name, value in headers):
-        raise RequestError(
-            417, "expectation_failed", "of expectations only 100-continue is known", close=True
-        )
+    if any(value.strip().lower() != "100-continue" for value in request.headers.getlist("expect")):
+        message = "of expectations only 100-continue is known"
+        raise RequestError(417, "expectation_failed", message, close=True)
 
 
 async def wait_until_gone(request: Request) -> None:
@@ -292,14 +276,8 @@ async def wait_until_gone(request: Request) -> None:
         pass
 
 
-def json_response(value: object, answers: Answers[Prediction] | None = None) -> Response:
-    """`answers`: those in it, for the headers that say how long they took."""
-    body = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    headers = {}
-    if answers:
-        headers["X-Queue-Ms"] = f"{1000 * answers.queue_seconds:.1f}"
-        headers["X-Inference-Ms"] = f"{1000 * answers.run_seconds:.1f}"
-    return Response(body, headers=headers, media_type=JSON)
+def json_response(value: object) -> Response:
+    return Response(json.dumps(value, ensure_ascii=False, allow_nan=False), media_type=JSON)
 
 
 def page_response(root_path: str, *, keyed: bool) -> Response:
