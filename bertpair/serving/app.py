@@ -4,12 +4,9 @@ Order of checks: 404, 405 (routing); 401; 431, 414, 417; 415; 413; not ready 503
 429. The model is reached through `MicroBatcher` only; texts are tokenized on a thread of their own.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import hashlib
-import hmac
 import html
 import json
 import re
@@ -31,22 +28,12 @@ from bertpair.serving.batcher import MicroBatcher
 from bertpair.serving.metrics import ServeMetrics
 from bertpair.serving.middleware import Exchange
 from bertpair.serving.predictor import Predictor, TokenRow
-from bertpair.serving.requests import (
-    JSON,
-    MAX_URL_BYTES,
-    BadValue,
-    HeadersTooLarge,
-    QueueFullError,
-    RequestError,
-    UrlTooLong,
-    check_body_headers,
-    check_meaning,
-    read_json,
-)
+from bertpair.serving.requests import JSON, RequestError, check_body, check_headers, check_meaning, read_json
 from bertpair.serving.schema import Bodies, Info, body_models, describe_api
 from bertpair.settings.serve import ServeConfig
 
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+LIMITS = ("max_inflight_bytes", "max_header_bytes", "max_queue_rows", "queue_deadline", "max_connections")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -94,9 +81,7 @@ class Service:
         async def guarded(request: Request) -> Response:
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers={"Allow": allow})
-            if keyed and self.key is not None:
-                check_key(request, self.key)
-            check_head(request, self.config.max_header_bytes)
+            check_headers(request, self.config.max_header_bytes, self.key if keyed else None)
             try:
                 return await handler(request)
             finally:
@@ -104,8 +89,6 @@ class Service:
 
         guarded.route_path = path  # type: ignore[attr-defined]  # by which it is counted, a 405 too
         return guarded
-
-    # Health
 
     async def livez(self, request: Request) -> Response:
         self._check_pace(2 * self.config.stall_seconds)
@@ -125,8 +108,6 @@ class Service:
     def _check_pace(self, seconds: float) -> None:
         if self.batcher.worker.running_seconds > seconds:
             raise RequestError(503, "stalled", "the model has not answered for too long", wait=1)
-
-    # Predictions
 
     async def legacy(self, request: Request) -> Response:
         """The old clients' route: sentence1 and sentence2 in, a list of label and score out."""
@@ -159,7 +140,7 @@ class Service:
             self.inflight_bytes += num_bytes
             exchange.inflight_bytes += num_bytes
 
-        check_body_headers(request.headers, most, may_be_any=may_be_any)
+        check_body(request.headers, most, may_be_any=may_be_any)
         self._check_ready()
         return await read_json(request, most, hold)
 
@@ -174,15 +155,12 @@ class Service:
         cut = [i for i, row in enumerate(tokens) if row.truncated]
         if cut and not truncate:
             message = f"the texts are longer than {self.predictor.cut} tokens, and truncate is false"
-            raise BadValue(message, where and f"{where}[{cut[0]}]")
+            raise RequestError(422, "invalid_value", message, where and f"{where}[{cut[0]}]")
         job = asyncio.ensure_future(self.batcher.submit(tokens, [len(row) for row in tokens]))
         gone = asyncio.ensure_future(wait_until_gone(request))
         gone.add_done_callback(lambda _: job.cancel())
         try:
             answers = await job
-        except QueueFullError:
-            self.metrics.refusals.inc()
-            raise
         except asyncio.CancelledError:
             raise ClientDisconnect() from None
         finally:
@@ -203,20 +181,11 @@ class Service:
             found = {"value": found.pop("score"), **found}
         return found
 
-    # What there is to know
-
     @property
     def facts(self) -> Info:
         config, predictor, agreement = self.config, self.predictor, self.predictor.agreement
-        limits = {
-            **asdict(predictor.limits),
-            "max_inflight_bytes": config.max_inflight_bytes,
-            "max_header_bytes": config.max_header_bytes,
-            "max_queue_rows": config.max_queue_rows,
-            "max_batch_tokens": self.batcher.limits.max_batch_tokens if self.is_warm else None,
-            "queue_deadline": config.queue_deadline,
-            "max_connections": config.max_connections,
-        }
+        limits = {name: getattr(config, name) for name in LIMITS} | asdict(predictor.limits)
+        limits["max_batch_tokens"] = self.batcher.limits.max_batch_tokens if self.is_warm else None
         return Info(
             model=predictor.name,
             model_version=predictor.version,
@@ -247,27 +216,6 @@ class Service:
 
     async def show_page(self, request: Request) -> Response:
         return page_response(request.scope["root_path"], keyed=self.key is not None)
-
-
-def check_key(request: Request, key: bytes) -> None:
-    """RequestError 401 unless the one Authorization header is `Bearer` and the key."""
-    given = [value for name, value in request.scope["headers"] if name == b"authorization"]
-    scheme, _, credentials = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-    is_right = hmac.compare_digest(credentials.strip(), key)
-    if scheme.lower() != b"bearer" or not is_right:
-        message = "a key is needed: Authorization: Bearer …"
-        raise RequestError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
-
-
-def check_head(request: Request, max_header_bytes: int) -> None:
-    """RequestError 431, 414 or 417 for headers or a URL that are too large, or an unknown expectation."""
-    if sum(len(name) + len(value) + 4 for name, value in request.headers.raw) > max_header_bytes:
-        raise HeadersTooLarge()
-    if len(request.scope["raw_path"]) + len(request.scope["query_string"]) + 1 > MAX_URL_BYTES:
-        raise UrlTooLong()
-    if any(value.strip().lower() != "100-continue" for value in request.headers.getlist("expect")):
-        message = "of expectations only 100-continue is known"
-        raise RequestError(417, "expectation_failed", message, close=True)
 
 
 async def wait_until_gone(request: Request) -> None:

@@ -4,8 +4,6 @@ A listener is bound before the model is loaded, so that a place that is taken is
 when the model is there, so that a load balancer is refused at once until then.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno
@@ -87,7 +85,7 @@ def allowed_hosts(config: ServeConfig) -> frozenset[str] | None:
     return frozenset({"localhost", "127.0.0.1", "[::1]", config.host.lower(), f"[{config.host.lower()}]"})
 
 
-def bind(config: ServeConfig) -> Listener:
+def bind(config: ServeConfig) -> "Listener":
     """Its place, taken and not listening yet; ConfigError if it is somebody else's."""
     if config.uds:
         return UnixListener(config.uds, int(config.uds_mode or "660", 8))

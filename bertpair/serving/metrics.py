@@ -1,7 +1,5 @@
 """What /metrics shows, in a registry of its own: nothing here knows HTTP or the model."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from functools import partial
@@ -10,7 +8,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily
 
 from bertpair.console import LogWriter
-from bertpair.serving.batcher import BatchReport
 
 access_logger = logging.getLogger("bertpair.access")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -52,8 +49,8 @@ class ServeMetrics:
         meaning = "Log lines dropped because nobody took them"
         yield CounterMetricFamily("bertpair_dropped_log_lines", meaning, value=dropped)
 
-    def count_batch(self, report: BatchReport) -> None:
-        self.batch_rows.observe(report.num_rows)
-        self.batch_tokens.observe(report.padded_tokens)
-        self.inference_seconds.observe(report.seconds)
-        self.failed_batches.inc(report.failed)
+    def count_batch(self, num_rows: int, padded_tokens: int, seconds: float, failed: bool) -> None:
+        self.batch_rows.observe(num_rows)
+        self.batch_tokens.observe(padded_tokens)
+        self.inference_seconds.observe(seconds)
+        self.failed_batches.inc(failed)

@@ -4,8 +4,6 @@ Plain ASGI: Starlette's middleware for Host and CORS refuses in plain text. Noth
 past it: a client that left becomes a line with 499, a defect of ours 500 with the id that its traceback has.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -30,6 +28,10 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _WHOLE_URL = re.compile(r"https?://([^/#]*)(/[^#]*)?", re.IGNORECASE)
 _AUTHORITY = re.compile(r"([\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?", re.ASCII)  # no user's name
 _PROBES = {"/livez", "/readyz", "/metrics"}  # asked by the machine's address, under any name
+_ROUTING = {
+    404: ("not_found", "there is nothing at this path"),
+    405: ("method_not_allowed", "the method is not allowed here; Allow says which are"),
+}
 _PREFLIGHT = {
     "access-control-allow-methods": "GET, HEAD, POST, OPTIONS",
     "access-control-allow-headers": "Authorization, Content-Type, X-Request-ID",
@@ -121,6 +123,7 @@ class Shell:
         route = getattr(scope.get("endpoint"), "route_path", "unmatched")  # a 405 has one
         self.metrics.requests.labels(route, str(status)).inc()
         self.metrics.request_seconds.labels(route).observe(seconds)
+        self.metrics.refusals.inc(status == 429)
         line = {
             "time": round(time.time(), 3),
             "request_id": exchange.request_id,
@@ -144,10 +147,8 @@ def as_refusal(error: Exception, request_id: str) -> RequestError:
     """What is answered for an error of a route, Starlette's refusals included."""
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, HTTPException) and error.status_code == 405:
-        message = "the method is not allowed here; Allow says which are"
-        return RequestError(405, "method_not_allowed", message, headers=dict(error.headers or {}))
     if isinstance(error, HTTPException):
-        return RequestError(error.status_code, "not_found", "there is nothing at this path")
+        kind, message = _ROUTING[error.status_code]
+        return RequestError(error.status_code, kind, message, headers={**(error.headers or {})})
     logger.error("request %s failed", request_id, exc_info=error)
     return RequestError(500, "internal_error", "a defect of the server; its log has the request_id")

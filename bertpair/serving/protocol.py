@@ -4,8 +4,6 @@ What goes wrong below the application is answered as JSON too. A connection is h
 for a while: a bare close would reset it if its client still sends, and the client would lose the answer.
 """
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 import sys
@@ -55,8 +53,6 @@ class GuardedProtocol(H11Protocol):
         self.is_last = False
         self.waits_for: object = None
         self.timer: asyncio.TimerHandle | None = None
-
-    # What it waits for
 
     @property
     def is_mid_request(self) -> bool:
@@ -127,8 +123,6 @@ class GuardedProtocol(H11Protocol):
         self.real.close()
         self._watch()
 
-    # Callbacks of the transport
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.real = transport
         if len(self.connections) >= self.service.config.max_connections:
@@ -164,8 +158,6 @@ class GuardedProtocol(H11Protocol):
         super().resume_writing()
         self._watch()
 
-    # Callbacks of uvicorn
-
     def on_response_complete(self) -> None:
         self.num_answered += 1
         super().on_response_complete()
@@ -192,8 +184,6 @@ class GuardedProtocol(H11Protocol):
         self.is_last = True
         if not self.is_busy:
             self._close()
-
-    # Answering in the application's place, and closing
 
     def _answer(self, error: RequestError) -> None:
         """Its own later answer, if it is at one, goes nowhere; it is told that its client is gone."""

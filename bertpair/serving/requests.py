@@ -4,9 +4,8 @@
 (400: UTF-8, no NaN, no key twice), then for its meaning (422: the pydantic model that its route wants).
 """
 
-from __future__ import annotations
-
 import dataclasses
+import hmac
 import json
 import math
 import re
@@ -78,10 +77,30 @@ _TooLarge = partial(RequestError, close=True)
 UrlTooLong = partial(_TooLarge, 414, "url_too_long", f"the URL is longer than {MAX_URL_BYTES} bytes")
 HeadersTooLarge = partial(_TooLarge, 431, "headers_too_large", "the headers are larger than max_header_bytes")
 BodyTooLarge = partial(_TooLarge, 413, "body_too_large", "the body is larger than max_body_bytes")
-BadValue = partial(RequestError, 422, "invalid_value")  # well-formed, and not what the route wants
 
 
-def check_body_headers(headers: Headers, max_bytes: int, *, may_be_any: bool) -> None:
+def check_headers(request: Request, max_bytes: int, key: bytes | None) -> None:
+    """RequestError 401 unless the one Authorization header is `Bearer` and the key, if one is asked for.
+
+    Then 431 or 414 for headers or a URL that are too large, 417 for an unknown expectation.
+    """
+    if key is not None:
+        given = [value for name, value in request.headers.raw if name == b"authorization"]
+        scheme, _, credentials = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        is_right = hmac.compare_digest(credentials.strip(), key)
+        if scheme.lower() != b"bearer" or not is_right:
+            message = "a key is needed: Authorization: Bearer …"
+            raise RequestError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
+    if sum(len(name) + len(value) + 4 for name, value in request.headers.raw) > max_bytes:
+        raise HeadersTooLarge()
+    if len(request.scope["raw_path"]) + len(request.scope["query_string"]) + 1 > MAX_URL_BYTES:
+        raise UrlTooLong()
+    if any(value.strip().lower() != "100-continue" for value in request.headers.getlist("expect")):
+        message = "of expectations only 100-continue is known"
+        raise RequestError(417, "expectation_failed", message, close=True)
+
+
+def check_body(headers: Headers, max_bytes: int, *, may_be_any: bool) -> None:
     """RequestError 415 unless the body is said to be JSON in UTF-8, as it is; 413 if it says it is too long.
 
     With `may_be_any` the type does not matter, save for a browser's request: a page of somebody else's
@@ -161,7 +180,8 @@ def check_meaning(model: type[Model], value: Any) -> Model:
     place = first["loc"][:-1] if is_unknown else first["loc"]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     fault = _FAULTS[first["type"]].format(**first.get("ctx", {}))
-    raise BadValue(f"{field}: {fault}".replace(": is ", " is ").removeprefix(": "), field or None)
+    message = f"{field}: {fault}".replace(": is ", " is ").removeprefix(": ")
+    raise RequestError(422, "invalid_value", message, field or None)
 
 
 def _urgency(error: ErrorDetails) -> tuple[float, float, float]:

@@ -5,8 +5,6 @@ connections, because whoever routes to us must see that before the listener goes
 connect gets in, and what has come is answered.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools
@@ -23,17 +21,10 @@ import uvicorn
 from bertpair.console import LogWriter, stop_flag
 from bertpair.errors import first_line
 from bertpair.runtime import is_device_lost, is_out_of_memory, set_threads
+from bertpair.serving import listening
 from bertpair.serving.app import Service
 from bertpair.serving.batcher import MicroBatcher, QueueLimits
-from bertpair.serving.listening import (
-    BACKLOG,
-    Listener,
-    bind,
-    check_descriptors,
-    is_local,
-    read_key,
-    trusted_proxies,
-)
+from bertpair.serving.listening import Listener
 from bertpair.serving.metrics import ServeMetrics, access_logger
 from bertpair.serving.middleware import Shell
 from bertpair.serving.predictor import Predictor, load_predictor
@@ -52,12 +43,14 @@ def serve(config: ServeConfig) -> int:
 
     Raises ConfigError or CheckpointError before anything listens.
     """
-    check_descriptors(config.max_connections)
-    key = read_key(config.api_key_file, config.max_header_bytes // 2) if config.api_key_file else None
-    listener = bind(config)
+    listening.check_descriptors(config.max_connections)
+    key = (
+        listening.read_key(config.api_key_file, config.max_header_bytes // 2) if config.api_key_file else None
+    )
+    listener = listening.bind(config)
     try:
         predictor = load_predictor(config)
-        if not is_local(config) and key is None:
+        if not listening.is_local(config) and key is None:
             logger.warning("%s is reachable from other machines and no api_key_file is set", config.host)
         return asyncio.run(_run(config, predictor, key, listener))
     finally:
@@ -65,11 +58,8 @@ def serve(config: ServeConfig) -> int:
 
 
 async def _run(config: ServeConfig, predictor: Predictor, key: bytes | None, listener: Listener) -> int:
-    service, loop, stopping = (
-        make_service(config, predictor, key),
-        asyncio.get_running_loop(),
-        asyncio.Event(),
-    )
+    service, stopping = make_service(config, predictor, key), asyncio.Event()
+    loop = asyncio.get_running_loop()
 
     def stop(signum: int) -> None:
         """The first signal drains; from now on the next one ends the process at once."""
@@ -176,13 +166,13 @@ def make_uvicorn(service: Service) -> uvicorn.Server:
             log_config=None,
             access_log=False,
             server_header=False,
-            backlog=BACKLOG,
+            backlog=listening.BACKLOG,
             # More than the application allows: it is the one that answers 431 and 414, after 404 and 401.
             h11_max_incomplete_event_size=config.max_header_bytes + MAX_URL_BYTES + 1024,
             timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # a fraction does as well
             root_path=config.root_path or "",
             proxy_headers=config.forwarded_allow_ips is not None,
-            forwarded_allow_ips=trusted_proxies(config.forwarded_allow_ips or ""),
+            forwarded_allow_ips=listening.trusted_proxies(config.forwarded_allow_ips or ""),
         )
     )
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
