@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from bertpair.runtime import is_out_of_memory, release_locals
-from bertpair.serving.requests import QueueFullError, RequestError
+from bertpair.serving.requests import RequestError
 
 Row = TypeVar("Row")
 Answer = TypeVar("Answer")
@@ -28,9 +28,10 @@ SAFETY = 0.8  # of the deadline: an estimate errs, and to be admitted and then d
 WINDOW_BATCHES = 2  # rows are sorted by length within the oldest rows that fill so many batches; more are
 # hardly worth it, and every row that is passed over waits longer than it was admitted for
 ROUND_UP = 8  # a row counts as a multiple of so many tokens: what it is padded to, or costs anyhow
-RECENT = 5  # batches of one size that are remembered; the slowest of them counts
+RECENT = 5  # batches of one size that are remembered; the slowest counts: on their mean half would be late
 
 Closed = partial(RequestError, 503, "closed", "the server is going away", wait=1)
+Overloaded = partial(RequestError, 429, "overloaded", "too many requests are waiting; see Retry-After")
 
 
 class Answers(NamedTuple, Generic[Answer]):
@@ -69,11 +70,10 @@ class _Waiting(NamedTuple, Generic[Row, Answer]):
 class MicroBatcher(Generic[Row, Answer]):
     """Runs `run(rows) -> answers` for whoever awaits `submit`, many requests to a batch.
 
-    `run` is called on one daemon thread, never twice at a time. It returns an answer per row, in order; an
-    exception in an answer's place fails that row's request alone. `on_batch` is told of each batch: its rows,
-    padded tokens, seconds, and whether it failed; `on_drop` of rows that were dropped unrun ("expired",
-    "gone"); `on_error`, on the model's thread, of each exception. All methods belong to the event loop's
-    thread. The warm-up uses `worker` and `pace` too.
+    `run` is called on one daemon thread. It returns an answer per row, in order; an exception in an answer's
+    place fails that row's request alone. `on_batch` is told a batch's rows, padded tokens and seconds, and
+    whether it failed; `on_drop` of rows dropped unrun ("expired", "gone"); `on_error`, on the model's thread,
+    of each exception. All methods belong to the event loop's thread.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class MicroBatcher(Generic[Row, Answer]):
     async def submit(self, rows: Sequence[Row], lengths: Sequence[int]) -> Answers[Answer]:
         """The answers for `rows` (one at least), whose `lengths` are in tokens.
 
-        The rows are admitted, fail and expire together, whichever batches they are in. Raises QueueFullError,
-        another RequestError, or what `run` raised for them. Cancelling drops what still waits.
+        The rows are admitted, fail and expire together, whichever batches they are in. RequestError 429
+        if too much waits, or what `run` raised for them. Cancelling drops what still waits.
         """
         if self._closed:
             raise Closed()
         wait, limits, loop = self.estimated_wait, self.limits, asyncio.get_running_loop()
         if len(self._waiting) + len(rows) > limits.max_queue_rows or wait > SAFETY * limits.queue_deadline:
-            raise QueueFullError(wait)
+            raise Overloaded(wait=wait)
         request = _Request[Answer](len(rows), loop.create_future(), time.monotonic())
         for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             padded = -(-length // ROUND_UP) * ROUND_UP
@@ -121,7 +121,6 @@ class MicroBatcher(Generic[Row, Answer]):
 
     @property
     def num_waiting(self) -> int:
-        """Rows that wait; those being run are not among them."""
         return len(self._waiting)
 
     @property
@@ -147,7 +146,7 @@ class MicroBatcher(Generic[Row, Answer]):
             self._fail(request, RequestError(503, "deadline_passed", message, wait=self.estimated_wait))
 
     def _drop(self, request: _Request[Answer], reason: str | None = None) -> bool:
-        """Take its waiting rows out of the queue, and tell of them with the reason, if any. Did any wait?."""
+        """Take its waiting rows out of the queue, and tell of them with the reason, if any. Did any wait?"""
         before = len(self._waiting)
         self._waiting = deque(waiting for waiting in self._waiting if waiting.request is not request)
         self._waiting_tokens = sum(waiting.length for waiting in self._waiting)
@@ -223,21 +222,18 @@ class MicroBatcher(Generic[Row, Answer]):
         self._on_batch(len(rows), max(lengths) * len(rows), ended - began, error is not None)
         if error is None:
             self.pace.note(tokens, ended - (self._last_end or began))
-        for waiting, answer in answered:
-            self._hand_out(waiting, answer)
+        for (request, place, *_), answer in answered:
+            if isinstance(answer, Exception):
+                self._fail(request, answer)
+                continue
+            request.answers[place] = answer
+            if len(request.answers) == request.num_rows and not request.future.done():
+                values = [request.answers[place] for place in range(request.num_rows)]
+                started = request.started or request.submitted
+                waited, ran = started - request.submitted, time.monotonic() - started
+                request.future.set_result(Answers(values, waited, ran))
         self._last_end = ended if self._waiting else None
         return error
-
-    def _hand_out(self, waiting: _Waiting[Row, Answer], answer: Answer | Exception) -> None:
-        request = waiting.request
-        if isinstance(answer, Exception):
-            return self._fail(request, answer)
-        request.answers[waiting.place] = answer
-        if len(request.answers) == request.num_rows and not request.future.done():
-            values = [request.answers[index] for index in range(request.num_rows)]
-            started = request.started or request.submitted
-            seconds = time.monotonic() - started
-            request.future.set_result(Answers(values, started - request.submitted, seconds))
 
 
 def window_size(lengths: Iterable[int], max_batch_tokens: int) -> int:
@@ -265,16 +261,12 @@ def choose_batch(lengths: Sequence[int], max_batch_tokens: int) -> list[int]:
 
 
 class Pace:
-    """Seconds a token takes, kept apart by the size of the batch: in a small batch tokens cost more.
-
-    The slowest of the recent batches counts: a request admitted on their mean would be late half the time.
-    """
+    """Seconds a token takes, kept apart by the size of the batch: in a small batch tokens cost more."""
 
     def __init__(self) -> None:
         self._recent: dict[int, deque[float]] = {}  # by bit length: of one size within a factor of 2
 
     def note(self, tokens: int, seconds: float) -> None:
-        """A batch of so many tokens, without padding, took so long."""
         self._recent.setdefault(tokens.bit_length(), deque(maxlen=RECENT)).append(seconds / tokens)
 
     def seconds_per_token(self, tokens: int) -> float:
@@ -285,8 +277,7 @@ class Pace:
     def seconds(self, waiting: int, running: int, running_seconds: float, largest: int) -> float:
         """Until `waiting` tokens, and those `running` for `running_seconds`, are done; 0 if there are none.
 
-        They go in batches of at most `largest` tokens. Where more waits than one holds, the window lets rows
-        of another length pass: a batch more.
+        Where more waits than the `largest` batch holds, the window lets others pass: a batch more.
         """
         ahead = waiting + running
         batch = min(ahead, largest)
@@ -298,10 +289,7 @@ class Pace:
 
 
 class Worker:
-    """One thread, used from the event loop. A daemon: a function that hangs cannot hold up the exit.
-
-    `on_error` is called on the thread with each exception that a function raised, before anybody else.
-    """
+    """One thread, used from the event loop. A daemon: a function that hangs cannot hold up the exit."""
 
     def __init__(self, name: str, on_error: Callable[[BaseException], None] = lambda error: None) -> None:
         self._on_error, self._ended = on_error, False
@@ -328,10 +316,8 @@ class Worker:
         return 0.0 if began is None else time.monotonic() - began
 
     async def end(self, timeout: float) -> bool:
-        """Let the thread end after what it is at; whether it did within `timeout` seconds.
-
-        A daemon that is inside a library when the interpreter goes is killed there, which may abort it all.
-        """
+        """Let the thread end after what it is at; whether it did within `timeout` seconds."""
+        # A daemon that is inside a library when the interpreter goes is killed there, which may abort it all.
         self._ended = True
         self._jobs.put(None)
         await asyncio.to_thread(self._thread.join, timeout)

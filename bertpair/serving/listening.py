@@ -104,10 +104,8 @@ def _explained(place: str) -> Iterator[None]:
 
 
 class TcpListener:
-    """A port: bound by nobody else from the start, listening once the model is there.
-
-    SO_REUSEADDR lets two programs bind one port as long as neither listens, so it is set only while it is
-    needed: to bind beside connections of a server that has gone, and then for the connections taken here.
+    """A port. SO_REUSEADDR lets two programs bind it while neither listens, so it is set only while needed:
+    to bind beside connections of a server that has gone, and then for the connections taken here.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -148,10 +146,8 @@ class TcpListener:
         """A port has one server at a time."""
 
     def refuse(self) -> None:
-        """Let no new client begin; one whose connection is under way still gets in, and can be accepted.
-
-        Closing the listener would reset those. Linux alone has a way: drop what asks for a new connection.
-        """
+        """Let no new client begin; one whose connection is under way still gets in, and can be accepted."""
+        # Closing the listener would reset those. Linux alone has a way: drop what asks for a new connection.
         with contextlib.suppress(OSError):
             program = ctypes.create_string_buffer(_DROP_SYN, len(_DROP_SYN))
             filter = struct.pack("HP", len(_DROP_SYN) // 8, ctypes.addressof(program))

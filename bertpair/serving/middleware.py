@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertpair.serving.listening import allowed_hosts
 from bertpair.serving.metrics import ServeMetrics, access_logger
-from bertpair.serving.requests import RequestError
+from bertpair.serving.requests import ClosingError, RequestError
 from bertpair.settings.serve import ServeConfig
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class Shell:
             exchange.status = 499  # as nginx logs it
         except Exception as error:
             refusal = as_refusal(error, exchange.request_id)
+            self.metrics.refusals.inc(refusal.status == 429)
             if exchange.status:  # half an answer is out: nothing honest can follow it
                 raise
             await refusal.response(exchange.request_id)(scope, receive, send_with_headers)
@@ -97,18 +98,20 @@ class Shell:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         if scope["http_version"] not in ("1.0", "1.1"):
-            raise RequestError(505, "http_version_not_supported", "HTTP/1.1 is spoken here", close=True)
+            raise ClosingError(505, "http_version_not_supported", "HTTP/1.1 is spoken here")
         host, root_path = headers.get("host"), scope["root_path"]
         if url := _WHOLE_URL.fullmatch(scope["raw_path"].decode().removeprefix(root_path)):  # RFC 9112, 3.2.2
             host, path = url[1], url[2] or "/"
             if not _AUTHORITY.fullmatch(host):
-                raise RequestError(400, "bad_request", "the URL asked for names no sound host", close=True)
+                raise ClosingError(400, "bad_request", "the URL asked for names no sound host")
             scope["path"], scope["raw_path"] = root_path + unquote(path), (root_path + path).encode()
-        if self.hosts is None or host is None or host_name(host) in self.hosts:
+        if self.hosts is None or host is None:
             return
-        if scope["path"].removeprefix(root_path).rstrip("/") not in _PROBES:
+        name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+        is_probe = scope["path"].removeprefix(root_path).rstrip("/") in _PROBES
+        if name.lower() not in self.hosts and not is_probe:
             message = "this server does not answer to that Host; its setting allowed_hosts says to which"
-            raise RequestError(400, "unknown_host", message, close=True)
+            raise ClosingError(400, "unknown_host", message)
 
     def _cors(self, headers: Headers) -> dict[str, str]:
         origin = "*" if "*" in self.origins else headers.get("origin", "")
@@ -123,7 +126,6 @@ class Shell:
         route = getattr(scope.get("endpoint"), "route_path", "unmatched")  # a 405 has one
         self.metrics.requests.labels(route, str(status)).inc()
         self.metrics.request_seconds.labels(route).observe(seconds)
-        self.metrics.refusals.inc(status == 429)
         line = {
             "time": round(time.time(), 3),
             "request_id": exchange.request_id,
@@ -135,12 +137,6 @@ class Shell:
             **exchange.fields,
         }
         access_logger.info("%s", json.dumps(line))  # ASCII: no line breaks or terminal codes of a client's
-
-
-def host_name(value: str) -> str:
-    """Without its port, in lower case; an IPv6 address keeps its brackets."""
-    name = value.partition("]")[0] + "]" if value.startswith("[") else value.partition(":")[0]
-    return name.lower()
 
 
 def as_refusal(error: Exception, request_id: str) -> RequestError:

@@ -58,7 +58,7 @@ class Agreement:
 
 @dataclasses.dataclass
 class Predictor:
-    """A loaded model. `agreement` is filled in by `check_agreement`."""
+    """A loaded model."""
 
     classifier: PairClassifier
     name: str
@@ -68,7 +68,7 @@ class Predictor:
     precision: str  # float32, bf16, fp16 or int8
     settings: Mapping[str, Any]  # those it was trained with
     num_threads: int
-    agreement: Agreement | None = None
+    agreement: Agreement | None = None  # as `check_agreement` finds it
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -98,17 +98,15 @@ class Predictor:
 
     def warm_shapes(self, max_tokens: int, max_rows: int) -> Iterator[list[int]]:
         """Lengths of batches that bring every number of tokens and of rows that a kernel is kept for."""
-        for count in _filled(max_tokens):
+        for count in sorted({fill_up(count) for count in range(1, max_tokens + 1)}):
             whole, rest = divmod(count, self.cut)
             yield [self.cut] * whole + [rest] * (rest > 0)
-        for count in _filled(min(max_rows, max_tokens // ROUND_UP)):  # of the shortest that the queue counts
+        most = min(max_rows, max_tokens // ROUND_UP)  # of the shortest that the queue counts
+        for count in sorted({fill_up(count) for count in range(1, most + 1)}):
             yield [ROUND_UP] * min(count, max_rows)
 
     def check_agreement(self, path: str, folder: str | Path) -> Agreement:
-        """Compare with float32 on the first CHECK_ROWS rows of `path`, whose columns are the training's.
-
-        What comes out is kept in `agreement`, and said in one line.
-        """
+        """Compare with float32 on the first CHECK_ROWS rows of a file; it is kept in `agreement` and told."""
         rows = self.read_rows(path)
         exact = PairClassifier.from_pretrained(folder, max_seq_length=self.cut, device="cpu", optimize=False)
         self.agreement = found = compare(self.classifier.predict(rows), exact.predict(rows))
@@ -120,8 +118,8 @@ class Predictor:
     def read_rows(self, path: str) -> list[Any]:
         """The first texts of a file laid out like the training data; labels are not looked at."""
         known = {name: value for name, value in self.settings.items() if name in DataSettings.model_fields}
-        known |= {"dev_file": [path], "max_eval_samples": CHECK_ROWS}
-        source = resolve_source(DataSettings(**known), needs=("dev",))
+        settings = DataSettings(**{**known, "dev_file": [path], "max_eval_samples": CHECK_ROWS})
+        source = resolve_source(settings, needs=("dev",))
         columns = source.columns_for(path, with_labels=False, header=self.classifier.header)
         try:
             pairs = source.read([path], columns, self.labels)
@@ -135,15 +133,7 @@ class Predictor:
         return list(zip(pairs.text_a, texts, strict=True)) if self.takes_pairs else list(pairs.text_a)
 
 
-def _filled(most: int) -> Iterator[int]:
-    """The sizes that batches of 1 to `most` are filled up to."""
-    count = 0
-    while count < most:
-        yield (count := fill_up(count + 1))
-
-
 def join_rows(rows: Sequence[TokenRow]) -> Tokens:
-    """Rows as the classifier takes them."""
     return Tokens(
         ids=np.concatenate([row.ids for row in rows]),
         offsets=offsets_of(np.array([len(row) for row in rows], np.int64)),
@@ -153,17 +143,13 @@ def join_rows(rows: Sequence[TokenRow]) -> Tokens:
 
 
 def compare(found: Sequence[Prediction], exact: Sequence[Prediction]) -> Agreement:
-    """Two models' predictions for the same rows."""
-    same, change = 0, 0.0
+    same, largest = 0, 0.0
     for ours, theirs in zip(found, exact, strict=True):
-        if theirs.label is None:
-            changes = [abs(ours.score - theirs.score)]
-            same += changes[0] <= 0.01
-        else:
-            changes = [abs(ours.probabilities[label] - p) for label, p in theirs.probabilities.items()]
-            same += ours.label == theirs.label
-        change = max(change, *changes)
-    return Agreement(len(exact), same / max(1, len(exact)), change)
+        changes = [abs(ours.probabilities[label] - p) for label, p in theirs.probabilities.items()]
+        change = max(changes or [abs(ours.score - theirs.score)])
+        same += change <= 0.01 if theirs.label is None else ours.label == theirs.label
+        largest = max(largest, change)
+    return Agreement(len(exact), same / max(1, len(exact)), largest)
 
 
 def load_predictor(config: ServeConfig) -> Predictor:

@@ -15,7 +15,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bertpair.serving.app import Service
-from bertpair.serving.requests import HeadersTooLarge, RequestError, UrlTooLong
+from bertpair.serving.requests import ClosingError, HeadersTooLarge, RequestError, UrlTooLong
 
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 2**20
@@ -41,17 +41,13 @@ class GentleTransport:
 
 
 class GuardedProtocol(H11Protocol):
-    """One connection, which its requests find in their `state`.
-
-    One timer runs at a time: the deadline of what the connection waits for.
-    """
+    """One connection, which its requests find in their `state`, with one timer: of what it waits for."""
 
     def __init__(self, *, service: Service, app_state: dict[str, Any], **rest: Any) -> None:
         super().__init__(app_state={**app_state, "connection": self}, **rest)
         self.service = service
         self.num_answered = self.num_discarded = 0
-        self.is_last = False
-        self.waits_for: object = None
+        self.is_last, self.waits_for = False, object()
         self.timer: asyncio.TimerHandle | None = None
 
     @property
@@ -91,25 +87,20 @@ class GuardedProtocol(H11Protocol):
         elif is_new or self.is_mid_request:
             then, which = self._time_out, (self.num_answered, self.conn.our_state is h11.DONE)
         if (then, which) != self.waits_for:
-            self._disarm()
+            if self.timer:
+                self.timer.cancel()
             self.waits_for = then, which
             if then:
                 seconds = LINGER_SECONDS if then == self._end else self.service.config.receive_timeout
                 self.timer = self.loop.call_later(seconds, then)
 
-    def _disarm(self) -> None:
-        if self.timer:
-            self.timer.cancel()
-
     def _count(self, event: str) -> None:
-        """The status or name of something that was settled down here."""
         self.service.metrics.protocol.labels(event).inc()
 
     def _time_out(self) -> None:
         """408 if part of a request came and no answer has begun, else silence."""
         if self.is_mid_request and self.conn.our_state in UNANSWERED:
-            message = "the request did not arrive in time"
-            self._answer(RequestError(408, "request_timeout", message, close=True))
+            self._answer(ClosingError(408, "request_timeout", "the request did not arrive in time"))
         else:
             self._count("silent_timeout")
             self._end()
@@ -135,7 +126,8 @@ class GuardedProtocol(H11Protocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._disarm()
+        if self.timer:
+            self.timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -171,10 +163,9 @@ class GuardedProtocol(H11Protocol):
         elif hint == 431 and self.conn.our_state is h11.IDLE:
             self._answer(HeadersTooLarge() if b"\n" in self.conn.trailing_data[0] else UrlTooLong())
         elif hint == 501:
-            message = "of transfer codings only chunked is known"
-            self._answer(RequestError(501, "not_implemented", message, close=True))
+            self._answer(ClosingError(501, "not_implemented", "of transfer codings only chunked is known"))
         else:
-            self._answer(RequestError(400, "bad_request", "this is not a sound HTTP/1.1 request", close=True))
+            self._answer(ClosingError(400, "bad_request", "this is not a sound HTTP/1.1 request"))
 
     def shutdown(self) -> None:
         """Nobody new gets in: answer what has come and what is about to, then close."""

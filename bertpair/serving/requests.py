@@ -66,24 +66,15 @@ class RequestError(Exception):
         return Response(json.dumps({"error": error}), self.status, self.headers, JSON)
 
 
-class QueueFullError(RequestError):
-    """Refused: too much waits already; room is expected after `wait` seconds."""
-
-    def __init__(self, wait: float) -> None:
-        super().__init__(429, "overloaded", "too many requests are waiting; see Retry-After", wait=wait)
-
-
-_TooLarge = partial(RequestError, close=True)
-UrlTooLong = partial(_TooLarge, 414, "url_too_long", f"the URL is longer than {MAX_URL_BYTES} bytes")
-HeadersTooLarge = partial(_TooLarge, 431, "headers_too_large", "the headers are larger than max_header_bytes")
-BodyTooLarge = partial(_TooLarge, 413, "body_too_large", "the body is larger than max_body_bytes")
+ClosingError = partial(RequestError, close=True)
+UrlTooLong = partial(ClosingError, 414, "url_too_long", f"the URL is longer than {MAX_URL_BYTES} bytes")
+_LARGE = "the headers are larger than max_header_bytes"
+HeadersTooLarge = partial(ClosingError, 431, "headers_too_large", _LARGE)
+BodyTooLarge = partial(ClosingError, 413, "body_too_large", "the body is larger than max_body_bytes")
 
 
 def check_headers(request: Request, max_bytes: int, key: bytes | None) -> None:
-    """RequestError 401 unless the one Authorization header is `Bearer` and the key, if one is asked for.
-
-    Then 431 or 414 for headers or a URL that are too large, 417 for an unknown expectation.
-    """
+    """RequestError 401 unless Authorization is `Bearer` and the key, once; 431, 414, 417 as messages say."""
     if key is not None:
         given = [value for name, value in request.headers.raw if name == b"authorization"]
         scheme, _, credentials = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
@@ -96,16 +87,12 @@ def check_headers(request: Request, max_bytes: int, key: bytes | None) -> None:
     if len(request.scope["raw_path"]) + len(request.scope["query_string"]) + 1 > MAX_URL_BYTES:
         raise UrlTooLong()
     if any(value.strip().lower() != "100-continue" for value in request.headers.getlist("expect")):
-        message = "of expectations only 100-continue is known"
-        raise RequestError(417, "expectation_failed", message, close=True)
+        raise ClosingError(417, "expectation_failed", "of expectations only 100-continue is known")
 
 
 def check_body(headers: Headers, max_bytes: int, *, may_be_any: bool) -> None:
-    """RequestError 415 unless the body is said to be JSON in UTF-8, as it is; 413 if it says it is too long.
-
-    With `may_be_any` the type does not matter, save for a browser's request: a page of somebody else's
-    may send other types without asking first.
-    """
+    """RequestError 415 unless it is said to be JSON in UTF-8, as it is; 413 if it is said to be too long."""
+    # Where the type may be any, a page of somebody else's could send it without its browser asking first.
     if not may_be_any or "origin" in headers:
         said, types = Message(), headers.getlist("content-type")
         said["Content-Type"] = types[0] if len(types) == 1 else ""
@@ -124,8 +111,7 @@ def check_body(headers: Headers, max_bytes: int, *, may_be_any: bool) -> None:
 async def read_json(request: Request, max_bytes: int, hold: Callable[[int], None]) -> Any:
     """The value in a body. RequestError 413 once it grows too large, 400 for its syntax, not repeating it.
 
-    `hold` is told the number of bytes of each part before it is kept, and may raise. ClientDisconnect if the
-    sender goes away.
+    `hold` is told the size of each part before it is kept, and may raise. ClientDisconnect: its sender went.
     """
     body = bytearray()
     async for part in request.stream():
@@ -133,16 +119,15 @@ async def read_json(request: Request, max_bytes: int, hold: Callable[[int], None
             raise BodyTooLarge()
         hold(len(part))
         body += part
+    hooks: Any = {"object_pairs_hook": _read_object, "parse_constant": _refuse}
+    hooks |= {"parse_int": partial(_read_number, int), "parse_float": partial(_read_number, float)}
     try:
         text, depth = body.decode(), 0
         for match in _BRACKETS.finditer(text):  # outside of strings, before the parser recurses into them
             depth += (match[1] is not None) - (match[2] is not None)
             if depth > MAX_DEPTH:
                 raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
-        integer, real = partial(_read_number, int), partial(_read_number, float)
-        return json.loads(
-            text, object_pairs_hook=_read_object, parse_constant=_refuse, parse_int=integer, parse_float=real
-        )
+        return json.loads(text, **hooks)
     except UnicodeDecodeError as error:
         fault = f"byte {error.start} is not UTF-8"
     except json.JSONDecodeError as error:

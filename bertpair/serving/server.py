@@ -39,14 +39,10 @@ CONNECT_SECONDS = 0.2  # once new clients are refused: those on their way are in
 
 
 def serve(config: ServeConfig) -> int:
-    """Serve until a signal says stop. 0: drained; 1: work was left over after `grace_seconds`.
-
-    Raises ConfigError or CheckpointError before anything listens.
-    """
+    """Serve until a signal says stop; 0 once drained. ConfigError or CheckpointError before it listens."""
     listening.check_descriptors(config.max_connections)
-    key = (
-        listening.read_key(config.api_key_file, config.max_header_bytes // 2) if config.api_key_file else None
-    )
+    path, most = config.api_key_file, config.max_header_bytes // 2
+    key = listening.read_key(path, most) if path else None
     listener = listening.bind(config)
     try:
         predictor = load_predictor(config)
@@ -88,8 +84,7 @@ async def _run(config: ServeConfig, predictor: Predictor, key: bytes | None, lis
     await asyncio.wait({serving}, timeout=config.drain_seconds)
     listener.refuse()
     await asyncio.sleep(CONNECT_SECONDS)
-    await _finish(service, server, serving)
-    return 0
+    return await _finish(service, server, serving)
 
 
 async def _warm(service: Service) -> None:
@@ -101,8 +96,8 @@ async def _warm(service: Service) -> None:
     logger.info("ready: batches of up to %d tokens", batcher.limits.max_batch_tokens)
 
 
-async def _finish(service: Service, server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
-    """Answer what has come; ends the process if that takes longer than `grace_seconds`."""
+async def _finish(service: Service, server: uvicorn.Server, serving: asyncio.Task[None]) -> int:
+    """0 once what has come is answered; after `grace_seconds` the process ends with 1."""
     server.should_exit = True
     grace, connections = service.config.grace_seconds, server.server_state.connections
     end = time.monotonic() + grace
@@ -119,6 +114,7 @@ async def _finish(service: Service, server: uvicorn.Server, serving: asyncio.Tas
     serving.result()
     service.tokenizing.shutdown(wait=False)
     logger.info("drained")
+    return 0
 
 
 def make_service(config: ServeConfig, predictor: Predictor, key: bytes | None) -> Service:
@@ -215,10 +211,7 @@ async def warm_up(
 
 
 def configure_serve_logging() -> None:
-    """The access log, a JSON line per answer, goes to standard output, all else to standard error.
-
-    Both are written by threads of their own. uvicorn's remarks are left out.
-    """
+    """The access log, a JSON line per answer, goes to standard output, the rest to standard error."""
     access_logger.propagate = False
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     root = logging.getLogger()
