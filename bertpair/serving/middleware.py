@@ -68,11 +68,7 @@ class Shell:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                extra = {
-                    "x-request-id": exchange.request_id,
-                    **self._cors(headers),
-                    **exchange.headers,
-                }
+                extra = {"x-request-id": exchange.request_id} | self._cors(headers) | exchange.headers
                 # Of two lengths a proxy might believe the other.
                 is_unclear = "content-length" in headers and "transfer-encoding" in headers
                 if is_unclear or scope["state"]["connection"].is_ending:

@@ -151,26 +151,23 @@ def end_process() -> NoReturn:
 def make_uvicorn(service: Service) -> uvicorn.Server:
     """uvicorn with our protocol and our shell around the service's routes, and no handlers for signals."""
     config = service.config
-    protocol: Any = functools.partial(GuardedProtocol, service=service)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            Shell(service.routes(), service.metrics, config),
-            http=protocol,
-            ws="none",
-            loop="asyncio",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            backlog=listening.BACKLOG,
-            # More than the application allows: it is the one that answers 431 and 414, after 404 and 401.
-            h11_max_incomplete_event_size=config.max_header_bytes + MAX_URL_BYTES + 1024,
-            timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # a fraction does as well
-            root_path=config.root_path or "",
-            proxy_headers=config.forwarded_allow_ips is not None,
-            forwarded_allow_ips=listening.trusted_proxies(config.forwarded_allow_ips or ""),
-        )
+    silent: Any = {"log_config": None, "access_log": False, "server_header": False}
+    settings = uvicorn.Config(
+        Shell(service.routes(), service.metrics, config),
+        http=functools.partial(GuardedProtocol, service=service),  # type: ignore[arg-type]
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        backlog=listening.BACKLOG,
+        # More than the application allows: it is the one that answers 431 and 414, after 404 and 401.
+        h11_max_incomplete_event_size=config.max_header_bytes + MAX_URL_BYTES + 1024,
+        timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # a fraction does as well
+        root_path=config.root_path or "",
+        proxy_headers=config.forwarded_allow_ips is not None,
+        forwarded_allow_ips=listening.trusted_proxies(config.forwarded_allow_ips or ""),
+        **silent,
     )
+    server = uvicorn.Server(settings)
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
     return server
 
