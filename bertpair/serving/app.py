@@ -4,19 +4,15 @@ Order of checks: 404, 405 (routing); 401; 431, 414, 417; 415; 413; not ready 503
 429. The model is reached through `MicroBatcher` only; texts are tokenized on a thread of their own.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
-import dataclasses
 import hashlib
-import hmac
 import html
 import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,32 +22,18 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
-from starlette.types import Scope
 
 from bertpair.evaluation.classifier import Prediction
-from bertpair.serving.batcher import Answers, MicroBatcher
+from bertpair.serving.batcher import MicroBatcher
 from bertpair.serving.metrics import ServeMetrics
 from bertpair.serving.middleware import Exchange
 from bertpair.serving.predictor import Predictor, TokenRow
-from bertpair.serving.requests import (
-    JSON,
-    MAX_URL_BYTES,
-    Headers,
-    HeadersTooLarge,
-    QueueFullError,
-    RequestError,
-    UrlTooLong,
-    bad_value,
-    check_content_type,
-    check_length,
-    check_meaning,
-    parse_json,
-    read_body,
-)
+from bertpair.serving.requests import JSON, RequestError, check_body, check_headers, check_meaning, read_json
 from bertpair.serving.schema import Bodies, Info, body_models, describe_api
 from bertpair.settings.serve import ServeConfig
 
 PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+LIMITS = ("max_inflight_bytes", "max_header_bytes", "max_queue_rows", "queue_deadline", "max_connections")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -67,9 +49,7 @@ class Service:
     is_warm: bool = False
     is_draining: bool = False
     inflight_bytes: int = 0  # of bodies whose requests have no answer yet
-    tokenizing: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="tokenizing")
-    )
+    tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizing"))
 
     @cached_property
     def bodies(self) -> Bodies:
@@ -101,9 +81,7 @@ class Service:
         async def guarded(request: Request) -> Response:
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers={"Allow": allow})
-            if keyed and self.key is not None:
-                check_key(request.scope["headers"], self.key)
-            check_head(request.scope, self.config.max_header_bytes)
+            check_headers(request, self.config.max_header_bytes, self.key if keyed else None)
             try:
                 return await handler(request)
             finally:
@@ -111,8 +89,6 @@ class Service:
 
         guarded.route_path = path  # type: ignore[attr-defined]  # by which it is counted, a 405 too
         return guarded
-
-    # Health
 
     async def livez(self, request: Request) -> Response:
         self._check_pace(2 * self.config.stall_seconds)
@@ -133,26 +109,23 @@ class Service:
         if self.batcher.worker.running_seconds > seconds:
             raise RequestError(503, "stalled", "the model has not answered for too long", wait=1)
 
-    # Predictions
-
     async def legacy(self, request: Request) -> Response:
         """The old clients' route: sentence1 and sentence2 in, a list of label and score out."""
         value = await self._read(request, may_be_any=True)
         if self.predictor.labels is None:
             raise RequestError(404, "not_found", "this model gives a value, no label: see /v1/predict")
-        answers = await self._run(request, [check_meaning(self.bodies[2], value)])
-        prediction = answers.values[0]
-        return json_response([prediction.label, prediction.score], answers)
+        [prediction] = await self._run(request, [check_meaning(self.bodies[2], value)])
+        return json_response([prediction.label, prediction.score])
 
     async def predict(self, request: Request) -> Response:
         row: Any = check_meaning(self.bodies[0], await self._read(request))
-        answers = await self._run(request, [row], truncate=row.truncate)
-        return json_response(self._describe(answers.values[0]), answers)
+        [prediction] = await self._run(request, [row], truncate=row.truncate)
+        return json_response(self._describe(prediction))
 
     async def predict_batch(self, request: Request) -> Response:
         body: Any = check_meaning(self.bodies[1], await self._read(request))
-        answers = await self._run(request, body.pairs, truncate=body.truncate, where="pairs")
-        return json_response({"predictions": [self._describe(p) for p in answers.values]}, answers)
+        predictions = await self._run(request, body.pairs, truncate=body.truncate, where="pairs")
+        return json_response({"predictions": [self._describe(each) for each in predictions]})
 
     async def _read(self, request: Request, *, may_be_any: bool = False) -> Any:
         """The JSON of a request's body, after all that can be said without it."""
@@ -167,14 +140,13 @@ class Service:
             self.inflight_bytes += num_bytes
             exchange.inflight_bytes += num_bytes
 
-        check_content_type(request.scope["headers"], may_be_any=may_be_any)
-        check_length(request.scope["headers"], most)
+        check_body(request.headers, most, may_be_any=may_be_any)
         self._check_ready()
-        return parse_json(await read_body(request, most, hold))
+        return await read_json(request, most, hold)
 
     async def _run(
         self, request: Request, rows: Sequence[BaseModel], *, truncate: bool = True, where: str | None = None
-    ) -> Answers[Prediction]:
+    ) -> list[Prediction]:
         """The answers for rows of texts, in order; ClientDisconnect as soon as nobody waits for them."""
         names = [name for name in type(rows[0]).model_fields if name != "truncate"]
         columns = [[getattr(row, name) for row in rows] for name in names]
@@ -183,15 +155,12 @@ class Service:
         cut = [i for i, row in enumerate(tokens) if row.truncated]
         if cut and not truncate:
             message = f"the texts are longer than {self.predictor.cut} tokens, and truncate is false"
-            raise bad_value(message, f"{where}[{cut[0]}]" if where else None)
+            raise RequestError(422, "invalid_value", message, where and f"{where}[{cut[0]}]")
         job = asyncio.ensure_future(self.batcher.submit(tokens, [len(row) for row in tokens]))
         gone = asyncio.ensure_future(wait_until_gone(request))
         gone.add_done_callback(lambda _: job.cancel())
         try:
             answers = await job
-        except QueueFullError:
-            self.metrics.refusals.inc()
-            raise
         except asyncio.CancelledError:
             raise ClientDisconnect() from None
         finally:
@@ -199,36 +168,24 @@ class Service:
         self.metrics.queue_seconds.observe(answers.queue_seconds)
         self.metrics.predictions.inc(len(rows))
         self.metrics.truncated.inc(len(cut))
-        request.scope["exchange"].fields.update(
-            rows=len(rows),
-            queue_ms=round(answers.queue_seconds * 1000, 1),
-            inference_ms=round(answers.run_seconds * 1000, 1),
-        )
-        return answers
+        queue_ms, run_ms = round(answers.queue_seconds * 1000, 1), round(answers.run_seconds * 1000, 1)
+        exchange: Exchange = request.scope["exchange"]
+        exchange.headers = {"x-queue-ms": str(queue_ms), "x-inference-ms": str(run_ms)}
+        exchange.fields = {"rows": len(rows), "queue_ms": queue_ms, "inference_ms": run_ms}
+        return answers.values
 
     def _describe(self, prediction: Prediction) -> dict[str, object]:
-        found: dict[str, object] = {"value": prediction.score}
-        if prediction.label is not None:
-            found = {"label": prediction.label, "score": prediction.score}
-            found["probabilities"] = prediction.probabilities
-        found |= {"truncated": prediction.truncated, "num_tokens": prediction.num_tokens}
-        return {**found, "model_version": self.predictor.version}
-
-    # What there is to know
+        found = {**vars(prediction), "model_version": self.predictor.version}
+        if prediction.label is None:
+            del found["label"], found["probabilities"]
+            found = {"value": found.pop("score"), **found}
+        return found
 
     @property
     def facts(self) -> Info:
-        config, predictor = self.config, self.predictor
-        limits = {
-            **dataclasses.asdict(predictor.limits),
-            "max_inflight_bytes": config.max_inflight_bytes,
-            "max_header_bytes": config.max_header_bytes,
-            "max_queue_rows": config.max_queue_rows,
-            "max_batch_tokens": self.batcher.limits.max_batch_tokens if self.is_warm else None,
-            "queue_deadline": config.queue_deadline,
-            "max_connections": config.max_connections,
-        }
-        agreement = predictor.agreement
+        config, predictor, agreement = self.config, self.predictor, self.predictor.agreement
+        limits = {name: getattr(config, name) for name in LIMITS} | asdict(predictor.limits)
+        limits["max_batch_tokens"] = self.batcher.limits.max_batch_tokens if self.is_warm else None
         return Info(
             model=predictor.name,
             model_version=predictor.version,
@@ -240,21 +197,19 @@ class Service:
             device=str(predictor.classifier.scorer.device),
             num_threads=predictor.num_threads,
             limits=limits,
-            agreement_with_float32=None if agreement is None else dataclasses.asdict(agreement),
+            agreement_with_float32=asdict(agreement) if agreement else None,
         )
+
+    @cached_property
+    def document(self) -> dict[str, Any]:
+        """/openapi.json; none of the facts in it ever changes."""
+        return describe_api(self.facts, self.bodies, self.key is not None, self.config.root_path)
 
     async def info(self, request: Request) -> Response:
         return json_response(self.facts.model_dump())
 
     async def show_metrics(self, request: Request) -> Response:
-        body = generate_latest(self.metrics.registry)
-        return Response(body, headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    @cached_property
-    def document(self) -> dict[str, Any]:
-        """/openapi.json; none of the facts in it ever changes."""
-        keyed, root_path = self.key is not None, self.config.root_path
-        return describe_api(self.facts, self.bodies, keyed=keyed, root_path=root_path)
+        return Response(generate_latest(self.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def openapi(self, request: Request) -> Response:
         return json_response(self.document)
@@ -263,43 +218,14 @@ class Service:
         return page_response(request.scope["root_path"], keyed=self.key is not None)
 
 
-def check_key(headers: Headers, key: bytes) -> None:
-    """RequestError 401 unless the one Authorization header is `Bearer` and the key."""
-    given = [value for name, value in headers if name == b"authorization"]
-    scheme, _, credentials = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-    is_right = hmac.compare_digest(credentials.strip(), key)
-    if scheme.lower() != b"bearer" or not is_right:
-        message = "a key is needed: Authorization: Bearer …"
-        raise RequestError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
-
-
-def check_head(scope: Scope, max_header_bytes: int) -> None:
-    """RequestError 431, 414 or 417 for headers or a URL that are too large, or an unknown expectation."""
-    headers: Headers = scope["headers"]
-    if sum(len(name) + len(value) + 4 for name, value in headers) > max_header_bytes:
-        raise HeadersTooLarge()
-    if len(scope["raw_path"]) + len(scope["query_string"]) + 1 > MAX_URL_BYTES:
-        raise UrlTooLong()
-    if any(name == b"expect" and value.strip().lower() != b"100-continue" for name, value in headers):
-        raise RequestError(
-            417, "expectation_failed", "of expectations only 100-continue is known", close=True
-        )
-
-
 async def wait_until_gone(request: Request) -> None:
     """Returns when the client has left; its body was read before."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def json_response(value: object, answers: Answers[Prediction] | None = None) -> Response:
-    """`answers`: those in it, for the headers that say how long they took."""
-    body = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    headers = {}
-    if answers:
-        headers["X-Queue-Ms"] = f"{1000 * answers.queue_seconds:.1f}"
-        headers["X-Inference-Ms"] = f"{1000 * answers.run_seconds:.1f}"
-    return Response(body, headers=headers, media_type=JSON)
+def json_response(value: object) -> Response:
+    return Response(json.dumps(value, ensure_ascii=False, allow_nan=False), media_type=JSON)
 
 
 def page_response(root_path: str, *, keyed: bool) -> Response:

@@ -1,12 +1,8 @@
 """Many callers, one model: requests queue on the event loop, one daemon thread runs them in batches.
 
-A batch forms while the one before it runs: `MicroBatcher` decides on the loop who is admitted, in which order
-and until when, so there are no locks; `choose_batch` says which rows go together, `Pace` how long they will
-take, and `Worker` is the thread. Each request has a future of its own, and an answer is put into its request
-by the row that went in, so answers cannot change places.
+A batch forms while the one before it runs. The loop decides who is admitted, in which order and until when:
+there are no locks. An answer is put into its request by the row that went in: answers cannot change places.
 """
-
-from __future__ import annotations
 
 import asyncio
 import contextlib
@@ -20,10 +16,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from bertpair.runtime import is_out_of_memory, release_locals
-from bertpair.serving.requests import QueueFullError, RequestError
+from bertpair.serving.requests import RequestError
 
 Row = TypeVar("Row")
 Answer = TypeVar("Answer")
@@ -32,29 +28,18 @@ SAFETY = 0.8  # of the deadline: an estimate errs, and to be admitted and then d
 WINDOW_BATCHES = 2  # rows are sorted by length within the oldest rows that fill so many batches; more are
 # hardly worth it, and every row that is passed over waits longer than it was admitted for
 ROUND_UP = 8  # a row counts as a multiple of so many tokens: what it is padded to, or costs anyhow
-RECENT = 5  # batches of one size that are remembered; the slowest of them counts
-
+RECENT = 5  # batches of one size that are remembered; the slowest counts: on their mean half would be late
 
 Closed = partial(RequestError, 503, "closed", "the server is going away", wait=1)
+Overloaded = partial(RequestError, 429, "overloaded", "too many requests are waiting; see Retry-After")
 
 
-@dataclass(frozen=True)
-class Answers(Generic[Answer]):
+class Answers(NamedTuple, Generic[Answer]):
     """A request's answers in the order of its rows, and how long it waited and ran (seconds)."""
 
     values: list[Answer]
     queue_seconds: float
     run_seconds: float
-
-
-@dataclass(frozen=True)
-class BatchReport:
-    """One batch that ran or failed."""
-
-    num_rows: int
-    padded_tokens: int  # rows × the longest
-    seconds: float
-    failed: bool
 
 
 @dataclass
@@ -75,10 +60,9 @@ class _Request(Generic[Answer]):
     started: float | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class _Waiting(Generic[Row, Answer]):
+class _Waiting(NamedTuple, Generic[Row, Answer]):
     request: _Request[Answer]
-    index: int  # of the row among its request's
+    place: int  # of the row among its request's
     row: Row
     length: int  # as budgets count it
 
@@ -86,10 +70,10 @@ class _Waiting(Generic[Row, Answer]):
 class MicroBatcher(Generic[Row, Answer]):
     """Runs `run(rows) -> answers` for whoever awaits `submit`, many requests to a batch.
 
-    `run` is called on one daemon thread, never twice at a time. It returns an answer per row, in order; an
-    exception in an answer's place fails that row's request alone. `on_batch` is told of each batch, `on_drop`
-    of rows that were dropped unrun ("expired", "gone"), `on_error`, on the model's thread, of each exception.
-    All methods belong to the event loop's thread. The warm-up uses `worker` and `pace` too.
+    `run` is called on one daemon thread. It returns an answer per row, in order; an exception in an answer's
+    place fails that row's request alone. `on_batch` is told a batch's rows, padded tokens and seconds, and
+    whether it failed; `on_drop` of rows dropped unrun ("expired", "gone"); `on_error`, on the model's thread,
+    of each exception. All methods belong to the event loop's thread.
     """
 
     def __init__(
@@ -97,43 +81,36 @@ class MicroBatcher(Generic[Row, Answer]):
         run: Callable[[list[Row]], Sequence[Answer | Exception]],
         limits: QueueLimits,
         *,
-        on_batch: Callable[[BatchReport], None] = lambda report: None,
+        on_batch: Callable[[int, int, float, bool], None] = lambda rows, tokens, seconds, failed: None,
         on_drop: Callable[[str, int], None] = lambda reason, num_rows: None,
         on_error: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        self.limits, self._run = limits, run
-        self._on_batch, self._on_drop = on_batch, on_drop
+        self.limits, self._run, self._on_batch, self._on_drop = limits, run, on_batch, on_drop
         self._waiting: deque[_Waiting[Row, Answer]] = deque()
-        self._waiting_tokens = 0
-        self._running_tokens = 0
+        self._waiting_tokens = self._running_tokens = 0
         self._last_end: float | None = None  # of a batch behind which others waited: pauses count as work
-        self._wake = asyncio.Event()
-        self._closed = False
-        self._loop = asyncio.get_running_loop()
-        self._feeder = self._loop.create_task(self._feed())
-        self.pace = Pace()
-        self.worker = Worker("inference", on_error)
-
-    # What callers see
+        self._closed, self._wake = False, asyncio.Event()
+        self._feeder = asyncio.create_task(self._feed())
+        self.pace, self.worker = Pace(), Worker("inference", on_error)
 
     async def submit(self, rows: Sequence[Row], lengths: Sequence[int]) -> Answers[Answer]:
         """The answers for `rows` (one at least), whose `lengths` are in tokens.
 
-        The rows are admitted, fail and expire together, whichever batches they are in. Raises QueueFullError,
-        another RequestError, or what `run` raised for them. Cancelling drops what still waits.
+        The rows are admitted, fail and expire together, whichever batches they are in. RequestError 429
+        if too much waits, or what `run` raised for them. Cancelling drops what still waits.
         """
         if self._closed:
             raise Closed()
-        wait, limits = self.estimated_wait, self.limits
+        wait, limits, loop = self.estimated_wait, self.limits, asyncio.get_running_loop()
         if len(self._waiting) + len(rows) > limits.max_queue_rows or wait > SAFETY * limits.queue_deadline:
-            raise QueueFullError(wait)
-        request = _Request[Answer](len(rows), self._loop.create_future(), time.monotonic())
+            raise Overloaded(wait=wait)
+        request = _Request[Answer](len(rows), loop.create_future(), time.monotonic())
         for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             padded = -(-length // ROUND_UP) * ROUND_UP
             self._waiting.append(_Waiting(request, index, row, padded))
             self._waiting_tokens += padded
         self._wake.set()
-        timer = self._loop.call_later(limits.queue_deadline, self._expire, request)
+        timer = loop.call_later(limits.queue_deadline, self._expire, request)
         try:
             return await request.future
         except asyncio.CancelledError:
@@ -144,7 +121,6 @@ class MicroBatcher(Generic[Row, Answer]):
 
     @property
     def num_waiting(self) -> int:
-        """Rows that wait; those being run are not among them."""
         return len(self._waiting)
 
     @property
@@ -159,11 +135,9 @@ class MicroBatcher(Generic[Row, Answer]):
         self._feeder.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._feeder
-        for waiting in list(self._waiting):
-            self._fail(waiting.request, Closed())
+        while self._waiting:
+            self._fail(self._waiting[0].request, Closed())
         return await self.worker.end(timeout)
-
-    # The queue
 
     def _expire(self, request: _Request[Answer]) -> None:
         """The deadline has come: if any row of the request still waits, all of it is over."""
@@ -172,7 +146,7 @@ class MicroBatcher(Generic[Row, Answer]):
             self._fail(request, RequestError(503, "deadline_passed", message, wait=self.estimated_wait))
 
     def _drop(self, request: _Request[Answer], reason: str | None = None) -> bool:
-        """Take its waiting rows out of the queue, and tell of them with the reason, if any. Did any wait?."""
+        """Take its waiting rows out of the queue, and tell of them with the reason, if any. Did any wait?"""
         before = len(self._waiting)
         self._waiting = deque(waiting for waiting in self._waiting if waiting.request is not request)
         self._waiting_tokens = sum(waiting.length for waiting in self._waiting)
@@ -185,8 +159,6 @@ class MicroBatcher(Generic[Row, Answer]):
         if not request.future.done():
             request.future.set_exception(error)
         self._drop(request)
-
-    # Batches
 
     async def _feed(self) -> None:
         while True:
@@ -206,43 +178,39 @@ class MicroBatcher(Generic[Row, Answer]):
         window = [self._waiting.popleft() for _ in range(size)]
         chosen = choose_batch([waiting.length for waiting in window], budget)
         self._waiting.extendleft(window[i] for i in sorted({*range(size)} - {*chosen}, reverse=True))
-        batch = [window[i] for i in chosen]
-        self._waiting_tokens -= sum(waiting.length for waiting in batch)
-        return batch
+        self._waiting_tokens -= sum(window[i].length for i in chosen)
+        return [window[i] for i in chosen]
 
     async def _run_batch(self, batch: list[_Waiting[Row, Answer]]) -> None:
         """Run it; where it fails, run its halves, so that a poisoned request fails alone.
 
         A batch is halved between requests. One request that runs out of memory is halved once itself.
         """
-        now = time.monotonic()
-        for waiting in batch:
-            waiting.request.started = waiting.request.started or now
         error = await self._run_rows(batch)
-        if error is None:
-            return
         requests = list(dict.fromkeys(waiting.request for waiting in batch))
-        if len(requests) > 1:
+        if error and len(requests) > 1:
             middle = len(requests) // 2
             for half in (set(requests[:middle]), set(requests[middle:])):
                 await self._run_batch([w for w in batch if w.request in half and not w.request.future.done()])
             return
-        if is_out_of_memory(error) and len(batch) > 1:
+        if error and is_out_of_memory(error) and len(batch) > 1:
             middle = len(batch) // 2
             error = await self._run_rows(batch[:middle]) or await self._run_rows(batch[middle:])
-        if error is not None and is_out_of_memory(error):
+        if error and is_out_of_memory(error):
             error = RequestError(503, "no_memory", "not enough memory for this request", wait=1)
-        if error is not None:
-            self._fail(batch[0].request, error)
+        if error:
+            self._fail(requests[0], error)
 
     async def _run_rows(self, batch: list[_Waiting[Row, Answer]]) -> Exception | None:
         """Run these rows and hand out their answers; the exception if there was one."""
         if not batch:
             return None
+        began, error = time.monotonic(), None
+        for waiting in batch:
+            waiting.request.started = waiting.request.started or began
         rows, lengths = [waiting.row for waiting in batch], [waiting.length for waiting in batch]
         self._running_tokens = tokens = sum(lengths)
-        began = time.monotonic()
-        error: Exception | None = None
+        answered: list[tuple[_Waiting[Row, Answer], Answer | Exception]] = []
         try:
             # The pairs are made on the thread: a wrong number of answers is an error of the batch.
             answered = await self.worker.call(lambda: list(zip(batch, self._run(rows), strict=True)))
@@ -251,31 +219,27 @@ class MicroBatcher(Generic[Row, Answer]):
         finally:
             self._running_tokens = 0
         ended = time.monotonic()
-        self._on_batch(BatchReport(len(rows), max(lengths) * len(rows), ended - began, error is not None))
+        self._on_batch(len(rows), max(lengths) * len(rows), ended - began, error is not None)
         if error is None:
             self.pace.note(tokens, ended - (self._last_end or began))
-            for waiting, answer in answered:
-                self._hand_out(waiting, answer)
+        for (request, place, *_), answer in answered:
+            if isinstance(answer, Exception):
+                self._fail(request, answer)
+                continue
+            request.answers[place] = answer
+            if len(request.answers) == request.num_rows and not request.future.done():
+                values = [request.answers[place] for place in range(request.num_rows)]
+                started = request.started or request.submitted
+                waited, ran = started - request.submitted, time.monotonic() - started
+                request.future.set_result(Answers(values, waited, ran))
         self._last_end = ended if self._waiting else None
         return error
-
-    def _hand_out(self, waiting: _Waiting[Row, Answer], answer: Answer | Exception) -> None:
-        request = waiting.request
-        if isinstance(answer, Exception):
-            return self._fail(request, answer)
-        request.answers[waiting.index] = answer
-        if len(request.answers) == request.num_rows and not request.future.done():
-            values = [request.answers[index] for index in range(request.num_rows)]
-            started = request.started or request.submitted
-            seconds = time.monotonic() - started
-            request.future.set_result(Answers(values, started - request.submitted, seconds))
 
 
 def window_size(lengths: Iterable[int], max_batch_tokens: int) -> int:
     """How many of the oldest rows (their `lengths` in the order they came) are looked at; one at least."""
-    totals = itertools.accumulate(lengths)
     limit = WINDOW_BATCHES * max_batch_tokens
-    return max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= limit, totals)))
+    return max(1, sum(1 for _ in itertools.takewhile(limit.__ge__, itertools.accumulate(lengths))))
 
 
 def choose_batch(lengths: Sequence[int], max_batch_tokens: int) -> list[int]:
@@ -285,8 +249,7 @@ def choose_batch(lengths: Sequence[int], max_batch_tokens: int) -> list[int]:
     count is within `max_batch_tokens`, the one with the most tokens that are no padding; or the oldest alone.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    oldest = order.index(0)
-    totals = [0, *itertools.accumulate(lengths[i] for i in order)]
+    oldest, totals = order.index(0), [0, *itertools.accumulate(lengths[i] for i in order)]
     best, most = [0], 0
     for last in range(oldest, len(order)):
         first = max(0, last + 1 - max_batch_tokens // lengths[order[last]])
@@ -298,30 +261,23 @@ def choose_batch(lengths: Sequence[int], max_batch_tokens: int) -> list[int]:
 
 
 class Pace:
-    """Seconds a token takes, kept apart by the size of the batch: in a small batch tokens cost more.
-
-    The slowest of the recent batches counts: a request admitted on their mean would be late half the time.
-    """
+    """Seconds a token takes, kept apart by the size of the batch: in a small batch tokens cost more."""
 
     def __init__(self) -> None:
         self._recent: dict[int, deque[float]] = {}  # by bit length: of one size within a factor of 2
 
     def note(self, tokens: int, seconds: float) -> None:
-        """A batch of so many tokens, without padding, took so long."""
         self._recent.setdefault(tokens.bit_length(), deque(maxlen=RECENT)).append(seconds / tokens)
 
     def seconds_per_token(self, tokens: int) -> float:
         """In batches of `tokens`, or of the size nearest to it that was ever seen; 0 before any."""
-        if not self._recent:
-            return 0.0
-        nearest = min(self._recent, key=lambda size: abs(size - tokens.bit_length()))
-        return max(self._recent[nearest])
+        nearest = min(self._recent, key=lambda size: abs(size - tokens.bit_length()), default=0)
+        return max(self._recent.get(nearest, (0.0,)))
 
     def seconds(self, waiting: int, running: int, running_seconds: float, largest: int) -> float:
         """Until `waiting` tokens, and those `running` for `running_seconds`, are done; 0 if there are none.
 
-        They go in batches of at most `largest` tokens. Where more waits than one holds, the window lets rows
-        of another length pass: a batch more.
+        Where more waits than the `largest` batch holds, the window lets others pass: a batch more.
         """
         ahead = waiting + running
         batch = min(ahead, largest)
@@ -329,21 +285,16 @@ class Pace:
         # A late batch of like size tells more than those before it; a much smaller one is all overhead.
         if running and 2 * running >= batch:
             pace = max(pace, running_seconds / running)
-        passed_over = largest if waiting > largest else 0
-        return (ahead + passed_over) * pace
+        return (ahead + (largest if waiting > largest else 0)) * pace
 
 
 class Worker:
-    """One thread, used from the event loop. A daemon: a function that hangs cannot hold up the exit.
-
-    `on_error` is called on the thread with each exception that a function raised, before anybody else.
-    """
+    """One thread, used from the event loop. A daemon: a function that hangs cannot hold up the exit."""
 
     def __init__(self, name: str, on_error: Callable[[BaseException], None] = lambda error: None) -> None:
-        self._on_error = on_error
-        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._on_error, self._ended = on_error, False
         self._began: float | None = None
-        self._ended = False
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -365,10 +316,8 @@ class Worker:
         return 0.0 if began is None else time.monotonic() - began
 
     async def end(self, timeout: float) -> bool:
-        """Let the thread end after what it is at; whether it did within `timeout` seconds.
-
-        A daemon that is inside a library when the interpreter goes is killed there, which may abort it all.
-        """
+        """Let the thread end after what it is at; whether it did within `timeout` seconds."""
+        # A daemon that is inside a library when the interpreter goes is killed there, which may abort it all.
         self._ended = True
         self._jobs.put(None)
         await asyncio.to_thread(self._thread.join, timeout)

@@ -4,8 +4,6 @@ A listener is bound before the model is loaded, so that a place that is taken is
 when the model is there, so that a load balancer is refused at once until then.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno
@@ -33,14 +31,13 @@ def check_descriptors(max_connections: int) -> None:
     """Raise the soft limit of open files to what `max_connections` needs; ConfigError if that cannot be."""
     needed = max_connections + SPARE_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ConfigError(
             f"max_connections {max_connections}: this process may open {hard} files, and that many "
             f"connections need {needed}; raise the limit (ulimit -n) or lower max_connections"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def read_key(path: str, most: int = 4096) -> bytes:
@@ -58,11 +55,7 @@ def read_key(path: str, most: int = 4096) -> bytes:
 def trusted_proxies(given: str) -> str:
     """Comma-separated addresses and networks, each IPv4 one also as `::` sees it, and back."""
     found = [item.strip() for item in given.split(",")]
-    for item in list(found):
-        try:
-            network = ipaddress.ip_network(item)
-        except ValueError:  # `*`
-            continue
+    for network in [ipaddress.ip_network(item) for item in found if item not in ("", "*")]:
         if isinstance(network, ipaddress.IPv4Network):
             found.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
         elif (inner := network.network_address.ipv4_mapped) and network.prefixlen >= 96:
@@ -74,10 +67,9 @@ def is_local(config: ServeConfig) -> bool:
     """Whether only this machine can reach the server."""
     if config.uds or config.host == "localhost":
         return True
-    try:
+    with contextlib.suppress(ValueError):
         return ipaddress.ip_address(config.host).is_loopback
-    except ValueError:
-        return False
+    return False
 
 
 def allowed_hosts(config: ServeConfig) -> frozenset[str] | None:
@@ -93,7 +85,7 @@ def allowed_hosts(config: ServeConfig) -> frozenset[str] | None:
     return frozenset({"localhost", "127.0.0.1", "[::1]", config.host.lower(), f"[{config.host.lower()}]"})
 
 
-def bind(config: ServeConfig) -> TcpListener | UnixListener:
+def bind(config: ServeConfig) -> "Listener":
     """Its place, taken and not listening yet; ConfigError if it is somebody else's."""
     if config.uds:
         return UnixListener(config.uds, int(config.uds_mode or "660", 8))
@@ -112,10 +104,8 @@ def _explained(place: str) -> Iterator[None]:
 
 
 class TcpListener:
-    """A port: bound by nobody else from the start, listening once the model is there.
-
-    SO_REUSEADDR lets two programs bind one port as long as neither listens, so it is set only while it is
-    needed: to bind beside connections of a server that has gone, and then for the connections taken here.
+    """A port. SO_REUSEADDR lets two programs bind it while neither listens, so it is set only while needed:
+    to bind beside connections of a server that has gone, and then for the connections taken here.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -156,10 +146,8 @@ class TcpListener:
         """A port has one server at a time."""
 
     def refuse(self) -> None:
-        """Let no new client begin; one whose connection is under way still gets in, and can be accepted.
-
-        Closing the listener would reset those. Linux alone has a way: drop what asks for a new connection.
-        """
+        """Let no new client begin; one whose connection is under way still gets in, and can be accepted."""
+        # Closing the listener would reset those. Linux alone has a way: drop what asks for a new connection.
         with contextlib.suppress(OSError):
             program = ctypes.create_string_buffer(_DROP_SYN, len(_DROP_SYN))
             filter = struct.pack("HP", len(_DROP_SYN) // 8, ctypes.addressof(program))
@@ -179,8 +167,7 @@ class UnixListener:
 
     def __init__(self, path: str, mode: int) -> None:
         self.path, self.new_path, self.identity = path, path + ".new", b""
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.lock: int | None = None
+        self.socket, self.lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), -1
         with _explained(f"uds: {path}"), contextlib.ExitStack() as undo:
             undo.callback(self.socket.close)
             undo.callback(self.hand_over)
@@ -196,7 +183,6 @@ class UnixListener:
 
     def listen(self) -> None:
         """ConfigError if another program has put something at the path in the meantime."""
-        assert self.lock is not None
         with _explained(f"uds: {self.path}"):
             self._check_free()
             self.socket.listen(BACKLOG)
@@ -207,9 +193,9 @@ class UnixListener:
 
     def hand_over(self) -> None:
         """Let a new server have the path as soon as it listens; until then clients find this one."""
-        if self.lock is not None:
+        if self.lock >= 0:
             os.close(self.lock)
-            self.lock = None
+            self.lock = -1
 
     def refuse(self) -> None:
         """Let no new client begin: take the socket away, unless the path belongs to a new server."""
@@ -226,28 +212,29 @@ class UnixListener:
 
     def _acquire(self) -> None:
         """OSError if another server holds the lock; never waits."""
-        if self.lock is None:
+        if self.lock < 0:
             self.lock = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _check_free(self) -> None:
         """OSError if a file stands at the path, or the socket of a listening program that is not ours."""
-        assert self.lock is not None
         found = _identity(self.path)
         if not found or found == os.pread(self.lock, 100, 0):
             return
+        if not stat.S_ISSOCK(os.lstat(self.path).st_mode):
+            raise OSError(errno.EEXIST, "what stands there is no socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
-            if not stat.S_ISSOCK(os.lstat(self.path).st_mode):
-                raise OSError(errno.EEXIST, "what stands there is no socket")
             if probe.connect_ex(self.path) != errno.ECONNREFUSED:
                 raise OSError(errno.EADDRINUSE, "in use")
 
 
 def _identity(path: str) -> bytes:
     """Which file stands there; nothing if none does."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         found = os.lstat(path)
-    except FileNotFoundError:
-        return b""
-    return f"{found.st_dev} {found.st_ino}".encode()
+        return f"{found.st_dev} {found.st_ino}".encode()
+    return b""
+
+
+Listener = TcpListener | UnixListener

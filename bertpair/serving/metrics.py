@@ -1,38 +1,28 @@
 """What /metrics shows, in a registry of its own: nothing here knows HTTP or the model."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily
 
-from bertpair.serving.batcher import BatchReport
+from bertpair.console import LogWriter
 
+access_logger = logging.getLogger("bertpair.access")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-
-
-class DroppedLines:
-    """The counter of log lines that nobody took; `count` says how many they are when it is asked."""
-
-    def __init__(self, count: Callable[[], float]) -> None:
-        self.count = count
-
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        name, meaning = "bertpair_dropped_log_lines", "Log lines dropped because nobody took them"
-        yield CounterMetricFamily(name, meaning, value=self.count())
 
 
 class ServeMetrics:
     """One server's figures. `route` is a route's own path, or `unmatched`: never what a client typed."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
-        histogram = partial(Histogram, registry=self.registry)
+        self.registry = registry = CollectorRegistry()
+        registry.register(self)
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        histogram = partial(Histogram, registry=registry)
         seconds = partial(histogram, buckets=_SECONDS)
         self.requests = counter("bertpair_requests", "Answers by route and status", ["route", "status"])
         self.request_seconds = seconds("bertpair_request_seconds", "Time to the whole answer", ["route"])
@@ -52,8 +42,15 @@ class ServeMetrics:
         self.inflight_bytes = gauge("bertpair_inflight_body_bytes", "Bytes of bodies without an answer yet")
         self.running = gauge("bertpair_batch_running_seconds", "Age of the batch that runs")
 
-    def count_batch(self, report: BatchReport) -> None:
-        self.batch_rows.observe(report.num_rows)
-        self.batch_tokens.observe(report.padded_tokens)
-        self.inference_seconds.observe(report.seconds)
-        self.failed_batches.inc(report.failed)
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """For the registry, when it is asked: how many log lines nobody took, of both streams."""
+        handlers = [*access_logger.handlers, *logging.getLogger().handlers]
+        dropped = sum(each.num_dropped for each in handlers if isinstance(each, LogWriter))
+        meaning = "Log lines dropped because nobody took them"
+        yield CounterMetricFamily("bertpair_dropped_log_lines", meaning, value=dropped)
+
+    def count_batch(self, num_rows: int, padded_tokens: int, seconds: float, failed: bool) -> None:
+        self.batch_rows.observe(num_rows)
+        self.batch_tokens.observe(padded_tokens)
+        self.inference_seconds.observe(seconds)
+        self.failed_batches.inc(failed)

@@ -1,15 +1,12 @@
 """The model as a server wants it: rows of token ids in, predictions out, and what a client may know of it.
 
-No HTTP and no queue here: `encode` and `check_agreement` may run on any thread, `run` and `time_batch` belong
-to the one thread that runs the model.
+`encode` and `check_agreement` may run on any thread, `run` and `time_batch` belong to the model's own.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import logging
 import math
-import time
+import timeit
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +58,7 @@ class Agreement:
 
 @dataclasses.dataclass
 class Predictor:
-    """A loaded model. `agreement` is filled in by `check_agreement`."""
+    """A loaded model."""
 
     classifier: PairClassifier
     name: str
@@ -71,7 +68,7 @@ class Predictor:
     precision: str  # float32, bf16, fp16 or int8
     settings: Mapping[str, Any]  # those it was trained with
     num_threads: int
-    agreement: Agreement | None = None
+    agreement: Agreement | None = None  # as `check_agreement` finds it
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -84,62 +81,45 @@ class Predictor:
     def encode(self, text_a: Sequence[str], text_b: Sequence[str] | None = None) -> list[TokenRow]:
         """The rows' token ids, cut where the model's texts are cut."""
         tokens = self.classifier.tokenizer.encode(text_a, text_b, self.cut)
-        bounds = tokens.offsets.tolist()
-        return [
-            TokenRow(tokens.ids[bounds[i] : bounds[i + 1]], int(first), bool(cut))
-            for i, (first, cut) in enumerate(zip(tokens.first_lengths, tokens.truncated, strict=True))
-        ]
+        ids = np.split(tokens.ids, tokens.offsets[1:-1])
+        return [*map(TokenRow, ids, tokens.first_lengths.tolist(), tokens.truncated.tolist())]
 
     def run(self, rows: list[TokenRow]) -> list[Prediction | Exception]:
         """A prediction per row, in order; an error in the place of one that is not finite."""
+        error = RequestError(500, "not_a_number", "the model's answer is not a finite number")
         predictions = self.classifier.predict_tokens(join_rows(rows))
-        message = "the model's answer is not a finite number"
-        return [
-            p if math.isfinite(p.score) else RequestError(500, "not_a_number", message) for p in predictions
-        ]
+        return [each if math.isfinite(each.score) else error for each in predictions]
 
     def time_batch(self, lengths: Sequence[int]) -> float:
-        """Seconds of one batch of rows of these lengths, the better of two runs: the first may still be
-        preparing something."""
-        any_id = self.classifier.tokenizer.pad_id
-        tokens = join_rows([TokenRow(np.full(n, any_id, np.int32), n, False) for n in lengths])
-        seconds = math.inf
-        for _ in range(2):
-            began = time.perf_counter()
-            self.classifier.predict_tokens(tokens)
-            seconds = min(seconds, time.perf_counter() - began)
-        return seconds
+        """Seconds of one batch of rows of these lengths, the better of two runs: the first may prepare."""
+        pad_id = self.classifier.tokenizer.pad_id
+        tokens = join_rows([TokenRow(np.full(n, pad_id, np.int32), n, False) for n in lengths])
+        return min(timeit.repeat(lambda: self.classifier.predict_tokens(tokens), number=1, repeat=2))
 
     def warm_shapes(self, max_tokens: int, max_rows: int) -> Iterator[list[int]]:
         """Lengths of batches that bring every number of tokens and of rows that a kernel is kept for."""
-        for count in _filled(max_tokens):
-            yield [self.cut] * (count // self.cut) + ([count % self.cut] if count % self.cut else [])
-        for count in _filled(min(max_rows, max_tokens // ROUND_UP)):  # of the shortest that the queue counts
+        for count in sorted({fill_up(count) for count in range(1, max_tokens + 1)}):
+            whole, rest = divmod(count, self.cut)
+            yield [self.cut] * whole + [rest] * (rest > 0)
+        most = min(max_rows, max_tokens // ROUND_UP)  # of the shortest that the queue counts
+        for count in sorted({fill_up(count) for count in range(1, most + 1)}):
             yield [ROUND_UP] * min(count, max_rows)
 
     def check_agreement(self, path: str, folder: str | Path) -> Agreement:
-        """Compare with float32 on the first CHECK_ROWS rows of `path`, whose columns are the training's.
-
-        What comes out is kept in `agreement`, and said in one line.
-        """
+        """Compare with float32 on the first CHECK_ROWS rows of a file; it is kept in `agreement` and told."""
         rows = self.read_rows(path)
         exact = PairClassifier.from_pretrained(folder, max_seq_length=self.cut, device="cpu", optimize=False)
         self.agreement = found = compare(self.classifier.predict(rows), exact.predict(rows))
-        logger.log(
-            logging.INFO if found.is_enough else logging.WARNING,
-            "%s agrees with float32 on %.1f %% of %d rows; largest change %.4f",
-            self.precision,
-            100 * found.agreement,
-            found.num_rows,
-            found.largest_change,
-        )
+        level, part = logging.INFO if found.is_enough else logging.WARNING, 100 * found.agreement
+        message = f"agrees with float32 on {part:.1f} % of {found.num_rows} rows"
+        logger.log(level, "%s %s; largest change %.4f", self.precision, message, found.largest_change)
         return found
 
     def read_rows(self, path: str) -> list[Any]:
         """The first texts of a file laid out like the training data; labels are not looked at."""
         known = {name: value for name, value in self.settings.items() if name in DataSettings.model_fields}
-        known |= {"dev_file": [path], "max_eval_samples": CHECK_ROWS}
-        source = resolve_source(DataSettings(**known), needs=("dev",))
+        settings = DataSettings(**{**known, "dev_file": [path], "max_eval_samples": CHECK_ROWS})
+        source = resolve_source(settings, needs=("dev",))
         columns = source.columns_for(path, with_labels=False, header=self.classifier.header)
         try:
             pairs = source.read([path], columns, self.labels)
@@ -153,16 +133,7 @@ class Predictor:
         return list(zip(pairs.text_a, texts, strict=True)) if self.takes_pairs else list(pairs.text_a)
 
 
-def _filled(most: int) -> Iterator[int]:
-    """The sizes that batches of 1 to `most` are filled up to."""
-    count = 0
-    while count < most:
-        count = fill_up(count + 1)
-        yield count
-
-
 def join_rows(rows: Sequence[TokenRow]) -> Tokens:
-    """Rows as the classifier takes them."""
     return Tokens(
         ids=np.concatenate([row.ids for row in rows]),
         offsets=offsets_of(np.array([len(row) for row in rows], np.int64)),
@@ -172,17 +143,13 @@ def join_rows(rows: Sequence[TokenRow]) -> Tokens:
 
 
 def compare(found: Sequence[Prediction], exact: Sequence[Prediction]) -> Agreement:
-    """Two models' predictions for the same rows."""
-    same, change = 0, 0.0
+    same, largest = 0, 0.0
     for ours, theirs in zip(found, exact, strict=True):
-        if theirs.label is None:
-            changes = [abs(ours.score - theirs.score)]
-            same += changes[0] <= 0.01
-        else:
-            changes = [abs(ours.probabilities[label] - p) for label, p in theirs.probabilities.items()]
-            same += ours.label == theirs.label
-        change = max(change, *changes)
-    return Agreement(len(exact), same / max(1, len(exact)), change)
+        changes = [abs(ours.probabilities[label] - p) for label, p in theirs.probabilities.items()]
+        change = max(changes or [abs(ours.score - theirs.score)])
+        same += change <= 0.01 if theirs.label is None else ours.label == theirs.label
+        largest = max(largest, change)
+    return Agreement(len(exact), same / max(1, len(exact)), largest)
 
 
 def load_predictor(config: ServeConfig) -> Predictor:
@@ -207,25 +174,17 @@ def load_predictor(config: ServeConfig) -> Predictor:
     cut, num_texts = classifier.max_seq_length, 2 if takes_pairs else 1
     classifier.tokenizer.check_length(cut, num_texts=num_texts)
     limits = settle_limits(config, cut, num_texts)
-    if config.max_batch_tokens is not None and config.max_batch_tokens < cut:
-        raise ConfigError(
-            f"max_batch_tokens {config.max_batch_tokens} is below the cut of {cut} tokens: a row must fit"
-        )
-    precision = classifier.scorer.precision
-    name = config.quantize or {"off": "float32"}.get(precision.name, precision.name)
+    most = config.max_batch_tokens
+    if most is not None and most < cut:
+        raise ConfigError(f"max_batch_tokens {most} is below the cut of {cut} tokens: a row must fit")
+    scorer, name = classifier.scorer, Path(config.model_dir).resolve().name
+    kind = config.quantize or {"off": "float32"}.get(scorer.precision.name, scorer.precision.name)
     version = weights_digest(folder.path)[:12]
-    title = Path(config.model_dir).resolve().name
-    predictor = Predictor(classifier, title, version, takes_pairs, limits, name, settings, threads)
+    predictor = Predictor(classifier, name, version, takes_pairs, limits, kind, settings, threads)
     if config.quantize_check is not None:
         predictor.read_rows(config.quantize_check)  # a wrong file is said at once
-    logger.info(
-        "%s: %s, device %s, %d threads, %s (%s), cut at %d tokens",
-        config.model_dir,
-        f"{len(classifier.labels)} labels" if classifier.labels else "regression",
-        classifier.scorer.device,
-        threads,
-        name,
-        "as set" if config.quantize else precision.reason,
-        cut,
-    )
+    kind += f" ({'as set' if config.quantize else scorer.precision.reason})"
+    labels = f"{len(classifier.labels)} labels" if classifier.labels else "regression"
+    facts = f"{labels}, device {scorer.device}, {threads} threads, {kind}, cut at {cut} tokens"
+    logger.info("%s: %s", config.model_dir, facts)
     return predictor

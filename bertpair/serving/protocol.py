@@ -4,8 +4,6 @@ What goes wrong below the application is answered as JSON too. A connection is h
 for a while: a bare close would reset it if its client still sends, and the client would lose the answer.
 """
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 import sys
@@ -16,7 +14,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bertpair.serving.requests import HeadersTooLarge, RequestError, UrlTooLong
+from bertpair.serving.app import Service
+from bertpair.serving.requests import ClosingError, HeadersTooLarge, RequestError, UrlTooLong
 
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 2**20
@@ -42,31 +41,14 @@ class GentleTransport:
 
 
 class GuardedProtocol(H11Protocol):
-    """One connection, which its requests find in their `state`.
+    """One connection, which its requests find in their `state`, with one timer: of what it waits for."""
 
-    `on_event` is told the status or name of each thing that was settled down here. One timer runs at a time:
-    the deadline of what the connection waits for.
-    """
-
-    def __init__(
-        self,
-        *,
-        max_connections: int,
-        receive_timeout: float,
-        on_event: Callable[[str], None],
-        is_draining: Callable[[], bool],
-        app_state: dict[str, Any],
-        **rest: Any,
-    ) -> None:
+    def __init__(self, *, service: Service, app_state: dict[str, Any], **rest: Any) -> None:
         super().__init__(app_state={**app_state, "connection": self}, **rest)
-        self.max_connections, self.receive_timeout = max_connections, receive_timeout
-        self.on_event, self.is_draining = on_event, is_draining
+        self.service = service
         self.num_answered = self.num_discarded = 0
-        self.is_last = False
-        self.waits_for: object = None
+        self.is_last, self.waits_for = False, object()
         self.timer: asyncio.TimerHandle | None = None
-
-    # What it waits for
 
     @property
     def is_mid_request(self) -> bool:
@@ -85,7 +67,7 @@ class GuardedProtocol(H11Protocol):
     def is_ending(self) -> bool:
         """Whether the answer that begins is the last: not if the client's next request has come already."""
         has_next = self.conn.their_state is h11.DONE and bool(self.conn.trailing_data[0].strip())
-        return self.is_last or (self.is_draining() and not has_next)
+        return self.is_last or (self.service.is_draining and not has_next)
 
     def _watch(self) -> None:
         """Let the deadline run of what the connection waits for now, from when it began to wait for that.
@@ -105,27 +87,26 @@ class GuardedProtocol(H11Protocol):
         elif is_new or self.is_mid_request:
             then, which = self._time_out, (self.num_answered, self.conn.our_state is h11.DONE)
         if (then, which) != self.waits_for:
-            self._disarm()
+            if self.timer:
+                self.timer.cancel()
             self.waits_for = then, which
             if then:
-                seconds = LINGER_SECONDS if then == self._end else self.receive_timeout
+                seconds = LINGER_SECONDS if then == self._end else self.service.config.receive_timeout
                 self.timer = self.loop.call_later(seconds, then)
 
-    def _disarm(self) -> None:
-        if self.timer:
-            self.timer.cancel()
+    def _count(self, event: str) -> None:
+        self.service.metrics.protocol.labels(event).inc()
 
     def _time_out(self) -> None:
         """408 if part of a request came and no answer has begun, else silence."""
         if self.is_mid_request and self.conn.our_state in UNANSWERED:
-            message = "the request did not arrive in time"
-            self._answer(RequestError(408, "request_timeout", message, close=True))
+            self._answer(ClosingError(408, "request_timeout", "the request did not arrive in time"))
         else:
-            self.on_event("silent_timeout")
+            self._count("silent_timeout")
             self._end()
 
     def _abort_unread(self) -> None:
-        self.on_event("unread_answer")
+        self._count("unread_answer")
         self.real.abort()
 
     def _end(self) -> None:
@@ -133,12 +114,10 @@ class GuardedProtocol(H11Protocol):
         self.real.close()
         self._watch()
 
-    # Callbacks of the transport
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.real = transport
-        if len(self.connections) >= self.max_connections:
-            self.on_event("connection_refused")
+        if len(self.connections) >= self.service.config.max_connections:
+            self._count("connection_refused")
             self.transport = transport
             transport.close()
             return
@@ -147,7 +126,8 @@ class GuardedProtocol(H11Protocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._disarm()
+        if self.timer:
+            self.timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -170,8 +150,6 @@ class GuardedProtocol(H11Protocol):
         super().resume_writing()
         self._watch()
 
-    # Callbacks of uvicorn
-
     def on_response_complete(self) -> None:
         self.num_answered += 1
         super().on_response_complete()
@@ -185,11 +163,9 @@ class GuardedProtocol(H11Protocol):
         elif hint == 431 and self.conn.our_state is h11.IDLE:
             self._answer(HeadersTooLarge() if b"\n" in self.conn.trailing_data[0] else UrlTooLong())
         elif hint == 501:
-            message = "of transfer codings only chunked is known"
-            self._answer(RequestError(501, "not_implemented", message, close=True))
+            self._answer(ClosingError(501, "not_implemented", "of transfer codings only chunked is known"))
         else:
-            message = "this is not a sound HTTP/1.1 request"
-            self._answer(RequestError(400, "bad_request", message, close=True))
+            self._answer(ClosingError(400, "bad_request", "this is not a sound HTTP/1.1 request"))
 
     def shutdown(self) -> None:
         """Nobody new gets in: answer what has come and what is about to, then close."""
@@ -200,18 +176,16 @@ class GuardedProtocol(H11Protocol):
         if not self.is_busy:
             self._close()
 
-    # Answering in the application's place, and closing
-
     def _answer(self, error: RequestError) -> None:
         """Its own later answer, if it is at one, goes nowhere; it is told that its client is gone."""
-        self.on_event(str(error.status))
+        self._count(str(error.status))
         request_id = secrets.token_hex(8)
         response = error.response(request_id)
-        id_header = (b"x-request-id", request_id.encode())
-        lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()]
-        for header in (*self.server_state.default_headers, *response.raw_headers, id_header):
-            lines.append(b": ".join(header))
-        self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
+        response.headers["x-request-id"] = request_id
+        headers = [*self.server_state.default_headers, *response.raw_headers]
+        first = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()
+        lines = [first, *map(b": ".join, headers), b"", bytes(response.body)]
+        self.transport.write(b"\r\n".join(lines))
         self._close()
 
     def _close(self) -> None:

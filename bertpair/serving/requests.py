@@ -1,22 +1,22 @@
 """What a request can be refused with, and how strictly its body is read.
 
-`RequestError` is every refusal, and the one place where an error becomes JSON. A body is read within its
-limit, then for its syntax (400: UTF-8 without a byte order mark, no NaN or Infinity, no key twice, at most 32
-levels, numbers of bounded length), then for its meaning (422: the pydantic model that the route wants).
+`RequestError` is every refusal, and the one place where an error becomes JSON. A body is read for its syntax
+(400: UTF-8, no NaN, no key twice), then for its meaning (422: the pydantic model that its route wants).
 """
 
-from __future__ import annotations
-
+import dataclasses
+import hmac
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from email.message import Message
 from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -39,95 +39,79 @@ _FAULTS = {  # what is said of pydantic's errors, whose own words may hold what 
     "list_type": "expected an array",
     "row_count": "found {found} rows; 1 to {most} are allowed",
 }
-
-Headers = Sequence[tuple[bytes, bytes]]
 Model = TypeVar("Model", bound=BaseModel)
 
 
+@dataclasses.dataclass(eq=False)
 class RequestError(Exception):
-    """A refusal. `message` never holds anything of what the client sent; `field` names the part at fault.
+    """A refusal. `message` never holds anything of what the client sent; `field` names the part at fault."""
 
-    `wait`: come back after so many seconds. `close` the connection: the rest is not worth reading.
-    """
+    status: int
+    kind: str
+    message: str
+    field: str | None = None
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    wait: float | None = None  # come back after so many seconds
+    close: bool = False  # the connection: the rest is not worth reading
 
-    def __init__(
-        self,
-        status: int,
-        kind: str,
-        message: str,
-        *,
-        field: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        wait: float | None = None,
-        close: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.message, self.field = status, kind, message, field
-        self.headers = dict(headers or {})
-        if wait is not None:
-            self.headers["Retry-After"] = str(max(1, math.ceil(min(wait, MAX_RETRY_SECONDS))))
-        if close:
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
+        if self.wait is not None:
+            self.headers["Retry-After"] = str(max(1, math.ceil(min(self.wait, MAX_RETRY_SECONDS))))
+        if self.close:
             self.headers["Connection"] = "close"
 
     def response(self, request_id: str) -> Response:
-        """The answer that says so."""
         error = {"type": self.kind, "message": self.message, "field": self.field, "request_id": request_id}
         return Response(json.dumps({"error": error}), self.status, self.headers, JSON)
 
 
-class QueueFullError(RequestError):
-    """Refused: too much waits already; room is expected after `wait` seconds."""
-
-    def __init__(self, wait: float) -> None:
-        super().__init__(429, "overloaded", "too many requests are waiting; see Retry-After", wait=wait)
-
-
-UrlTooLong = partial(
-    RequestError, 414, "url_too_long", f"the URL is longer than {MAX_URL_BYTES} bytes", close=True
-)
-HeadersTooLarge = partial(
-    RequestError, 431, "headers_too_large", "the headers are larger than max_header_bytes", close=True
-)
-BodyTooLarge = partial(
-    RequestError, 413, "body_too_large", "the body is larger than max_body_bytes", close=True
-)
+ClosingError = partial(RequestError, close=True)
+UrlTooLong = partial(ClosingError, 414, "url_too_long", f"the URL is longer than {MAX_URL_BYTES} bytes")
+_LARGE = "the headers are larger than max_header_bytes"
+HeadersTooLarge = partial(ClosingError, 431, "headers_too_large", _LARGE)
+BodyTooLarge = partial(ClosingError, 413, "body_too_large", "the body is larger than max_body_bytes")
 
 
-def check_content_type(headers: Headers, *, may_be_any: bool = False) -> None:
-    """RequestError 415 unless the body is said to be JSON, in UTF-8, and not compressed.
+def check_headers(request: Request, max_bytes: int, key: bytes | None) -> None:
+    """RequestError 401 unless Authorization is `Bearer` and the key, once; 431, 414, 417 as messages say."""
+    if key is not None:
+        given = [value for name, value in request.headers.raw if name == b"authorization"]
+        scheme, _, credentials = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        is_right = hmac.compare_digest(credentials.strip(), key)
+        if scheme.lower() != b"bearer" or not is_right:
+            message = "a key is needed: Authorization: Bearer …"
+            raise RequestError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
+    if sum(len(name) + len(value) + 4 for name, value in request.headers.raw) > max_bytes:
+        raise HeadersTooLarge()
+    if len(request.scope["raw_path"]) + len(request.scope["query_string"]) + 1 > MAX_URL_BYTES:
+        raise UrlTooLong()
+    if any(value.strip().lower() != "100-continue" for value in request.headers.getlist("expect")):
+        raise ClosingError(417, "expectation_failed", "of expectations only 100-continue is known")
 
-    With `may_be_any` the type does not matter, save for a browser's request: a page of somebody else's
-    may send other types without asking first.
-    """
-    types = [value.decode("latin-1") for name, value in headers if name == b"content-type"]
-    is_exempt = may_be_any and all(name != b"origin" for name, _ in headers)
-    if not is_exempt and not (len(types) == 1 and _is_json_type(types[0])):
-        message = "Content-Type must be application/json (charset utf-8, if any)"
-        raise RequestError(415, "unsupported_media_type", message, headers={"Accept": JSON})
-    codings = b",".join(value for name, value in headers if name == b"content-encoding").lower()
-    if any(coding.strip() not in (b"", b"identity") for coding in codings.split(b",")):
+
+def check_body(headers: Headers, max_bytes: int, *, may_be_any: bool) -> None:
+    """RequestError 415 unless it is said to be JSON in UTF-8, as it is; 413 if it is said to be too long."""
+    # Where the type may be any, a page of somebody else's could send it without its browser asking first.
+    if not may_be_any or "origin" in headers:
+        said, types = Message(), headers.getlist("content-type")
+        said["Content-Type"] = types[0] if len(types) == 1 else ""
+        if said.get_content_type() != JSON or said.get_content_charset("utf-8") not in ("utf-8", "utf8"):
+            message = "Content-Type must be application/json (charset utf-8, if any)"
+            raise RequestError(415, "unsupported_media_type", message, headers={"Accept": JSON})
+    codings = ",".join(headers.getlist("content-encoding")).lower().split(",")
+    if any(coding.strip() not in ("", "identity") for coding in codings):
         message = "Content-Encoding is not supported: send the body as it is"
         raise RequestError(415, "unsupported_media_type", message, headers={"Accept-Encoding": "identity"})
-
-
-def _is_json_type(value: str) -> bool:
-    parsed = Message()
-    parsed["Content-Type"] = value
-    return parsed.get_content_type() == JSON and parsed.get_content_charset("utf-8") in ("utf-8", "utf8")
-
-
-def check_length(headers: Headers, max_bytes: int) -> None:
-    """RequestError 413 if Content-Length promises too much: nothing is read, nobody is told to continue."""
-    lengths = dict(headers)
     # A Transfer-Encoding wins over a length: chunks are counted as they come.
-    if b"transfer-encoding" not in lengths and int(lengths.get(b"content-length", 0)) > max_bytes:
+    if "transfer-encoding" not in headers and int(headers.get("content-length", 0)) > max_bytes:
         raise BodyTooLarge()
 
 
-async def read_body(request: Request, max_bytes: int, hold: Callable[[int], None]) -> bytes:
-    """The body; RequestError 413 once it grows too large, ClientDisconnect if its sender goes away.
+async def read_json(request: Request, max_bytes: int, hold: Callable[[int], None]) -> Any:
+    """The value in a body. RequestError 413 once it grows too large, 400 for its syntax, not repeating it.
 
-    `hold` is told the number of bytes of each part before it is kept, and may raise.
+    `hold` is told the size of each part before it is kept, and may raise. ClientDisconnect: its sender went.
     """
     body = bytearray()
     async for part in request.stream():
@@ -135,21 +119,15 @@ async def read_body(request: Request, max_bytes: int, hold: Callable[[int], None
             raise BodyTooLarge()
         hold(len(part))
         body += part
-    return bytes(body)
-
-
-def parse_json(body: bytes) -> Any:
-    """The value in a body; RequestError 400 says what is wrong with its syntax, without repeating it."""
+    hooks: Any = {"object_pairs_hook": _read_object, "parse_constant": _refuse}
+    hooks |= {"parse_int": partial(_read_number, int), "parse_float": partial(_read_number, float)}
     try:
-        text = body.decode()
-        _check_depth(text)
-        return json.loads(
-            text,
-            object_pairs_hook=_unique_keys,
-            parse_constant=_refuse_constant,
-            parse_int=partial(_bounded, int),
-            parse_float=partial(_bounded, float),
-        )
+        text, depth = body.decode(), 0
+        for match in _BRACKETS.finditer(text):  # outside of strings, before the parser recurses into them
+            depth += (match[1] is not None) - (match[2] is not None)
+            if depth > MAX_DEPTH:
+                raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+        return json.loads(text, **hooks)
     except UnicodeDecodeError as error:
         fault = f"byte {error.start} is not UTF-8"
     except json.JSONDecodeError as error:
@@ -159,36 +137,22 @@ def parse_json(body: bytes) -> Any:
     raise RequestError(400, "invalid_json", fault)
 
 
-def _check_depth(text: str) -> None:
-    """Brackets outside of strings, counted before the parser recurses into them."""
-    depth = 0
-    for match in _BRACKETS.finditer(text):
-        depth += (match[1] is not None) - (match[2] is not None)
-        if depth > MAX_DEPTH:
-            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key stands twice in one object")
     return found
 
 
-def _refuse_constant(name: str) -> object:
+def _refuse(constant: str) -> object:
     raise ValueError("NaN and Infinity are not JSON")
 
 
-def _bounded(kind: type[int] | type[float], digits: str) -> int | float:
+def _read_number(kind: type[int] | type[float], digits: str) -> int | float:
     value = kind(digits) if len(digits) <= MAX_DIGITS else math.inf
     if value in (math.inf, -math.inf):
         raise ValueError("a number too large to hold")
     return value
-
-
-def bad_value(message: str, field: str | None = None) -> RequestError:
-    """422: well-formed, and not what the route wants."""
-    return RequestError(422, "invalid_value", message, field=field)
 
 
 def check_meaning(model: type[Model], value: Any) -> Model:
@@ -197,13 +161,12 @@ def check_meaning(model: type[Model], value: Any) -> Model:
         return model.model_validate(value)
     except ValidationError as error:
         first = min(error.errors(include_url=False, include_input=False), key=_urgency)
-    place = (
-        first["loc"][:-1] if first["type"] == "extra_forbidden" else first["loc"]
-    )  # a name is the client's
+    is_unknown = first["type"] == "extra_forbidden"  # its name is the client's
+    place = first["loc"][:-1] if is_unknown else first["loc"]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     fault = _FAULTS[first["type"]].format(**first.get("ctx", {}))
     message = f"{field}: {fault}".replace(": is ", " is ").removeprefix(": ")
-    raise bad_value(message, field or None)
+    raise RequestError(422, "invalid_value", message, field or None)
 
 
 def _urgency(error: ErrorDetails) -> tuple[float, float, float]:

@@ -44,31 +44,18 @@ class Info(Strict):
     agreement_with_float32: dict[str, Figure] | None
 
 
-class Live(Strict):
-    status: Literal["live"]
-
-
-class Ready(Strict):
-    status: Literal["ready"]
-
-
-class Fault(Strict):
-    type: str
-    message: str
-    field: str | None
-    request_id: str
-
-
-class Error(Strict):
-    error: Fault
+Live = create_model("Live", __base__=Strict, status=Literal["live"])
+Ready = create_model("Ready", __base__=Strict, status=Literal["ready"])
+Fault = create_model("Fault", __base__=Strict, type=str, message=str, field=str | None, request_id=str)
+Error = create_model("Error", __base__=Strict, error=Fault)
 
 
 def body_models(limits: RequestLimits, *, takes_pairs: bool) -> Bodies:
     """Of /v1/predict, /v1/predict/batch and the old route, which alone lets unknown fields be."""
     most, count = limits.max_request_rows, 2 if takes_pairs else 1
     text = Annotated[str, Field(min_length=1, max_length=limits.max_text_chars, pattern=TEXT_PATTERN)]
-    texts: dict[str, Any] = {name: text for name in ("text_a", "text_b")[:count]}
-    sentences: dict[str, Any] = {name: text for name in ("sentence1", "sentence2")[:count]}
+    texts: dict[str, Any] = dict.fromkeys(("text_a", "text_b")[:count], text)
+    sentences: dict[str, Any] = dict.fromkeys(("sentence1", "sentence2")[:count], text)
 
     def count_rows(rows: object) -> object:
         """Before pydantic looks at each of them."""
@@ -76,9 +63,8 @@ def body_models(limits: RequestLimits, *, takes_pairs: bool) -> Bodies:
             raise PydanticCustomError("row_count", "{found} rows", {"found": len(rows), "most": most})
         return rows
 
-    pair = create_model("Pair", __base__=Strict, **texts)
-    rows: Any = list[pair]
-    rows = Annotated[rows, Field(min_length=1, max_length=most), BeforeValidator(count_rows)]
+    pair: Any = create_model("Pair", __base__=Strict, **texts)
+    rows = Annotated[list[pair], Field(min_length=1, max_length=most), BeforeValidator(count_rows)]
     return (
         create_model("Question", __base__=Strict, **texts, truncate=(bool, True)),
         create_model("Questions", __base__=Strict, pairs=rows, truncate=(bool, True)),
@@ -88,37 +74,34 @@ def body_models(limits: RequestLimits, *, takes_pairs: bool) -> Bodies:
 
 def answer_types(info: Info) -> tuple[Any, Any, Any]:
     """What answers these bodies; the last is None for a regression, whose model has no old route."""
-    rest: dict[str, Any] = {
-        "truncated": bool,
-        "num_tokens": Annotated[int, Field(ge=2, le=info.max_seq_length)],
-        "model_version": Literal.__getitem__(info.model_version),
-    }
+    found: dict[str, Any] = {"value": float}
     old = None
-    if info.labels is None:
-        rest = {"value": float, **rest}
-    else:
+    if info.labels is not None:
         label: Any = Literal.__getitem__(tuple(info.labels))
-        each: dict[str, Any] = {  # by number: not every label can name a field
-            f"p{i}": (Probability, Field(alias=name)) for i, name in enumerate(info.labels)
-        }
-        probabilities = create_model("Probabilities", __base__=Strict, **each)
-        rest = {"label": label, "score": Probability, "probabilities": probabilities, **rest}
+        # By number: not every label can name a field.
+        each: Any = {f"p{i}": (Probability, Field(alias=name)) for i, name in enumerate(info.labels)}
+        probabilities = create_model(
+            "Probabilities", __base__=Strict, **each
+        )  # not every label can name a field
+        found = {"label": label, "score": Probability, "probabilities": probabilities}
         # Not a tuple: several readers of OpenAPI 3.1 stumble over its prefixItems.
-        label_and_score = list[label | Probability]
-        old = Annotated[label_and_score, Field(min_length=2, max_length=2, description="label, score")]
-    prediction = create_model("Prediction", __base__=Strict, **rest)
-    rows: Any = list[prediction]
-    return prediction, create_model("Predictions", __base__=Strict, predictions=rows), old
+        old = Annotated[
+            list[label | Probability], Field(min_length=2, max_length=2, description="label, score")
+        ]
+    num_tokens = Annotated[int, Field(ge=2, le=info.max_seq_length)]
+    found |= {"truncated": bool, "num_tokens": num_tokens}
+    found["model_version"] = Literal.__getitem__(info.model_version)
+    prediction: Any = create_model("Prediction", __base__=Strict, **found)
+    return prediction, create_model("Predictions", __base__=Strict, predictions=list[prediction]), old
 
 
-def describe_api(info: Info, bodies: Bodies, *, keyed: bool, root_path: str | None = None) -> dict[str, Any]:
+def describe_api(info: Info, bodies: Bodies, keyed: bool, root_path: str | None) -> dict[str, Any]:
     """The document; `root_path` is the prefix under which a proxy shows it all."""
-    one, several, old = bodies
-    prediction, predictions, old_answer = answer_types(info)
+    answers = answer_types(info)
     operations = [  # path, name, summary, body, media type and type of the answer
-        ("/v1/predict", "predict", "Classify one pair.", one, JSON, prediction),
-        ("/v1/predict/batch", "predict_batch", "Classify several.", several, JSON, predictions),
-        ("/v1/model_prediction/", "model_prediction", "The old contract.", old, JSON, old_answer),
+        ("/v1/predict", "predict", "Classify one pair.", bodies[0], JSON, answers[0]),
+        ("/v1/predict/batch", "predict_batch", "Classify several.", bodies[1], JSON, answers[1]),
+        ("/v1/model_prediction/", "model_prediction", "The old contract.", bodies[2], JSON, answers[2]),
         ("/livez", "livez", "Whether the process answers.", None, JSON, Live),
         ("/readyz", "readyz", "Whether to send it work.", None, JSON, Ready),
         ("/info", "info", "The model and its limits.", None, JSON, Info),
@@ -126,8 +109,7 @@ def describe_api(info: Info, bodies: Bodies, *, keyed: bool, root_path: str | No
         ("/openapi.json", "openapi", "This document.", None, JSON, dict[str, Any]),
         ("/", "page", "A page for people.", None, "text/html", str),
     ]
-    if old_answer is None:
-        operations = [operation for operation in operations if operation[3] is not old]
+    operations = [operation for operation in operations if operation[-1]]  # a regression has no old route
     types = [Error, *(part for *_, body, _, answer in operations for part in (body, answer) if part)]
     mode: Literal["validation"] = "validation"
     adapters = [(id(each), mode, TypeAdapter(each)) for each in types]
@@ -141,15 +123,10 @@ def describe_api(info: Info, bodies: Bodies, *, keyed: bool, root_path: str | No
         is_probe = path in ("/livez", "/readyz")
         is_locked = keyed and not is_probe and path != "/"
         statuses = {*_ON_EVERY, *(_ON_BODIES if body else ()), *([401] * is_locked), *([503] * is_probe)}
-        errors = {
-            str(status): {"description": HTTPStatus(status).phrase, **content(Error)}
-            for status in sorted(statuses)
-        }
-        operation: dict[str, Any] = {
-            "operationId": name,
-            "summary": summary,
-            "responses": {"200": {"description": "The answer.", **content(answer, media)}, **errors},
-        }
+        responses = {"200": {"description": "The answer.", **content(answer, media)}}
+        for status in sorted(statuses):
+            responses[str(status)] = {"description": HTTPStatus(status).phrase, **content(Error)}
+        operation: dict[str, Any] = {"operationId": name, "summary": summary, "responses": responses}
         if is_locked:
             operation["security"] = [{"key": []}]
         if body:

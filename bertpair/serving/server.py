@@ -1,12 +1,9 @@
-"""A server's life: bind, load, listen, warm up, serve, drain.
+"""A server's life: bind, load, listen, warm up, serve, drain. A busy port or wrong folder is told first.
 
-In that order, so that a busy port or a wrong folder is one line before anything listens, and a load balancer
-sees livez answer while readyz does not yet. uvicorn is handed a bound socket and no signals: SIGTERM first
-only makes readyz say no and answers end their connections, because whoever routes to us must see that before
-the listener goes. Then whoever has begun to connect gets in, and what has come is answered.
+uvicorn is handed a bound socket and no signals: SIGTERM first only makes readyz say no and answers end their
+connections, because whoever routes to us must see that before the listener goes. Then whoever has begun to
+connect gets in, and what has come is answered.
 """
-
-from __future__ import annotations
 
 import asyncio
 import contextlib
@@ -17,7 +14,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, NoReturn
 
 import uvicorn
@@ -25,21 +21,12 @@ import uvicorn
 from bertpair.console import LogWriter, stop_flag
 from bertpair.errors import first_line
 from bertpair.runtime import is_device_lost, is_out_of_memory, set_threads
+from bertpair.serving import listening
 from bertpair.serving.app import Service
 from bertpair.serving.batcher import MicroBatcher, QueueLimits
-from bertpair.serving.listening import (
-    BACKLOG,
-    TcpListener,
-    UnixListener,
-    allowed_hosts,
-    bind,
-    check_descriptors,
-    is_local,
-    read_key,
-    trusted_proxies,
-)
-from bertpair.serving.metrics import DroppedLines, ServeMetrics
-from bertpair.serving.middleware import Shell, access_logger
+from bertpair.serving.listening import Listener
+from bertpair.serving.metrics import ServeMetrics, access_logger
+from bertpair.serving.middleware import Shell
 from bertpair.serving.predictor import Predictor, load_predictor
 from bertpair.serving.protocol import GuardedProtocol
 from bertpair.serving.requests import MAX_URL_BYTES
@@ -52,97 +39,82 @@ CONNECT_SECONDS = 0.2  # once new clients are refused: those on their way are in
 
 
 def serve(config: ServeConfig) -> int:
-    """Serve until a signal says stop. 0: drained; 1: work was left over after `grace_seconds`.
-
-    Raises ConfigError or CheckpointError before anything listens.
-    """
-    check_descriptors(config.max_connections)
-    key = read_key(config.api_key_file, config.max_header_bytes // 2) if config.api_key_file else None
-    listener = bind(config)
+    """Serve until a signal says stop; 0 once drained. ConfigError or CheckpointError before it listens."""
+    listening.check_descriptors(config.max_connections)
+    path, most = config.api_key_file, config.max_header_bytes // 2
+    key = listening.read_key(path, most) if path else None
+    listener = listening.bind(config)
     try:
         predictor = load_predictor(config)
-        if not is_local(config) and key is None:
+        if not listening.is_local(config) and key is None:
             logger.warning("%s is reachable from other machines and no api_key_file is set", config.host)
-
-        async def run() -> int:
-            return await _Server(make_service(config, predictor, key), listener).run()
-
-        return asyncio.run(run())
+        return asyncio.run(_run(config, predictor, key, listener))
     finally:
         listener.close()
 
 
-class _QuietServer(uvicorn.Server):
-    """uvicorn's server without handlers for signals: those are `_Server`'s."""
+async def _run(config: ServeConfig, predictor: Predictor, key: bytes | None, listener: Listener) -> int:
+    service, stopping = make_service(config, predictor, key), asyncio.Event()
+    loop = asyncio.get_running_loop()
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-class _Server:
-    """One run of the event loop, on which it is made."""
-
-    def __init__(self, service: Service, listener: TcpListener | UnixListener) -> None:
-        self.service, self.config, self.listener = service, service.config, listener
-        self.stopping = asyncio.Event()
-
-    async def run(self) -> int:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(signum, self._stop, signum)
-        stop_flag.raise_if_set()  # a signal that came while the model was loaded
-        self.service.metrics.registry.register(DroppedLines(count_dropped_lines))
-        server = make_uvicorn(self.service)
-        self.listener.listen()
-        serving = asyncio.create_task(server.serve(sockets=[self.listener.socket]))
-        warming = asyncio.create_task(self._warm())
-        stopped = asyncio.create_task(self.stopping.wait())
-        await asyncio.wait({serving, warming, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if warming.done():
-            warming.result()  # a defect in it ends the server
-        await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        warming.cancel()
-        return await self._drain(server, serving)
-
-    def _stop(self, signum: int) -> None:
+    def stop(signum: int) -> None:
         """The first signal drains; from now on the next one ends the process at once."""
         for each in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().remove_signal_handler(each)
+            loop.remove_signal_handler(each)
             signal.signal(each, signal.SIG_DFL)
-        logger.info("%s: draining for %g s", signal.Signals(signum).name, self.config.drain_seconds)
-        self.service.is_draining = True
-        self.listener.hand_over()
-        self.stopping.set()
+        logger.info("%s: draining for %g s", signal.Signals(signum).name, config.drain_seconds)
+        service.is_draining = True
+        listener.hand_over()
+        stopping.set()
 
-    async def _drain(self, server: uvicorn.Server, serving: asyncio.Task[None]) -> int:
-        await asyncio.wait({serving}, timeout=self.config.drain_seconds)
-        self.listener.refuse()
-        await asyncio.sleep(CONNECT_SECONDS)
-        server.should_exit = True
-        end = time.monotonic() + self.config.grace_seconds
-        done, _ = await asyncio.wait({serving}, timeout=self.config.grace_seconds)
-        connections: Any = server.server_state.connections
-        if not done and not any(connection.is_busy for connection in connections):
-            for connection in list(connections):  # idle ones, whose clients do not close
-                connection.transport.abort()
-            done, _ = await asyncio.wait({serving}, timeout=1)
-        # A client may have left while its rows ran: nobody waits for those, but the thread is at them.
-        if not done or not await self.service.batcher.close(max(end - time.monotonic(), 0.5)):
-            logger.error("work was left over after %g s", self.config.grace_seconds)
-            end_process()
-        serving.result()
-        self.service.tokenizing.shutdown(wait=False)
-        logger.info("drained")
-        return 0
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop, signum)
+    stop_flag.raise_if_set()  # a signal that came while the model was loaded
+    server = make_uvicorn(service)
+    listener.listen()
+    logger.info("listening on %s", listener)
+    serving = asyncio.create_task(server.serve(sockets=[listener.socket]))
+    warming = asyncio.create_task(_warm(service))
+    stopped = asyncio.create_task(stopping.wait())
+    await asyncio.wait({serving, warming, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if warming.done():
+        warming.result()  # a defect in it ends the server
+    await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    warming.cancel()
+    await asyncio.wait({serving}, timeout=config.drain_seconds)
+    listener.refuse()
+    await asyncio.sleep(CONNECT_SECONDS)
+    return await _finish(service, server, serving)
 
-    async def _warm(self) -> None:
-        logger.info("listening on %s", self.listener)
-        config, batcher, predictor = self.config, self.service.batcher, self.service.predictor
-        if config.quantize_check and config.model_dir:
-            await asyncio.to_thread(predictor.check_agreement, config.quantize_check, config.model_dir)
-        await warm_up(predictor, batcher, config.max_batch_tokens)
-        self.service.is_warm = True
-        logger.info("ready: batches of up to %d tokens", batcher.limits.max_batch_tokens)
+
+async def _warm(service: Service) -> None:
+    config, batcher, predictor = service.config, service.batcher, service.predictor
+    if config.quantize_check and config.model_dir:
+        await asyncio.to_thread(predictor.check_agreement, config.quantize_check, config.model_dir)
+    await warm_up(predictor, batcher, config.max_batch_tokens)
+    service.is_warm = True
+    logger.info("ready: batches of up to %d tokens", batcher.limits.max_batch_tokens)
+
+
+async def _finish(service: Service, server: uvicorn.Server, serving: asyncio.Task[None]) -> int:
+    """0 once what has come is answered; after `grace_seconds` the process ends with 1."""
+    server.should_exit = True
+    grace, connections = service.config.grace_seconds, server.server_state.connections
+    end = time.monotonic() + grace
+    done, _ = await asyncio.wait({serving}, timeout=grace)
+    guarded: list[Any] = list(connections)
+    if not done and not any(connection.is_busy for connection in guarded):
+        for connection in guarded:  # idle ones, whose clients do not close
+            connection.transport.abort()
+        done, _ = await asyncio.wait({serving}, timeout=1)
+    # A client may have left while its rows ran: nobody waits for those, but the thread is at them.
+    if not done or not await service.batcher.close(max(end - time.monotonic(), 0.5)):
+        logger.error("work was left over after %g s", grace)
+        end_process()
+    serving.result()
+    service.tokenizing.shutdown(wait=False)
+    logger.info("drained")
+    return 0
 
 
 def make_service(config: ServeConfig, predictor: Predictor, key: bytes | None) -> Service:
@@ -177,35 +149,27 @@ def end_process() -> NoReturn:
 
 
 def make_uvicorn(service: Service) -> uvicorn.Server:
-    """uvicorn with our protocol and our shell around the service's routes."""
-    config, metrics = service.config, service.metrics
-    shell = Shell(service.routes(), metrics, hosts=allowed_hosts(config), origins=config.cors_origin or ())
-    protocol: Any = functools.partial(
-        GuardedProtocol,
-        max_connections=config.max_connections,
-        receive_timeout=config.receive_timeout,
-        on_event=lambda event: metrics.protocol.labels(event).inc(),
-        is_draining=lambda: service.is_draining,
+    """uvicorn with our protocol and our shell around the service's routes, and no handlers for signals."""
+    config = service.config
+    silent: Any = {"log_config": None, "access_log": False, "server_header": False}
+    settings = uvicorn.Config(
+        Shell(service.routes(), service.metrics, config),
+        http=functools.partial(GuardedProtocol, service=service),  # type: ignore[arg-type]
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        backlog=listening.BACKLOG,
+        # More than the application allows: it is the one that answers 431 and 414, after 404 and 401.
+        h11_max_incomplete_event_size=config.max_header_bytes + MAX_URL_BYTES + 1024,
+        timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # a fraction does as well
+        root_path=config.root_path or "",
+        proxy_headers=config.forwarded_allow_ips is not None,
+        forwarded_allow_ips=listening.trusted_proxies(config.forwarded_allow_ips or ""),
+        **silent,
     )
-    return _QuietServer(
-        uvicorn.Config(
-            shell,
-            http=protocol,
-            ws="none",
-            loop="asyncio",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            backlog=BACKLOG,
-            # More than the application allows: it is the one that answers 431 and 414, after 404 and 401.
-            h11_max_incomplete_event_size=config.max_header_bytes + MAX_URL_BYTES + 1024,
-            timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]  # a fraction does as well
-            root_path=config.root_path or "",
-            proxy_headers=config.forwarded_allow_ips is not None,
-            forwarded_allow_ips=trusted_proxies(config.forwarded_allow_ips or ""),
-        )
-    )
+    server = uvicorn.Server(settings)
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+    return server
 
 
 async def warm_up(
@@ -215,56 +179,36 @@ async def warm_up(
 
     A batch that runs out of memory is too large, as one that is too slow; also where the budget was given.
     """
-    limits, cut = batcher.limits, predictor.cut
-    most_rows = limits.max_queue_rows
-    await batcher.worker.call(lambda: set_threads(predictor.num_threads))  # a setting of each thread
 
-    async def is_fast(num_rows: int) -> bool:
-        seconds = await _time_batch(predictor, batcher, [cut] * num_rows)
+    async def time_batch(lengths: list[int]) -> float:
+        try:
+            seconds: float = await batcher.worker.call(lambda: predictor.time_batch(lengths))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return math.inf
+        return seconds
+
+    limits, cut, most_rows = batcher.limits, predictor.cut, batcher.limits.max_queue_rows
+    await batcher.worker.call(lambda: set_threads(predictor.num_threads))  # a setting of each thread
+    good, bad, most = 0, 0, (max_batch_tokens or 0) // cut or most_rows
+    # The number of longest rows doubles until a batch is too slow; then the gap is halved, down to an eighth.
+    while (bad - good > max(1, good // 8)) if bad else (good < most):
+        num_rows = (good + bad) // 2 if bad else min(most, max(1, 2 * good))
+        seconds = await time_batch([cut] * num_rows)
         if seconds < math.inf:
             batcher.pace.note(num_rows * cut, seconds)
-        return seconds <= TARGET_SECONDS
-
-    num_rows = await find_most((max_batch_tokens or 0) // cut or most_rows, is_fast)
-    limits.max_batch_tokens = min(max_batch_tokens or num_rows * cut, most_rows * cut)
+        good, bad = (num_rows, bad) if seconds <= TARGET_SECONDS else (good, num_rows)
+    limits.max_batch_tokens = min(max_batch_tokens or max(1, good) * cut, most_rows * cut)
     for lengths in predictor.warm_shapes(limits.max_batch_tokens, most_rows):
         tokens = sum(lengths)
-        if tokens <= limits.max_batch_tokens and await _time_batch(predictor, batcher, lengths) == math.inf:
+        if tokens <= limits.max_batch_tokens and await time_batch(lengths) == math.inf:
             limits.max_batch_tokens = max(cut, tokens // 2)
             logger.warning("out of memory: batches have at most %d tokens", limits.max_batch_tokens)
 
 
-async def find_most(most: int, is_good: Callable[[int], Awaitable[bool]]) -> int:
-    """The largest number of 1 to `most` that is good, to an eighth; 1 where none is.
-
-    Doubles until a number is not good, then halves the gap.
-    """
-    good, bad = 0, 0
-    while (bad - good > max(1, good // 8)) if bad else (good < most):
-        number = (good + bad) // 2 if bad else min(most, max(1, 2 * good))
-        if await is_good(number):
-            good = number
-        else:
-            bad = number
-    return max(1, good)
-
-
-async def _time_batch(predictor: Predictor, batcher: MicroBatcher[Any, Any], lengths: list[int]) -> float:
-    """Seconds of one batch on the model's thread; endless where it runs out of memory."""
-    try:
-        seconds: float = await batcher.worker.call(lambda: predictor.time_batch(lengths))
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return math.inf
-    return seconds
-
-
 def configure_serve_logging() -> None:
-    """The access log, a JSON line per answer, goes to standard output, all else to standard error.
-
-    Both are written by threads of their own. uvicorn's remarks are left out.
-    """
+    """The access log, a JSON line per answer, goes to standard output, the rest to standard error."""
     access_logger.propagate = False
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     root = logging.getLogger()
@@ -280,9 +224,3 @@ def configure_serve_logging() -> None:
     else:
         sys.stdout.flush()
         access_logger.addHandler(LogWriter(sys.stdout.fileno(), "standard output"))
-
-
-def count_dropped_lines() -> int:
-    """Log lines that nobody took, of both streams."""
-    handlers = [*access_logger.handlers, *logging.getLogger().handlers]
-    return sum(handler.num_dropped for handler in handlers if isinstance(handler, LogWriter))

@@ -1,7 +1,6 @@
 """The routes against a real socket: the contract, every bad input, the order in which checks come."""
 
 import ast
-import dataclasses
 import json
 import logging
 import re
@@ -415,9 +414,8 @@ def test_the_key(loaded: tuple[SteeredPredictor, ServeConfig]) -> None:
 
 def test_cors_root_path_and_hosts(loaded: tuple[SteeredPredictor, ServeConfig]) -> None:
     predictor, config = loaded
-    config = dataclasses.replace(
-        config, cors_origin=["https://a.example"], root_path="/pairs", allowed_hosts=["pairs.example"]
-    )
+    names = dict(cors_origin=["https://a.example"], root_path="/pairs", allowed_hosts=["pairs.example"])
+    config = config.model_copy(update=names)
     with serving(predictor, config) as live:
         host = {"host": "Pairs.example:8443"}
         asked = {**host, "origin": "https://a.example", "access-control-request-method": "POST"}

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from bertpair.runtime import is_out_of_memory
-from bertpair.serving.batcher import ROUND_UP, BatchReport, MicroBatcher, QueueLimits
-from bertpair.serving.requests import QueueFullError, RequestError
+from bertpair.serving.batcher import ROUND_UP, MicroBatcher, QueueLimits
+from bertpair.serving.requests import RequestError
 
 pytestmark = pytest.mark.anyio
 
@@ -115,13 +115,15 @@ async def test_rows_that_were_passed_over_keep_their_order() -> None:
 async def test_a_request_may_ride_in_several_batches_and_answers_stay_in_order() -> None:
     lengths = [64, 7, 32, 8, 64, 13, 8]
     rows = [f"row {i}" for i in range(7)]
-    reports: list[BatchReport] = []
-    async with batching(digests, max_batch_tokens=64, on_batch=reports.append) as batcher:
+    reports: list[tuple[int, int, float, bool]] = []  # rows, padded tokens, seconds, failed
+    async with batching(
+        digests, max_batch_tokens=64, on_batch=lambda *report: reports.append(report)
+    ) as batcher:
         answers = await batcher.submit(rows, lengths)
     assert answers.values == digests(rows)
-    assert len(reports) > 2 and all(r.padded_tokens <= 64 and not r.failed for r in reports)
-    assert sum(r.num_rows for r in reports) == 7
-    assert all(r.padded_tokens % ROUND_UP == 0 for r in reports)
+    assert len(reports) > 2 and all(tokens <= 64 and not failed for _, tokens, _, failed in reports)
+    assert sum(num_rows for num_rows, *_ in reports) == 7
+    assert all(tokens % ROUND_UP == 0 for _, tokens, _, _ in reports)
 
 
 async def test_a_poisoned_request_fails_alone() -> None:
@@ -131,8 +133,8 @@ async def test_a_poisoned_request_fails_alone() -> None:
         return digests(rows)
 
     gate = Gate(run)
-    reports: list[BatchReport] = []
-    async with batching(gate, on_batch=reports.append) as batcher:
+    reports: list[tuple[int, int, float, bool]] = []  # rows, padded tokens, seconds, failed
+    async with batching(gate, on_batch=lambda *report: reports.append(report)) as batcher:
         tasks = [await busy(batcher, gate)]
         tasks += [asyncio.create_task(batcher.submit([f"row {i}", "also"], [8, 8])) for i in range(9)]
         poisoned = asyncio.create_task(batcher.submit(["good", "poison", "good"], [8, 16, 8]))
@@ -144,7 +146,7 @@ async def test_a_poisoned_request_fails_alone() -> None:
             await poisoned
         assert (await batcher.submit(["after"], [8])).values == [digest("after")]
     assert [a.values[0] for a in answers[1:10]] == [digest(f"row {i}") for i in range(9)]
-    assert any(report.failed for report in reports) and not reports[-1].failed
+    assert any(failed for *_, failed in reports) and not reports[-1][-1]
 
 
 async def test_an_exception_in_an_answers_place_fails_that_request() -> None:
@@ -206,8 +208,8 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         first = await busy(batcher, gate)
         waiting = asyncio.create_task(batcher.submit(["a", "b", "c"], [8] * 3))
         await asyncio.sleep(0)
-        with pytest.raises(QueueFullError) as refused:  # two rows: admitted together or not at all
-            await batcher.submit(["d", "e"], [8, 8])
+        with pytest.raises(RequestError, match="too many requests") as refused:
+            await batcher.submit(["d", "e"], [8, 8])  # admitted together or not at all
         assert int(refused.value.headers["Retry-After"]) >= 1 and refused.value.status == 429
         last = asyncio.create_task(batcher.submit(["d"], [8]))
         await asyncio.sleep(0)
@@ -222,7 +224,7 @@ async def test_admission_is_by_the_estimated_wait() -> None:
         batcher.pace.note(10, 1.0)  # tokens a second
         first = await busy(batcher, gate)
         tasks = []
-        with pytest.raises(QueueFullError) as refused:
+        with pytest.raises(RequestError, match="too many requests") as refused:
             for i in range(100):
                 tasks.append(asyncio.create_task(batcher.submit([str(i)], [8])))
                 await asyncio.sleep(0)

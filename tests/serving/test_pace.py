@@ -7,7 +7,7 @@ import time
 import pytest
 
 from bertpair.serving.batcher import RECENT, MicroBatcher, Pace, QueueLimits
-from bertpair.serving.requests import QueueFullError
+from bertpair.serving.requests import RequestError
 
 
 def test_the_slowest_of_the_recent_batches_counts() -> None:
@@ -41,7 +41,7 @@ async def _admitted(batcher: MicroBatcher[str, str], count: int) -> tuple[int, l
     """How many of `count` rows of 8 tokens, sent at once, are let in; what the others are told."""
     tasks = [asyncio.create_task(batcher.submit([str(i)], [8])) for i in range(count)]
     answers = await asyncio.gather(*tasks, return_exceptions=True)
-    refused = [int(answer.headers["Retry-After"]) for answer in answers if isinstance(answer, QueueFullError)]
+    refused = [int(answer.headers["Retry-After"]) for answer in answers if isinstance(answer, RequestError)]
     assert len(refused) == sum(isinstance(answer, BaseException) for answer in answers)
     return count - len(refused), refused
 

@@ -82,6 +82,39 @@ def test_malformed_requests_are_answered_and_the_connection_closed(
     assert line.is_closed()
 
 
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"GET http://127.0.0.1/livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 200),
+        (b"GET HTTPS://localhost:9/readyz/?a=http://b HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
+        (b"GET http://localhost/info HTTP/1.1\r\nHost: elsewhere.example\r\n\r\n", 200),  # the target's wins
+        (b"GET http://elsewhere.example/info HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET http://[::1]:80/info HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
+        (b"GET http://localhost HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
+        (b"GET http://localhost?a=b HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
+        (b"GET http://localhost/nope HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+        (b"GET http:///livez HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET http://me@localhost/livez HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET http://localhost/livez HTTP/1.1\r\n\r\n", 400),  # a Host is needed all the same
+        (b"GET http://localhost/livez HTTP/1.0\r\n\r\n", 200),
+        (GOOD.replace(b"POST /", b"POST http://localhost:8000/"), 200),
+    ],
+)
+def test_whole_urls(live: LiveServer, data: bytes, status: int) -> None:
+    line = live.line()
+    for part in (data[:1], data[1:]):  # in two packets
+        line.send(part)
+        time.sleep(0.02)
+    assert line.read().status == status
+
+
+def test_whole_urls_behind_a_prefix(loaded: tuple[SteeredPredictor, ServeConfig]) -> None:
+    predictor, config = loaded
+    with serving(predictor, config.model_copy(update=dict(root_path="/pairs"))) as live:
+        assert live.raw(GOOD.replace(b"POST /", b"POST http://localhost/")).status == 200
+        assert live.raw(GET.replace(b"GET /l", b"GET http://localhost/%6c") + b"\r\n").status == 200
+
+
 def test_a_header_block_in_pieces_is_431_too(live: LiveServer) -> None:
     line = live.line()
     line.send(GET)
