@@ -195,7 +195,7 @@ def publish_final(output_dir: Path) -> bool:
         for name in names:
             _place(ready / name, output_dir / name)
         atomic.fsync_folder(output_dir)  # the names are durable before the manifest that vouches for them
-    atomic.retire_folder(ready)
+    atomic.remove(ready, is_whole=True)
     return True
 
 
@@ -257,7 +257,7 @@ def _retire(folder: Path) -> bool:
     ours = {entry.name for entry in read_manifest(folder).files} | {MANIFEST_NAME}
     added = sorted(name for name in os.listdir(folder) if name not in ours and name[0] != ".")
     if not added:
-        return atomic.retire_folder(folder)
+        return atomic.remove(folder, is_whole=True)
     kept = folder.with_name(f"{folder.name}.kept-{os.getpid()}")
     os.rename(folder, kept)
     for name in ours:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bertpair.checkpoints import atomic, checkpoint
-from bertpair.checkpoints.atomic import SMALL_FILES, Staging, check_free_space, staged_folder
+from bertpair.checkpoints.atomic import Staging, check_free_space, staged_folder
 from bertpair.checkpoints.checkpoint import FINAL_READY, checkpoint_folder, load_tensors
 from bertpair.checkpoints.lock import LOCK_NAME, RunLock
 from bertpair.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest, read_verified, verify_folder
@@ -37,6 +37,7 @@ RUN_FILE = ".run.json"
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+SMALL_FILES = 4 << 20  # bytes of a folder's tokenizer files and JSON, block sizes included
 STARTED_RUN = {LOCK_NAME, RUN_FILE, METRICS_FILE}
 WriteCheckpoint = Callable[[Staging, int], None]  # how long metrics.jsonl is comes with it
 
@@ -221,7 +222,10 @@ class RunFolder:
                 self.enter()
                 self.check_new(overwrite=False)  # it was not there before: what is in it is somebody else's
             missing = max(0, num_kept - len(checkpoint.list_checkpoints(self.path)))
-            needed = atomic.free_space_needed(weights_bytes, optimizer_bytes, kept=missing)
+            # Those, one more while it is written, and the final model.
+            needed = (
+                (missing + 1) * (weights_bytes + optimizer_bytes + SMALL_FILES) + weights_bytes + SMALL_FILES
+            )
             check_free_space(self.path, needed, "this run")
             self._cut_metrics(int(state.get("metrics_bytes", 0)))
             said = json.dumps({"run_id": self.run_id}) + "\n"
