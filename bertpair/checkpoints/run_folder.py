@@ -272,9 +272,8 @@ class RunFolder:
         self._checkpoint_failed = not saved
         if saved:
             logger.info("saved %s", target)
-            best = {checkpoint_folder(self.path, best_step)} if best_step is not None else set()
             with _forgiving("older checkpoints stay"):
-                checkpoint.prune(self.path, self._limit, last=target, run_id=self.run_id, protect=best)
+                checkpoint.prune(self.path, self._limit, last=step, run_id=self.run_id, best=best_step)
                 checkpoint.discard_others(self.path, self.run_id)
         return saved
 
