@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_NAME_LENGTH, MAX_TITLE_LENGTH = 28, 60
 INK, MUTED, FAINT = "#1f2933", "#66717d", "#c3cad2"
 BLUE, ORANGE, GREEN, VIOLET = "#1f5fa8", "#d9730d", "#2b8a57", "#7a5ea8"
-STYLE: dict[str, object] = {
+STYLE: dict[Any, Any] = {
     **{"figure.dpi": 120, "font.size": 9, "axes.titlesize": 11, "axes.titlelocation": "left"},
     **{"text.color": INK, "axes.edgecolor": FAINT, "grid.color": FAINT, "grid.linewidth": 0.5},
     **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), MUTED),
@@ -101,11 +101,11 @@ def _name_classes(axes: "Axes", names: Sequence[str], counts: NDArray[np.int64],
     inches = [sum(0.15 if unicodedata.east_asian_width(c) in "WF" else 0.09 for c in name) for name in names]
     font: dict[str, Any] = {"size": 10.5, "color": INK}
     tilt = {"rotation": 45, "rotation_mode": "anchor", "ha": "right", "va": "top"}
-    rows = axes.secondary_yaxis("right")
+    axes.set(xlabel="predicted", ylabel="gold")
     axes.set_yticks(range(len(names)), names, **font)
     axes.set_xticks(range(len(names)), names, **(font if max(inches) < cell else font | tilt))
+    rows = axes.secondary_yaxis("right")
     rows.set_yticks(range(len(names)), [f"{total:,}" for total in counts.sum(axis=1)])
-    axes.set(xlabel="predicted", ylabel="gold")
     rows.set_ylabel("rows")
     for each in (axes, rows):
         each.tick_params(length=0, pad=6)
@@ -191,13 +191,10 @@ def _png(figure: "Figure", **options: Any) -> bytes:
 
 @contextmanager
 def drawing(text: str) -> Iterator[tuple["Figure", set[str]]]:
-    """A figure in our style, drawn within, and the characters of `text` that no installed font has.
-
-    matplotlib is silent about a cache folder that it cannot write and a font list that it has to make.
-    """
+    """A figure in our style, drawn within, and the characters of `text` that no installed font has."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.ERROR)  # nothing of a cache folder it cannot write, or a font list it has to make
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -205,8 +202,7 @@ def drawing(text: str) -> Iterator[tuple["Figure", set[str]]]:
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
             families, no_glyph = find_fonts(text)
-            style: Any = STYLE | {"font.family": families}
-            matplotlib.rcParams.update(style)
+            matplotlib.rcParams.update({**STYLE, "font.family": families})
             yield Figure(), no_glyph
     finally:
         logger.setLevel(level)
