@@ -9,7 +9,7 @@ import os
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
@@ -21,25 +21,18 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 class RunLock:
-    """Holds an output folder for this process, as a context manager; CheckpointError if another has it."""
+    """Holds an output folder for this process from `acquire` to `release`."""
 
     def __init__(self, output_dir: Path) -> None:
         self.path = output_dir / LOCK_NAME
         self._lock: BaseFileLock | None = None
-
-    def __enter__(self) -> Self:
-        self.acquire()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
     @property
     def is_held(self) -> bool:
         return self._lock is not None
 
     def acquire(self) -> None:
-        """Take the lock or say who has it."""
+        """Take the lock; the CheckpointError says who has it."""
         assert self._lock is None, "the lock is already held"
         common: dict[str, Any] = {"mode": 0o644, "thread_local": False}
         lock: BaseFileLock = FileLock(
