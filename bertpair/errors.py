@@ -1,12 +1,4 @@
-"""What a user can get wrong, as a small tree.
-
-BertpairError                 scripts print `error: …` and exit with 2; anything else is a defect of ours
-├── ConfigError               a setting: unknown, of the wrong type, out of range, contradicting another
-├── DataError                 a row, a file or a set of labels
-├── CheckpointError           a model folder or checkpoint: missing, damaged, of another shape
-├── TrainingError             a run that cannot go on: too many steps with numbers that are not finite
-└── StoppedError              not a fault: the stop flag was seen; scripts exit with 128 + signal number
-"""
+"""What a user can get wrong: scripts print `error: …` and exit with 2. Anything else is a defect of ours."""
 
 import difflib
 import signal
@@ -34,26 +26,21 @@ class TrainingError(BertpairError):
 
 
 class StoppedError(BertpairError):
-    """A signal asked the program to stop and a long-running part obeyed; `signum` is that signal.
+    """Not a fault: a signal asked the program to stop; `what_next` says what became of the work.
 
-    `what_next` says what became of the work. `save_failed`: the checkpoint that should keep it could not be
-    written; scripts then exit with 1.
+    Scripts exit with 128 + `signum`; with 1 if the checkpoint that should keep the work `save_failed`.
     """
 
     def __init__(self, signum: int, what_next: str = "", *, save_failed: bool = False) -> None:
         name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
         super().__init__(f"stopped by {name}" + (f": {what_next}" if what_next else ""))
-        self.signum = signum
-        self.save_failed = save_failed
+        self.signum, self.save_failed = signum, save_failed
 
 
 def list_faults(faults: Sequence[str], total: int | None = None, limit: int = 10) -> str:
     """Join up to `limit` faults, one a line, and say how many more there are (of `total`, default all)."""
-    shown = list(faults[:limit])
-    rest = (len(faults) if total is None else total) - len(shown)
-    if rest > 0:
-        shown.append(f"… and {rest} more")
-    return "\n".join(shown)
+    rest = (len(faults) if total is None else total) - len(faults[:limit])
+    return "\n".join([*faults[:limit], *([f"… and {rest} more"] if rest > 0 else [])])
 
 
 def first_line(error: BaseException) -> str:
@@ -65,10 +52,8 @@ def show(value: object) -> str:
     """A value as a message shows it: short, and on one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, list | tuple | set | frozenset):
-        return "a list"
+    if isinstance(value, Mapping | list | tuple | set | frozenset):
+        return "a mapping" if isinstance(value, Mapping) else "a list"
     try:
         text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     except ValueError:  # Python refuses to print integers of more than 4300 digits

@@ -110,10 +110,9 @@ def survive_fork() -> None:
 def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory for the next allocation; False where there is no glibc to tell.
 
-    By default glibc takes each large tensor fresh from the kernel and gives it straight back, and the kernel
-    zeroes every page again: with the 370 MB gradient of mBERT's word table and a step's activations that was
-    a third of a training step on a CPU. The price is a process that stays at its peak. It holds for the whole
-    process, so scripts call it (before the model is built), not the library.
+    By default glibc takes each large tensor fresh from the kernel, which zeroes its pages: with the 370 MB
+    gradient of mBERT's word table that was a third of a training step on a CPU. The price is a process that
+    stays at its peak. It holds for the whole process, so scripts call it, not the library.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -125,16 +124,9 @@ def keep_freed_memory() -> bool:
 
 MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory")
 LOST_WORDS = (  # after these a CUDA context answers every call with the same error, until the process ends
-    "device-side assert",
-    "illegal memory access",
-    "illegal instruction",
-    "misaligned address",
-    "unspecified launch failure",
-    "launch timed out",
-    "hardware stack error",
-    "invalid program counter",
-    "operation not supported on global/shared address space",
-    "uncorrectable ecc error",
+    *("device-side assert", "illegal memory access", "illegal instruction", "misaligned address"),
+    *("unspecified launch failure", "launch timed out", "hardware stack error", "invalid program counter"),
+    *("operation not supported on global/shared address space", "uncorrectable ecc error"),
     "context is destroyed",
 )
 
@@ -156,10 +148,9 @@ def explain_memory(device: torch.device) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         release_locals(error)
-        raise ConfigError(
-            f"out of memory: {device} has no room for the model ({first_line(error):.160}); "
-            "free some memory there, or choose another device with --device"
-        ) from error
+        what = f"out of memory: {device} has no room for the model ({first_line(error):.160})"
+        advice = "free some memory there, or choose another device with --device"
+        raise ConfigError(f"{what}; {advice}") from error
 
 
 def is_device_lost(error: BaseException) -> bool:
@@ -250,15 +241,13 @@ class Precision:
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         """The context for a forward pass; does nothing when the name is `off`."""
-        if self.name == "off":
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=self.dtype)
+        off = self.name == "off"
+        return contextlib.nullcontext() if off else torch.autocast(device.type, dtype=self.dtype)
 
     def paused(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         """Within `autocast`: the context for what is computed in float32, such as the loss and backward."""
-        if self.name == "off":
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, enabled=False)
+        off = self.name == "off"
+        return contextlib.nullcontext() if off else torch.autocast(device.type, enabled=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -267,10 +256,9 @@ class Precision:
 
 
 def resolve_precision(amp: str, device: torch.device, *, hidden_size: int) -> Precision:
-    """Turn the setting `amp` into a precision, for a model of this `hidden_size`.
+    """Turn the setting `amp` into a precision; ConfigError where the device cannot do what is asked.
 
-    `auto` gives the same answer every time: on a CPU bf16 where the processor has it in hardware and the
-    model is large enough. ConfigError where the device cannot do what is asked.
+    `auto`: on a CPU bf16 where the processor has it in hardware and the model is large enough.
     """
     if amp not in ("auto", "off", "bf16", "fp16"):
         raise ConfigError(f"amp: found {amp!r}; allowed: auto, off, bf16, fp16")
@@ -286,9 +274,8 @@ def resolve_precision(amp: str, device: torch.device, *, hidden_size: int) -> Pr
         return Precision("off", "this processor has no bf16 instructions")
     if hidden_size < BF16_HIDDEN_SIZE:
         return Precision("off", f"the model is small: hidden_size {hidden_size} is below {BF16_HIDDEN_SIZE}")
-    return Precision(
-        "bf16", f"the processor has {flag} and the model is large enough (hidden_size {hidden_size})"
-    )
+    reason = f"the processor has {flag} and the model is large enough (hidden_size {hidden_size})"
+    return Precision("bf16", reason)
 
 
 def allowed_precisions(device: torch.device) -> list[PrecisionName]:
@@ -303,7 +290,7 @@ def allowed_precisions(device: torch.device) -> list[PrecisionName]:
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     """What the processor says it can do, in the words of Linux; nothing elsewhere."""
     lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", _read_text(cpuinfo), re.MULTILINE)  # x86, Arm
-    return {flag for line in lines for flag in line.split()}
+    return set(" ".join(lines).split())
 
 
 def cpu_bf16_flag(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
@@ -321,8 +308,7 @@ class LossScaler:
     FLOOR = 1.0
 
     def __init__(self, enabled: bool, device: torch.device, growth_interval: int = 2000) -> None:
-        self.enabled = enabled
-        self.growth_interval = growth_interval
+        self.enabled, self.growth_interval = enabled, growth_interval
         self.scale = torch.tensor(65536.0 if enabled else 1.0, device=device)
         self.growth_tracker = torch.tensor(0, dtype=torch.int32, device=device)
 

@@ -1,12 +1,7 @@
 """Files and folders that are whole or not there: complete writes, fsync, staging, renames, free space.
 
-A folder is written in this order: each file into `<name>.tmp-<pid>` with an fsync, manifest.json last, fsync
-of the folder, rename, fsync of the parent. A crash at any point leaves the final name as it was, and at most
-a temporary folder, which the next start removes.
-
-Each system call that changes the disk is looked up in `os` at the moment it is made, so that a test can
-fail it or kill the process there. A failed fsync is never tried again on the same file: the kernel may
-have dropped the pages it could not write and would then report success.
+Each call that changes the disk is looked up in `os` when it is made: a test can fail it or kill the process.
+A failed fsync is not repeated: the kernel may have dropped the pages, and would then report success.
 """
 
 import errno
@@ -30,16 +25,14 @@ from bertpair.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-FILE_MODE = 0o644  # others may serve what this user trained
-FOLDER_MODE = 0o755
-SMALL_FILES = 4 << 20  # bytes of a folder's tokenizer files and JSON, block sizes included
+FILE_MODE, FOLDER_MODE = 0o644, 0o755  # others may serve what this user trained, whatever the umask
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}  # file systems without it
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def _naming(path: Path) -> Iterator[None]:
     """An OSError from inside names `path`: write and fsync know only a descriptor."""
     try:
         yield
@@ -51,7 +44,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
-    with naming(path):
+    with _naming(path):
         descriptor = os.open(path, flags, FILE_MODE)
         try:
             yield descriptor
@@ -60,27 +53,23 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
-    """Write a file that must not exist yet, durably; what a manifest is to say of it.
-
-    Each chunk is hashed in a second thread while it is written.
-    """
+    """Write a file that must not exist yet, durably; what a manifest is to say of it."""
     digest, size = sha256(), 0
     with ThreadPoolExecutor(1) as hasher, _opened(path, _NEW_FILE) as descriptor:
         if hasattr(os, "fchmod"):
-            os.fchmod(descriptor, FILE_MODE)  # whatever the umask
+            os.fchmod(descriptor, FILE_MODE)
         for chunk in chunks:
-            hashing = hasher.submit(digest.update, chunk)
-            write_all(descriptor, chunk)
+            hashing = hasher.submit(digest.update, chunk)  # while it is written
+            _write_all(descriptor, chunk)
             hashing.result()
             size += len(chunk)
         os.fsync(descriptor)
     return FileEntry(path.name, size, digest.hexdigest())
 
 
-def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write every byte: os.write may stop short when a disk is nearly full."""
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     rest = memoryview(data)
-    while rest:
+    while rest:  # os.write may stop short when a disk is nearly full
         written = os.write(descriptor, rest)
         if written <= 0:
             raise OSError(errno.EIO, "nothing was written")
@@ -110,7 +99,7 @@ def replace_file(path: Path, data: bytes) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary name; the file that is made there becomes `path`, or is gone after an exception."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with naming(path):
+    with _naming(path):
         temporary.unlink(missing_ok=True)
         try:
             yield temporary
@@ -126,7 +115,7 @@ def append(path: Path, data: bytes) -> None:
     with _opened(path, _APPEND) as descriptor:
         length = os.fstat(descriptor).st_size
         try:
-            write_all(descriptor, data)
+            _write_all(descriptor, data)
         except OSError:
             with suppress(OSError):
                 os.ftruncate(descriptor, length)
@@ -140,37 +129,19 @@ def durable_length(path: Path) -> int:
         return os.fstat(descriptor).st_size
 
 
-def install_folder(source: Path, target: Path, *, keep_old: bool = False) -> None:
-    """Rename a finished folder to its final name, durably; after an exception everything is as it was.
+def remove(path: Path, *, is_whole: bool = False) -> bool:
+    """Delete a file, or a folder and all in it; a failure is a warning, for it is no longer wanted.
 
-    A folder already there steps aside as `<name>.old-<pid>`, from where the next start brings it back if a
-    crash left nothing under the final name, and is then deleted; with `keep_old` it stays, as `.kept-<pid>`.
+    A folder that `is_whole` is renamed first, so that no crash leaves half of it under its name.
     """
-    aside = target.with_name(f"{target.name}.{'kept' if keep_old else 'old'}-{os.getpid()}")
-    replaces = os.path.lexists(target)
-    if replaces:
-        if not keep_old and aside.is_dir():
-            remove(aside)
-        os.rename(target, aside)
     try:
-        os.rename(source, target)
-        fsync_folder(target.parent)
-    except BaseException:
-        with suppress(OSError):
-            if not os.path.lexists(source):
-                os.rename(target, source)
-            if replaces:
-                os.rename(aside, target)
-        raise
-    if replaces and keep_old:
-        logger.warning("%s was not written by bertpair: it is now %s", target, aside)
-    elif replaces:
-        remove(aside)
-
-
-def remove(path: Path) -> bool:
-    """Delete a file, or a folder and all in it; a failure is a warning, for it is no longer wanted."""
-    try:
+        if is_whole:
+            doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+            if doomed.is_dir():
+                remove(doomed)
+            os.rename(path, doomed)
+            fsync_folder(path.parent)
+            return remove(doomed)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -181,31 +152,10 @@ def remove(path: Path) -> bool:
     return True
 
 
-def retire_folder(path: Path) -> bool:
-    """Delete a folder that looks whole: renamed first, so that no crash leaves half of it under its name."""
-    doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    if doomed.is_dir():
-        remove(doomed)
-    try:
-        os.rename(path, doomed)
-        fsync_folder(path.parent)
-    except OSError as error:
-        logger.warning("%s: cannot be removed: %s", path, error.strerror or error)
-        return False
-    return remove(doomed)
-
-
-def free_space_needed(weights: int, optimizer: int, *, kept: int) -> int:
-    """Bytes a run may need at once: `kept` checkpoints, one more while it is written, and the final model."""
-    return (kept + 1) * (weights + optimizer) + weights + (kept + 2) * SMALL_FILES
-
-
 def check_free_space(folder: Path, bytes_needed: int, what: str) -> None:
     """CheckpointError if the disk that holds (or will hold) `folder` has fewer than `bytes_needed` left."""
-    existing = folder.absolute()
-    while not os.path.exists(existing):
-        existing = existing.parent
-    total, _, free = shutil.disk_usage(existing)
+    place = folder.absolute()
+    total, _, free = shutil.disk_usage(next(filter(os.path.exists, (place, *place.parents))))
     if total and free < bytes_needed:  # some network shares say 0 of 0
         raise CheckpointError(
             f"{folder}: {what} needs {bytes_needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
@@ -214,17 +164,10 @@ def check_free_space(folder: Path, bytes_needed: int, what: str) -> None:
 
 
 class Staging:
-    """A folder being written under a temporary name; made and undone by `staged_folder`.
+    """A folder being written under a temporary name by `staged_folder`. OSErrors name the file."""
 
-    `meta` goes into the manifest and may be filled until the end. OSErrors name the file.
-    """
-
-    def __init__(self, final: Path, meta: Mapping[str, Any]) -> None:
-        self.folder = final.with_name(f"{final.name}.tmp-{os.getpid()}")
-        number = count(2)
-        while os.path.lexists(self.folder):  # what is left of an earlier attempt is never written into again
-            self.folder = final.with_name(f"{final.name}.tmp-{os.getpid()}-{next(number)}")
-        self.meta = dict(meta)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.entries: list[FileEntry] = []
 
     def write_bytes(self, name: str, data: bytes) -> None:
@@ -253,21 +196,52 @@ def staged_folder(
 ) -> Iterator[Staging]:
     """Write a folder that appears under `final` at the end of the block, whole and durable, or not at all.
 
-    On any exception, in the block or in finishing (OSError), nothing is left and `final` is as it was.
-    A folder of ours already there is replaced; one that bertpair did not write is moved aside and kept.
+    Files come first, then manifest.json, then the rename, each after an fsync of what it stands on. On any
+    exception, in the block or in finishing (OSError), nothing is left and `final` is as it was; a crash
+    leaves at most a temporary folder, which the next start removes. A folder of ours already there is
+    replaced; one that bertpair did not write is moved aside and kept.
     """
-    staging = Staging(final, meta or {})
-    folder = staging.folder
+    folder, number = final.with_name(f"{final.name}.tmp-{os.getpid()}"), count(2)
+    while os.path.lexists(folder):  # what is left of an earlier attempt is never written into again
+        folder = final.with_name(f"{final.name}.tmp-{os.getpid()}-{next(number)}")
     try:
         os.mkdir(folder, FOLDER_MODE)
-        os.chmod(folder, FOLDER_MODE)  # whatever the umask
+        os.chmod(folder, FOLDER_MODE)
+        staging = Staging(folder)
         yield staging
-        manifest = Manifest(tuple(staging.entries), dict(versions or {}), staging.meta)
+        manifest = Manifest(tuple(staging.entries), dict(versions or {}), dict(meta or {}))
         write_file(folder / MANIFEST_NAME, [encode_manifest(manifest)])
         fsync_folder(folder)
-        # What stands there and has no manifest is not ours to delete.
-        install_folder(folder, final, keep_old=not (final / MANIFEST_NAME).is_file())
+        _install(folder, final)
     except BaseException:
         if folder.is_dir():
             remove(folder)
         raise
+
+
+def _install(source: Path, target: Path) -> None:
+    """Rename a finished folder to its final name, durably; after an exception everything is as it was.
+
+    A folder of ours there steps aside as `.old-<pid>`, from where the next start brings it back if a crash
+    left nothing under the final name, and is then deleted. Another's stays, as `.kept-<pid>`.
+    """
+    replaces, is_ours = os.path.lexists(target), (target / MANIFEST_NAME).is_file()
+    aside = target.with_name(f"{target.name}.{'old' if is_ours else 'kept'}-{os.getpid()}")
+    if replaces:
+        if is_ours and aside.is_dir():
+            remove(aside)
+        os.rename(target, aside)
+    try:
+        os.rename(source, target)
+        fsync_folder(target.parent)
+    except BaseException:
+        with suppress(OSError):
+            if not os.path.lexists(source):
+                os.rename(target, source)
+            if replaces:
+                os.rename(aside, target)
+        raise
+    if replaces and is_ours:
+        remove(aside)
+    elif replaces:
+        logger.warning("%s was not written by bertpair: it is now %s", target, aside)

@@ -1,16 +1,14 @@
 """The folders of an output folder: found, opened, moved into place, and deleted when their time has come.
 
-Only what is whole is found, and only verified bytes are read. The final model is staged as `final.ready` and
-its files are then linked up into the output folder one by one: until the last is there, `final.ready` stays
-whole, and whoever opens the output folder is sent to it. Nothing is deleted that bertpair did not write, and
-a folder that goes is renamed first; deleting is for the process that holds the run's lock.
+Only what is whole is found, and only verified bytes are read. Nothing is deleted that bertpair did not
+write; deleting is for the process that holds the run's lock.
 """
 
 import hashlib
 import logging
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -33,20 +31,19 @@ FINAL_READY = "final.ready"
 INPUT_FILE = "input.json"
 COMPARED = "compare-"  # begins the names of folders with a compared model's results
 RESULT_FILES = (
-    "confusion_matrix.png",
-    "eval_results.json",
-    "eval_results.txt",
-    "predictions.tsv",
-    INPUT_FILE,
+    *("confusion_matrix.png", "eval_results.json", "eval_results.txt", "predictions.tsv"),
+    INPUT_FILE,  # last: with it goes what says whose results they are
 )
-TOKENIZER_FILES = ("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
-MODEL_FILES = ("config.json", "model.safetensors", "trainer_state.json", MANIFEST_NAME, *TOKENIZER_FILES)
-RUN_FILES = (".run.json", "curves.png", "metrics.jsonl", TRAINING_ARGS, *RESULT_FILES)
+_OUR_FILES = (
+    *("config.json", "model.safetensors", "trainer_state.json", MANIFEST_NAME),
+    *("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+    *(".run.json", "curves.png", "metrics.jsonl", TRAINING_ARGS, *RESULT_FILES),
+)
 _CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]{0,17})")
 _FOLDER_NAME = rf"{_CHECKPOINT.pattern}|{re.escape(FINAL_READY)}"
 _PART_NAME = re.compile(rf"{_FOLDER_NAME}|{COMPARED}.+", re.DOTALL)
 _TEMPORARY_FOLDER = re.compile(rf"(?P<name>{_FOLDER_NAME})\.(?P<kind>tmp|old)-[0-9]{{1,10}}(-[0-9]{{1,10}})?")
-_TEMPORARY_FILE = re.compile(r"\.(.+)\.tmp-([0-9]{1,10})")
+_TEMPORARY_FILE = re.compile(rf"\.({'|'.join(map(re.escape, _OUR_FILES))})\.tmp-(?P<pid>[0-9]{{1,10}})")
 
 
 def load_tensors(folder: Path, name: str, manifest: Manifest | None = None) -> dict[str, Tensor]:
@@ -105,13 +102,21 @@ def newest_whole(output_dir: Path, run_id: str | None = None) -> Newest:
             if run_id is not None and read_manifest(path).run_id != run_id:
                 continue
             manifest = verify_folder(path)
+            if (held := manifest.meta.get("step", step)) == step:
+                return Newest(path, manifest, faults)
+            faults.append(f"{path}: holds step {held}, not the step of its name")
         except CheckpointError as error:
             faults.append(str(error))
-            continue
-        if manifest.meta.get("step", step) == step:
-            return Newest(path, manifest, faults)
-        faults.append(f"{path}: holds step {manifest.meta['step']}, not the step of its name")
     return Newest(None, None, faults)
+
+
+def _is_whole(folder: Path, consequence: str) -> bool:
+    try:
+        verify_folder(folder)
+    except CheckpointError as error:
+        logger.warning("%s: %s", consequence, error)
+        return False
+    return True
 
 
 def final_folder(output_dir: Path) -> Path:
@@ -120,14 +125,7 @@ def final_folder(output_dir: Path) -> Path:
     For any other folder that is the folder itself; so whoever opens a model folder asks here first.
     """
     ready = output_dir / FINAL_READY
-    if not os.path.lexists(ready):
-        return output_dir
-    try:
-        verify_folder(ready)
-    except CheckpointError as error:
-        logger.warning("not used: %s", error)
-        return output_dir
-    return ready
+    return ready if os.path.lexists(ready) and _is_whole(ready, "not used") else output_dir
 
 
 def open_model(
@@ -138,10 +136,10 @@ def open_model(
     config_name: str | Path | None = None,
     verify: bool = True,
 ) -> ModelFolder:
-    """A model folder by its path or its name on the hub, its config.json read (or `config_name` instead).
+    """A model folder by its path or its name on the hub, its config.json read (or `config_name` instead); of
+    an output folder, the final model. With `verify`, what has a manifest is verified.
 
-    Of an output folder, the final model. With `verify`, what has a manifest is verified. Raises
-    CheckpointError, which names a checkpoint where the run of the folder is not finished.
+    The CheckpointError names a checkpoint where the run of the folder is not finished.
     """
     path = resolve_folder(name_or_path, revision=revision, cache_dir=cache_dir)
     final = final_folder(path)
@@ -163,8 +161,8 @@ def weights_digest(folder: Path) -> str:
         raise CheckpointError(f"{folder}: no weights in it")
     entries = read_manifest(folder).files if (folder / MANIFEST_NAME).is_file() else ()
     known = {entry.name: entry.sha256 for entry in entries}
-    digests = [known.get(path.name) or file_digest(path) for path in weight_files(found)]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    first, *more = [known.get(path.name) or file_digest(path) for path in weight_files(found)]
+    return hashlib.sha256("".join([first, *more]).encode()).hexdigest() if more else first
 
 
 def file_digest(path: str | Path) -> str:
@@ -184,18 +182,17 @@ def settings_folder(output_dir: Path) -> Path:
 def publish_final(output_dir: Path) -> bool:
     """Move the files of a whole `final.ready` up, manifest last; False if there is none.
 
-    A crash or an OSError at any point leaves `final.ready` whole, and calling again completes the move.
-    Files of the output folder that the new model does not have are left alone.
+    A crash or an OSError at any point leaves `final.ready` whole, so that readers are sent there, and calling
+    again completes the move. Files of the output folder that the new model does not have are left alone.
     """
     ready = output_dir / FINAL_READY
     if not os.path.lexists(ready):
         return False
-    manifest = verify_folder(ready)
-    for names in ([entry.name for entry in manifest.files], [MANIFEST_NAME]):
+    for names in ([entry.name for entry in verify_folder(ready).files], [MANIFEST_NAME]):
         for name in names:
             _place(ready / name, output_dir / name)
         atomic.fsync_folder(output_dir)  # the names are durable before the manifest that vouches for them
-    atomic.retire_folder(ready)
+    atomic.remove(ready, is_whole=True)
     return True
 
 
@@ -211,34 +208,27 @@ def _place(source: Path, target: Path) -> None:
                 atomic.write_file(temporary, iter(lambda: file.read(1 << 24), b""))
 
 
-# What stays and what goes
-
-
 def prune(
-    output_dir: Path, keep: int | None, *, last: Path, run_id: str, protect: Collection[Path] = ()
+    output_dir: Path, keep: int | None, *, last: int, run_id: str, best: int | None = None
 ) -> list[Path]:
     """Delete this run's oldest checkpoints beyond `keep` (None: keep all); returns those deleted.
 
-    `last` is the checkpoint written or verified last: it counts, and never goes, nor does anything in
-    `protect`, which does not count. Higher numbers than `last` were abandoned or found damaged when the
-    run was resumed before them; they stay until their step writes them anew.
+    `last` is the step written or verified last: it counts, and never goes; nor does `best`, which does not
+    count. Higher steps were abandoned or found damaged when the run was resumed before them; they stay
+    until their step writes them anew.
     """
     if keep is None:
         return []
-    spared = {path.name for path in protect} | {last.name}
-    steps = list_checkpoints(output_dir)
-    now = next((step for step, path in steps if path.name == last.name), -1)
-    older = [path for step, path in steps if step < now and path.name not in spared]
-    older = [path for path in older if run_of(path) == run_id]
-    doomed = older[: max(0, len(older) - max(keep - 1, 0))]
-    return [path for path in doomed if _retire(path)]
+    steps = [(step, path) for step, path in list_checkpoints(output_dir) if step < last and step != best]
+    older = [path for _, path in steps if run_of(path) == run_id]
+    return [path for path in older[: max(0, len(older) - max(keep - 1, 0))] if _retire(path)]
 
 
 def discard_others(output_dir: Path, run_id_to_keep: str, *, is_finished: bool = False) -> list[Path]:
     """Delete the checkpoints of other runs once the run to keep has a whole one, or its final model
     (`is_finished`); returns those deleted."""
-    runs = [(path, run_of(path)) for _, path in list_checkpoints(output_dir)]
-    others = [path for path, run in runs if run not in (None, run_id_to_keep)]
+    paths = [path for _, path in list_checkpoints(output_dir)]
+    others = [path for path in paths if run_of(path) not in (None, run_id_to_keep)]
     if not others or not (is_finished or newest_whole(output_dir, run_id_to_keep).path):
         return []
     return [path for path in others if _retire(path)]
@@ -257,7 +247,7 @@ def _retire(folder: Path) -> bool:
     ours = {entry.name for entry in read_manifest(folder).files} | {MANIFEST_NAME}
     added = sorted(name for name in os.listdir(folder) if name not in ours and name[0] != ".")
     if not added:
-        return atomic.retire_folder(folder)
+        return atomic.remove(folder, is_whole=True)
     kept = folder.with_name(f"{folder.name}.kept-{os.getpid()}")
     os.rename(folder, kept)
     for name in ours:
@@ -271,49 +261,34 @@ def remove_leftovers(output_dir: Path) -> list[Path]:
 
     A checkpoint that had stepped aside for a new one comes back if the new one never took its place.
     """
-    paths = [path for path in _children(output_dir) if not path.is_symlink()]
-    files = [path for path in paths if path.is_file() and _is_dead_file(path)]
-    for path in filter(Path.is_dir, paths):
-        if matched := _TEMPORARY_FOLDER.fullmatch(path.name):
-            if matched["kind"] == "tmp" or not _restored(path, output_dir / matched["name"]):
-                files.append(path)
-    return [path for path in files if atomic.remove(path)]
+    left = []
+    for path in _children(output_dir):
+        if path.is_symlink():
+            continue
+        if path.is_dir() and (matched := _TEMPORARY_FOLDER.fullmatch(path.name)):
+            name = output_dir / matched["name"]
+            if matched["kind"] == "old" and not os.path.lexists(name) and _is_whole(path, "removed"):
+                os.rename(path, name)
+            else:
+                left.append(path)
+        elif path.is_file() and (matched := _TEMPORARY_FILE.fullmatch(path.name)):
+            left += [path] if _is_dead(int(matched["pid"])) else []
+    return [path for path in left if atomic.remove(path)]
 
 
 def _children(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def _restored(aside: Path, name: Path) -> bool:
-    if os.path.lexists(name):
-        return False
-    try:
-        verify_folder(aside)
-    except CheckpointError as error:
-        logger.warning("%s is removed: %s", aside, error)
-        return False
-    os.rename(aside, name)
-    return True
-
-
-def _is_dead_file(path: Path) -> bool:
-    """Whether it is half a file of ours, whose writer is gone (on Windows: was this process)."""
-    matched = _TEMPORARY_FILE.fullmatch(path.name)
-    if matched is None or matched[1] not in (*MODEL_FILES, *RUN_FILES):
-        return False
-    pid = int(matched[2])
+def _is_dead(pid: int) -> bool:
+    """Whether the process that wrote half a file is gone (on Windows: was this one)."""
     if pid == os.getpid() or os.name == "nt":  # where signal 0 means Ctrl-C
         return pid == os.getpid()
     try:
         os.kill(pid, 0)
-    except PermissionError:
-        return False
-    except (ProcessLookupError, OverflowError):
-        return True
+    except (PermissionError, ProcessLookupError, OverflowError) as error:
+        return not isinstance(error, PermissionError)
     return False
-
-
-# Results of evaluations
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -330,8 +305,8 @@ def write_results(folder: Path, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():
             atomic.replace_file(folder / name, data)
     except OSError as error:
-        what = f"{folder} cannot be written: {error.strerror or error}"
-        raise ConfigError(f"{what}; name another place with --output_dir") from error
+        advice = "name another place with --output_dir"
+        raise ConfigError(f"{folder} cannot be written: {error.strerror or error}; {advice}") from error
 
 
 def discard_evaluations(output_dir: Path, run_id_to_keep: str) -> None:

@@ -1,8 +1,7 @@
 """One run at a time in an output folder: a lock on `.lock`, which says which process of which host holds it.
 
-The system drops a flock when its process dies, so a crashed run never blocks the next one. Where the file
-system has no flock, the file itself is the lock: a dead process of this host loses it, another host's
-must be removed by hand, since nobody here can know whether that host still runs.
+The system drops a flock when its process dies. Where the file system has no flock, the file itself is the
+lock: a dead process of this host loses it; nobody here can know of another host's, which a user removes.
 """
 
 import errno
@@ -10,7 +9,7 @@ import os
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
@@ -22,28 +21,21 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 class RunLock:
-    """Holds an output folder for this process, as a context manager; CheckpointError if another has it."""
+    """Holds an output folder for this process from `acquire` to `release`."""
 
     def __init__(self, output_dir: Path) -> None:
         self.path = output_dir / LOCK_NAME
         self._lock: BaseFileLock | None = None
-
-    def __enter__(self) -> Self:
-        self.acquire()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
     @property
     def is_held(self) -> bool:
         return self._lock is not None
 
     def acquire(self) -> None:
-        """Take the lock or say who has it."""
+        """Take the lock; the CheckpointError says who has it."""
         assert self._lock is None, "the lock is already held"
         common: dict[str, Any] = {"mode": 0o644, "thread_local": False}
-        lock = FileLock(
+        lock: BaseFileLock = FileLock(
             self.path, blocking=False, preserve_lock_file=True, on_acquired=_write_holder, **common
         )
         advice = "stop it or use another output_dir"
@@ -59,9 +51,8 @@ class RunLock:
                 lock = SoftFileLock(self.path, timeout=3, **common)  # damaged files are watched for 2 seconds
                 lock.acquire()
         except Timeout:
-            raise CheckpointError(
-                f"{self.path}: {self._holder()} is running in this folder; {advice}"
-            ) from None
+            holder = self._holder()
+            raise CheckpointError(f"{self.path}: {holder} is running in this folder; {advice}") from None
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be locked: {error.strerror or error}") from error
         self._lock = lock

@@ -1,7 +1,7 @@
 """manifest.json: what a folder must hold, by name, size and sha256, and whether it does.
 
-The file is canonical: its bytes are the one encoding of what it says, and it carries the sha256 of its
-own remainder. So every flipped bit shows, even in white space. Nothing it does not name is ever read.
+Its bytes are the one encoding of what it says, the sha256 of its own remainder included: every flipped bit
+shows, even in white space. Nothing it does not name is ever read.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from bertpair.errors import CheckpointError, list_faults, show
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 MAX_MANIFEST_BYTES = 4 << 20
+_CHANGED = "its contents have changed: their sha256 is not the manifest's"
 
 
 def is_plain_name(name: str) -> bool:
@@ -62,11 +63,11 @@ class Manifest:
 
     def entry(self, name: str) -> FileEntry:
         """The entry of a file; CheckpointError if the manifest does not name it."""
-        for entry in self.files:
-            if entry.name == name:
-                return entry
-        names = ", ".join(entry.name for entry in self.files)
-        raise CheckpointError(f"{name}: not named in {MANIFEST_NAME}, which names {names or 'nothing'}")
+        entries = {entry.name: entry for entry in self.files}
+        if name in entries:
+            return entries[name]
+        names = ", ".join(entries) or "nothing"
+        raise CheckpointError(f"{name}: not named in {MANIFEST_NAME}, which names {names}")
 
     @property
     def run_id(self) -> str | None:
@@ -128,8 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
 def verify_folder(folder: Path) -> Manifest:
     """The manifest of a whole folder; CheckpointError names each file that is not as the manifest says.
 
-    Sizes are compared before anything is hashed. Files that the manifest does not name are passed over: they
-    are never loaded.
+    Sizes are compared before anything is hashed. Files that the manifest does not name are passed over.
     """
     manifest = read_manifest(folder)
     for is_hashed in (False, True):
@@ -137,8 +137,8 @@ def verify_folder(folder: Path) -> Manifest:
         for entry in manifest.files:
             try:
                 with _opened(folder / entry.name, entry) as file:
-                    if is_hashed:
-                        _check(file, hashlib.file_digest(file, "sha256").hexdigest(), entry)
+                    if is_hashed and hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+                        raise CheckpointError(f"{file.name}: {_CHANGED}")
             except CheckpointError as error:
                 faults.append(str(error))
         if faults:
@@ -151,13 +151,9 @@ def read_verified(folder: Path, name: str, manifest: Manifest | None = None) -> 
     entry = (manifest or read_manifest(folder)).entry(name)
     with _opened(folder / name, entry) as file:  # which compares the size before memory is taken for it
         data = file.readall()
-        _check(file, hashlib.sha256(data).hexdigest(), entry)
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise CheckpointError(f"{folder / name}: {_CHANGED}")
     return data
-
-
-def _check(file: FileIO, digest: str, entry: FileEntry) -> None:
-    if digest != entry.sha256:
-        raise CheckpointError(f"{file.name}: its contents have changed: their sha256 is not the manifest's")
 
 
 @contextmanager

@@ -1,12 +1,7 @@
 """The folder of one run: what it writes there and when, and what becomes of a write that fails.
 
-Until a run is over, only .run.json, the lock, metrics.jsonl and checkpoints are written; the final model
-comes in one move at the end, so an earlier model in the same folder stays usable, and earlier checkpoints
-go only once the new run has a whole one. A save that fails is tried once more in a new temporary folder;
-then the run goes on without it, loudly.
-
-`.run.json` says which run the folder belongs to. Where a run may start, whether it is over and where it goes
-on is asked by the process that holds the folder's lock, after `enter` has put right what a crash left.
+The final model comes in one move at the end, so an earlier model in the folder stays usable, and earlier
+checkpoints go only once the new run has a whole one. `.run.json` says which run the folder belongs to.
 """
 
 import dataclasses
@@ -24,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bertpair.checkpoints import atomic, checkpoint
-from bertpair.checkpoints.atomic import SMALL_FILES, Staging, check_free_space, staged_folder
+from bertpair.checkpoints.atomic import Staging, check_free_space, staged_folder
 from bertpair.checkpoints.checkpoint import FINAL_READY, checkpoint_folder, load_tensors
 from bertpair.checkpoints.lock import LOCK_NAME, RunLock
 from bertpair.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest, read_verified, verify_folder
@@ -37,6 +32,7 @@ RUN_FILE = ".run.json"
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+SMALL_FILES = 4 << 20  # bytes of a folder's tokenizer files and JSON, block sizes included
 STARTED_RUN = {LOCK_NAME, RUN_FILE, METRICS_FILE}
 WriteCheckpoint = Callable[[Staging, int], None]  # how long metrics.jsonl is comes with it
 
@@ -54,11 +50,11 @@ class RunState:
         return self.manifest.run_id or ""
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """optimizer.safetensors: the optimizer's tensors and the random states."""
+        """The optimizer's tensors and the random states, verified."""
         return load_tensors(self.folder, OPTIMIZER_FILE, self.manifest)
 
     def weights(self) -> dict[str, Tensor]:
-        """model.safetensors, verified."""
+        """The model's tensors, verified."""
         return load_tensors(self.folder, "model.safetensors", self.manifest)
 
 
@@ -77,14 +73,12 @@ class RunFolder:
         self.run_id = uuid.uuid4().hex[:12]
         self._lock = RunLock(path)
         self._limit: int | None = None
-        self._weights_bytes = self._optimizer_bytes = 0
+        self._weights_bytes = self._checkpoint_bytes = 0  # with SMALL_FILES
         self._checkpoint_failed = self._final_failed = False
 
     def close(self) -> None:
         """Give the folder back."""
         self._lock.release()
-
-    # Before a run
 
     def enter(self) -> None:
         """Take the lock of a folder that is there, and put right what a crash left: half-written folders go,
@@ -92,12 +86,9 @@ class RunFolder:
         if self._lock.is_held or not self.path.is_dir():
             return
         self._lock.acquire()
-        try:
-            with self._writable():
-                checkpoint.remove_leftovers(self.path)
-                checkpoint.publish_final(self.path)
-        except CheckpointError as error:
-            logger.warning("the staged final model is passed over: %s", error)
+        with _forgiving("the staged final model is passed over"), self._writable():
+            checkpoint.remove_leftovers(self.path)
+            checkpoint.publish_final(self.path)
 
     @contextmanager
     def _writable(self) -> Iterator[None]:
@@ -113,9 +104,8 @@ class RunFolder:
         if os.path.lexists(self.path) and not self.path.is_dir():
             what = "is a file" if self.path.exists() else "is a link that leads nowhere"
             raise ConfigError(f"output_dir: {self.path} {what}; a folder is needed")
-        existing = self.path.absolute()
-        while not existing.exists():
-            existing = existing.parent
+        place = self.path.absolute()
+        existing = next(path for path in (place, *place.parents) if path.exists())
         if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
             raise ConfigError(f"output_dir: {self.path} cannot be written ({existing})")
         if not overwrite and (found := self._contents()):
@@ -128,8 +118,8 @@ class RunFolder:
             raise ConfigError(f"{what}; --resume goes on with the run in it, {anew}, {other}")
 
     def _contents(self) -> list[str]:
-        found = self.path.iterdir() if self.path.is_dir() else ()
-        return sorted(path.name for path in found if path.name != LOCK_NAME)
+        names = os.listdir(self.path) if self.path.is_dir() else []
+        return sorted(name for name in names if name != LOCK_NAME)
 
     def find_resume(self, resume: str) -> RunState | None:
         """Where a run goes on: the newest whole checkpoint for `auto`, or the folder that `resume` names.
@@ -155,16 +145,13 @@ class RunFolder:
 
     def finished_run(self) -> RunState | None:
         """The final folder's account of the run that the folder belongs to, if that run is over."""
-        if not (self.path / MANIFEST_NAME).is_file():
-            if (self.path / STATE_FILE).is_file():
-                logger.warning("the final model is passed over: %s has no %s", self.path, MANIFEST_NAME)
-            return None
-        try:
-            final = read_run_state(self.path)
-        except CheckpointError as error:
-            logger.warning("the final model is passed over: %s", error)
-            return None
-        if self._stored_run_id() not in (None, final.run_id) or "result" not in final.state:
+        final = None
+        if (self.path / MANIFEST_NAME).is_file():
+            with _forgiving("the final model is passed over"):
+                final = read_run_state(self.path)
+        elif (self.path / STATE_FILE).is_file():
+            logger.warning("the final model is passed over: %s has no %s", self.path, MANIFEST_NAME)
+        if final is None or self._stored_run_id() not in (None, final.run_id) or "result" not in final.state:
             return None
         checkpoint.discard_others(self.path, final.run_id, is_finished=True)  # had a crash come before that
         return final
@@ -185,14 +172,10 @@ class RunFolder:
         if all(name in STARTED_RUN or ".tmp-" in name for name in self._contents()):
             return True
         run_id = self._stored_run_id()
-        if run_id is None:
-            return False
         try:
-            return read_manifest(self.path).run_id != run_id
+            return run_id is not None and read_manifest(self.path).run_id != run_id
         except CheckpointError:
             return not os.path.lexists(self.path / MANIFEST_NAME)
-
-    # In a run
 
     @property
     def save_failed(self) -> bool:
@@ -211,37 +194,34 @@ class RunFolder:
         """Take the lock if that was not possible before, see that there is room for the `num_kept`
         checkpoints that stay, and put metrics.jsonl where the run stands."""
         self._limit = save_total_limit
-        self._weights_bytes, self._optimizer_bytes = weights_bytes, optimizer_bytes
-        state: Mapping[str, Any] = {}
+        self._weights_bytes = weights_bytes + SMALL_FILES
+        self._checkpoint_bytes = self._weights_bytes + optimizer_bytes
         if resumed_from is not None:
-            self.run_id, state = resumed_from.run_id, resumed_from.state
+            self.run_id = resumed_from.run_id
         with self._writable():
             if not self._lock.is_held:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.enter()
                 self.check_new(overwrite=False)  # it was not there before: what is in it is somebody else's
             missing = max(0, num_kept - len(checkpoint.list_checkpoints(self.path)))
-            needed = atomic.free_space_needed(weights_bytes, optimizer_bytes, kept=missing)
+            # Those, one more while it is written, and the final model.
+            needed = (missing + 1) * self._checkpoint_bytes + self._weights_bytes
             check_free_space(self.path, needed, "this run")
-            self._cut_metrics(int(state.get("metrics_bytes", 0)))
+            with open(self.path / METRICS_FILE, "ab") as file:
+                length = int(resumed_from.state.get("metrics_bytes", 0)) if resumed_from else 0
+                if file.tell() < length:
+                    logger.warning("%s is shorter than when it was saved: lines are missing", METRICS_FILE)
+                else:
+                    file.truncate(length)
+                os.fsync(file.fileno())
             said = json.dumps({"run_id": self.run_id}) + "\n"
             atomic.replace_file(self.path / RUN_FILE, said.encode())
-
-    def _cut_metrics(self, length: int) -> None:
-        with open(self.path / METRICS_FILE, "ab") as file:
-            if file.tell() < length:
-                logger.warning("%s is shorter than when it was saved: lines are missing", METRICS_FILE)
-            else:
-                file.truncate(length)
-            os.fsync(file.fileno())
 
     def append_metrics(self, record: Mapping[str, object]) -> None:
         """Add one line to metrics.jsonl; a disk that is full costs the line, not the run."""
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        try:
+        with _forgiving(f"{METRICS_FILE}: a line could not be written"):
             atomic.append(self.path / METRICS_FILE, line.encode())
-        except OSError as error:
-            logger.warning("%s: a line could not be written: %s", METRICS_FILE, error.strerror or error)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every record of metrics.jsonl so far."""
@@ -255,12 +235,11 @@ class RunFolder:
     def save_checkpoint(self, step: int, write: WriteCheckpoint, best_step: int | None) -> bool:
         """Have `write` fill checkpoint-`step`, then drop what it makes superfluous; False if that failed."""
         target = checkpoint_folder(self.path, step)
-        meta = {"step": step, "run_id": self.run_id}
 
         def save() -> None:
-            size = self._weights_bytes + self._optimizer_bytes + SMALL_FILES
-            check_free_space(self.path, size, target.name)
+            check_free_space(self.path, self._checkpoint_bytes, target.name)
             metrics_bytes = atomic.durable_length(self.path / METRICS_FILE)
+            meta = {"step": step, "run_id": self.run_id}
             with staged_folder(target, versions=versions(), meta=meta) as staging:
                 write(staging, metrics_bytes)
 
@@ -268,9 +247,8 @@ class RunFolder:
         self._checkpoint_failed = not saved
         if saved:
             logger.info("saved %s", target)
-            best = {checkpoint_folder(self.path, best_step)} if best_step is not None else set()
             with _forgiving("older checkpoints stay"):
-                checkpoint.prune(self.path, self._limit, last=target, run_id=self.run_id, protect=best)
+                checkpoint.prune(self.path, self._limit, last=step, run_id=self.run_id, best=best_step)
                 checkpoint.discard_others(self.path, self.run_id)
         return saved
 
@@ -281,7 +259,7 @@ class RunFolder:
         target = self.path / FINAL_READY
 
         def write() -> None:
-            size = self._weights_bytes + sum(map(len, files.values())) + SMALL_FILES
+            size = self._weights_bytes + sum(map(len, files.values()))
             check_free_space(self.path, size, "the final model")
             with staged_folder(target, versions=versions(), meta={"run_id": self.run_id}) as staging:
                 write_model(staging)
@@ -289,10 +267,11 @@ class RunFolder:
                 for name, data in files.items():
                     staging.write_bytes(name, data)
 
-        again = "--resume tries again"
-        staged = _attempt(write, target, f"the final model is not there; {again}")
-        consequence = f"the final model stays in {FINAL_READY}; {again}"
-        moved = staged and _attempt(lambda: checkpoint.publish_final(self.path), self.path, consequence)
+        moved = _attempt(write, target, "the final model is not there; --resume tries again") and _attempt(
+            lambda: checkpoint.publish_final(self.path),
+            self.path,
+            f"the final model stays in {FINAL_READY}; --resume tries again",
+        )
         self._final_failed = not moved
         if self._checkpoint_failed:
             logger.error("%s: the last checkpoint could not be written", self.path)

@@ -15,36 +15,24 @@ from torch import Tensor
 from bertpair.errors import CheckpointError
 
 MAX_HEADER_BYTES = 4 << 20  # the optimizer's 600 tensors of a BERT need some 80 kB
-_NAMES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+_NAMES = {**_FLOATS, **_INTEGERS, torch.bool: "BOOL"}
 assert sys.byteorder == "little", "safetensors files are little-endian, and so must be the machine"
 
 
 def encode_tensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """A whole file, piece by piece: its header, then each tensor, copied only if it must come from a device.
-
-    ValueError if the header is too large.
-    """
+    """A whole file, piece by piece: its header (ValueError if that is too large), then each tensor."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     position = 0
     for name in order:
         tensor, begin = tensors[name], position
-        position += tensor.numel() * tensor.element_size()
-        shape, offsets = list(tensor.shape), [begin, position]
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": offsets}
+        position += tensor.nbytes
+        offsets = [begin, position]
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
     if len(text) > MAX_HEADER_BYTES:

@@ -21,21 +21,12 @@ if TYPE_CHECKING:
 MAX_NAME_LENGTH, MAX_TITLE_LENGTH = 28, 60
 INK, MUTED, FAINT = "#1f2933", "#66717d", "#c3cad2"
 BLUE, ORANGE, GREEN, VIOLET = "#1f5fa8", "#d9730d", "#2b8a57", "#7a5ea8"
-STYLE: dict[str, object] = {
-    "figure.dpi": 120,
-    "font.size": 9,
-    "text.color": INK,
-    "text.parse_math": False,  # "$" is a dollar
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.edgecolor": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.formatter.useoffset": False,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.5,
-    "legend.frameon": False,
+STYLE: dict[Any, Any] = {
+    **{"figure.dpi": 120, "font.size": 9, "axes.titlesize": 11, "axes.titlelocation": "left"},
+    **{"text.color": INK, "axes.edgecolor": FAINT, "grid.color": FAINT, "grid.linewidth": 0.5},
     **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.formatter.useoffset", "text.parse_math"), False),  # "$" is a dollar
 }
 # Tried first where DejaVu lacks a glyph: they draw Chinese, Japanese and Korean well.
 CJK_FONTS = ("Noto Sans CJK", "Source Han Sans", "PingFang", "Microsoft YaHei", "WenQuanYi")
@@ -53,11 +44,11 @@ def draw_confusion(matrix: ArrayLike, labels: Sequence[str]) -> bytes:
     share_right = np.trace(counts) / max(1, counts.sum())
     notes = [f"{share_right:.2%} of {counts.sum():,} rows are right", "shade and %: share of the gold class"]
     counts, kept = _largest_classes(counts)
-    names = [printable(labels[k], MAX_NAME_LENGTH) for k in kept]
-    with drawing("".join(names)) as (figure, no_glyph):
-        drawn = [name if name and not no_glyph & set(name) else None for name in names]
-        names = [name or f"class {k}" for k, name in zip(kept, drawn, strict=True)]
-        notes += ["class k: no installed font draws the name of id k"] if None in drawn else []
+    texts = {k: printable(labels[k], MAX_NAME_LENGTH) for k in kept}
+    with drawing("".join(texts.values())) as (figure, no_glyph):
+        drawn = {k for k, text in texts.items() if text and not no_glyph & set(text)}
+        names = [text if k in drawn else f"class {k}" for k, text in texts.items()]
+        notes += ["class k: no installed font draws the name of id k"] if len(drawn) < len(kept) else []
         names += [f"{len(labels) - len(kept)} others"] if len(counts) > len(kept) else []
         # Cells are smaller the more classes, but with room for the longest count in 6.5 points.
         ems = 0.75 * len(f"{counts.max():,}")
@@ -110,11 +101,11 @@ def _name_classes(axes: "Axes", names: Sequence[str], counts: NDArray[np.int64],
     inches = [sum(0.15 if unicodedata.east_asian_width(c) in "WF" else 0.09 for c in name) for name in names]
     font: dict[str, Any] = {"size": 10.5, "color": INK}
     tilt = {"rotation": 45, "rotation_mode": "anchor", "ha": "right", "va": "top"}
-    rows = axes.secondary_yaxis("right")
+    axes.set(xlabel="predicted", ylabel="gold")
     axes.set_yticks(range(len(names)), names, **font)
     axes.set_xticks(range(len(names)), names, **(font if max(inches) < cell else font | tilt))
+    rows = axes.secondary_yaxis("right")
     rows.set_yticks(range(len(names)), [f"{total:,}" for total in counts.sum(axis=1)])
-    axes.set(xlabel="predicted", ylabel="gold")
     rows.set_ylabel("rows")
     for each in (axes, rows):
         each.tick_params(length=0, pad=6)
@@ -181,16 +172,15 @@ def _style_steps(panel: "Axes", records: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     panel.set_ylim(bottom=0)
-    panel.yaxis.set_major_formatter(lambda rate, _: f"{rate:g}".replace("e-0", "e-"))
     panel.set_xlabel("step")
+    panel.yaxis.set_major_formatter(lambda rate, _: f"{rate:g}".replace("e-0", "e-"))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     panel.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
     last = next((record for record in reversed(records) if record.get("epoch") and record["step"]), None)
     if last is not None:
         steps_per_epoch = last["step"] / last["epoch"]
         turn = (lambda step: step / steps_per_epoch), (lambda epoch: epoch * steps_per_epoch)
-        epochs = panel.secondary_xaxis(-0.45, functions=turn)
-        epochs.set_xlabel("epoch")
+        panel.secondary_xaxis(-0.45, functions=turn).set_xlabel("epoch")
 
 
 def _png(figure: "Figure", **options: Any) -> bytes:
@@ -201,13 +191,10 @@ def _png(figure: "Figure", **options: Any) -> bytes:
 
 @contextmanager
 def drawing(text: str) -> Iterator[tuple["Figure", set[str]]]:
-    """A figure in our style, drawn within, and the characters of `text` that no installed font has.
-
-    matplotlib is silent about a cache folder that it cannot write and a font list that it has to make.
-    """
+    """A figure in our style, drawn within, and the characters of `text` that no installed font has."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.ERROR)  # nothing of a cache folder it cannot write, or a font list it has to make
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -215,8 +202,7 @@ def drawing(text: str) -> Iterator[tuple["Figure", set[str]]]:
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
             families, no_glyph = find_fonts(text)
-            style: Any = STYLE | {"font.family": families}
-            matplotlib.rcParams.update(style)
+            matplotlib.rcParams.update({**STYLE, "font.family": families})
             yield Figure(), no_glyph
     finally:
         logger.setLevel(level)

@@ -15,12 +15,12 @@ from bertpair.checkpoints.atomic import (
     append,
     check_free_space,
     durable_length,
-    free_space_needed,
     fsync_folder,
+    remove,
     replace_file,
-    retire_folder,
     write_file,
 )
+from bertpair.checkpoints.run_folder import RunFolder
 from bertpair.errors import CheckpointError
 
 
@@ -116,15 +116,21 @@ def test_a_retired_folder_is_gone_and_a_failure_only_said(
 ) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "f").write_bytes(b"")
-    assert retire_folder(tmp_path / "a") and not list(tmp_path.iterdir())
-    assert not retire_folder(tmp_path / "a")
+    assert remove(tmp_path / "a", is_whole=True) and not list(tmp_path.iterdir())
+    assert not remove(tmp_path / "a", is_whole=True)
     assert "cannot be removed" in caplog.text
 
 
-def test_free_space_counts_kept_checkpoints_one_in_writing_and_the_final_model() -> None:
-    slack = free_space_needed(0, 0, kept=3)
-    assert free_space_needed(700, 1400, kept=3) - slack == 4 * 2100 + 700
-    assert 0 < slack < 50e6
+def test_a_run_needs_room_for_kept_checkpoints_one_in_writing_and_the_final_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 0))
+    for size, needed in ((0, r"0\.02"), (10**9, r"13\.02")):  # 4 checkpoints of 3 GB and a model of 1 GB
+        folder = RunFolder(tmp_path / str(size))
+        with pytest.raises(CheckpointError, match=f"this run needs {needed} GB"):
+            folder.begin(None, num_kept=3, save_total_limit=3, weights_bytes=size, optimizer_bytes=2 * size)
+        folder.close()
 
 
 def test_too_little_free_space_is_an_error_that_says_what_to_do(

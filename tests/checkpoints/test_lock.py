@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 from filelock import SoftFileLock
 
 from bertpair.checkpoints.lock import RunLock
+from bertpair.checkpoints.run_folder import RunFolder
 from bertpair.errors import CheckpointError
 
 HOLD = """
@@ -52,6 +54,14 @@ def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[RunLock]:
+    lock = RunLock(folder)
+    lock.acquire()
+    yield lock
+    lock.release()
+
+
 def write_holder(folder: Path, pid: int, host: str) -> None:
     (folder / ".lock").write_text(f"{pid}\n{host}\n")
 
@@ -61,31 +71,32 @@ def test_the_second_run_is_told_who_has_the_folder(tmp_path: Path, holder: subpr
         RunLock(tmp_path).acquire()
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with RunLock(tmp_path):
+    with locked(tmp_path):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n{socket.gethostname()}\n"
 
 
 def test_a_lock_is_given_back(tmp_path: Path) -> None:
-    with RunLock(tmp_path) as held:
+    with locked(tmp_path) as held:
         with pytest.raises(CheckpointError, match="running in this folder"):
             RunLock(tmp_path).acquire()
     assert (tmp_path / ".lock").read_bytes() == b""
     held.release()
-    with RunLock(tmp_path):
+    with locked(tmp_path):
         pass
 
 
 def test_a_lock_is_given_back_after_an_exception(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), RunLock(tmp_path):
+    with pytest.raises(ZeroDivisionError), closing(RunFolder(tmp_path)) as folder:
+        folder.enter()
         _ = 1 / 0
-    with RunLock(tmp_path):
+    with locked(tmp_path):
         pass
 
 
 def test_what_a_crash_left_in_the_file_does_not_matter(tmp_path: Path) -> None:
     for junk in (b"", b"{", b"\xff", b'{"pid": 1, "host": "elsewhere"}', b"1\nelsewhere\n", b"9" * 9000):
         (tmp_path / ".lock").write_bytes(junk)
-        with RunLock(tmp_path):
+        with locked(tmp_path):
             pass
 
 
@@ -115,7 +126,7 @@ def test_without_flock_another_host_is_refused_and_the_way_out_named(tmp_path: P
         RunLock(tmp_path).acquire()
     (tmp_path / ".lock").unlink()
     for _ in range(2):
-        with RunLock(tmp_path):
+        with locked(tmp_path):
             assert (tmp_path / ".lock").read_text().startswith(f"{os.getpid()}\n")
         assert not (tmp_path / ".lock").exists()
 
@@ -128,14 +139,14 @@ def hold_softly(folder: str) -> None:
 
 @pytest.mark.usefixtures("no_flock")
 def test_without_flock_only_a_living_process_of_this_host_is_refused(tmp_path: Path) -> None:
-    with RunLock(tmp_path):
+    with locked(tmp_path):
         with pytest.raises(CheckpointError, match=rf"process {os.getpid()} on host .*delete .*\.lock"):
             RunLock(tmp_path).acquire()
     dead = multiprocessing.get_context("spawn").Process(target=hold_softly, args=[str(tmp_path)])
     dead.start()
     dead.join()
     assert (tmp_path / ".lock").read_text().startswith(f"{dead.pid}\n")
-    with RunLock(tmp_path):
+    with locked(tmp_path):
         pass
 
 
@@ -144,7 +155,7 @@ def test_without_flock_only_a_living_process_of_this_host_is_refused(tmp_path: P
 def test_without_flock_a_file_that_names_nobody_blocks_nobody(tmp_path: Path, left: bytes) -> None:
     """An empty one was given back, or made by an attempt at flock; the others a crash cut short."""
     (tmp_path / ".lock").write_bytes(left)
-    with RunLock(tmp_path):
+    with locked(tmp_path):
         pass
 
 

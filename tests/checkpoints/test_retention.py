@@ -46,11 +46,11 @@ def steps(output_dir: Path) -> list[int]:
 
 def test_prune_keeps_the_last_ones_and_does_not_count_the_best(tmp_path: Path) -> None:
     paths = {step: save(tmp_path, step) for step in (8, 9, 10, 11, 12)}
-    assert prune(tmp_path, None, last=paths[12], run_id="a") == []
-    assert prune(tmp_path, 2, last=paths[12], run_id="a", protect={paths[8]}) == [paths[9], paths[10]]
+    assert prune(tmp_path, None, last=12, run_id="a") == []
+    assert prune(tmp_path, 2, last=12, run_id="a", best=8) == [paths[9], paths[10]]
     assert steps(tmp_path) == [8, 11, 12]
-    assert prune(tmp_path, 2, last=paths[12], run_id="a", protect={paths[8]}) == []
-    prune(tmp_path, 0, last=paths[12], run_id="a")
+    assert prune(tmp_path, 2, last=12, run_id="a", best=8) == []
+    prune(tmp_path, 0, last=12, run_id="a")
     assert steps(tmp_path) == [12]
 
 
@@ -58,7 +58,8 @@ def test_prune_never_takes_the_last_verified_for_a_damaged_newer_one(tmp_path: P
     for step in (1, 2, 3):
         save(tmp_path, step)
     (tmp_path / "checkpoint-3" / "model.safetensors").write_bytes(b"")  # a resume went on from 1
-    prune(tmp_path, 1, last=save(tmp_path, 2), run_id="a")
+    save(tmp_path, 2)
+    prune(tmp_path, 1, last=2, run_id="a")
     assert steps(tmp_path) == [2, 3]
     assert newest_whole(tmp_path).path == tmp_path / "checkpoint-2"
 
@@ -68,7 +69,8 @@ def test_prune_spares_other_runs_and_what_it_does_not_know(tmp_path: Path) -> No
     (save(tmp_path, 2) / "manifest.json").write_bytes(b"{}")
     (tmp_path / "checkpoint-4").mkdir()  # another program's
     save(tmp_path, 5)
-    assert prune(tmp_path, 1, last=save(tmp_path, 6), run_id="a") == [tmp_path / "checkpoint-5"]
+    save(tmp_path, 6)
+    assert prune(tmp_path, 1, last=6, run_id="a") == [tmp_path / "checkpoint-5"]
     assert steps(tmp_path) == [1, 2, 4, 6]
 
 
@@ -78,7 +80,8 @@ def test_what_somebody_added_to_a_pruned_checkpoint_stays_without_it(
     added = save(tmp_path, 3) / "notes" / "mine.txt"
     added.parent.mkdir()
     added.write_text("mine")
-    assert prune(tmp_path, 1, last=save(tmp_path, 6), run_id="a") == [tmp_path / "checkpoint-3"]
+    save(tmp_path, 6)
+    assert prune(tmp_path, 1, last=6, run_id="a") == [tmp_path / "checkpoint-3"]
     kept = tmp_path / f"checkpoint-3.kept-{os.getpid()}"
     assert files_below(kept) == {"notes/mine.txt": b"mine"} and steps(tmp_path) == [6]
     assert str(kept) in caplog.text and "notes" in caplog.text
@@ -92,7 +95,7 @@ def test_a_kill_while_pruning_leaves_no_half_checkpoint(tmp_path: Path) -> None:
         output.mkdir()
         save(output, 1)
         last = save(output, 2)
-        killed = killed_at(k, lambda output=output, last=last: prune(output, 1, last=last, run_id="a"))
+        killed = killed_at(k, lambda output=output: prune(output, 1, last=2, run_id="a"))
         assert newest_whole(output).path == last
         if (output / "checkpoint-1").exists():
             assert len(files_below(output / "checkpoint-1")) == 2
@@ -110,7 +113,7 @@ def test_a_prune_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
         save(output, 1)
         last = save(output, 2)
         act = failing_at(k, errno.EIO)
-        log, error = run_with_fault(lambda o=output, last=last: prune(o, 1, last=last, run_id="a"), act)
+        log, error = run_with_fault(lambda output=output: prune(output, 1, last=2, run_id="a"), act)
         assert error is None and newest_whole(output).path == last
         if len(log) < k:
             break
