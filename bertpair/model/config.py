@@ -172,7 +172,7 @@ def name_labels(folder: ModelFolder, given: Sequence[str] | None) -> tuple[str, 
     """
     path, count, known = folder.path, folder.config.num_labels, folder.labels
     if given is not None:
-        given = tuple(label.strip() for label in DataSettings(labels=list(given)).labels or ())
+        given = tuple(label.strip() for label in DataSettings(labels=given).labels or ())
         if folder.regression:
             raise ConfigError(f"labels: found {listed(given)}; {path} is a regression model")
     elif known is None and not folder.regression:
