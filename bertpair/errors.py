@@ -1,4 +1,12 @@
-"""What a user can get wrong: scripts print `error: …` and exit with 2. Anything else is a defect of ours."""
+"""What a user can get wrong, as a small tree.
+
+BertpairError                 scripts print `error: …` and exit with 2; anything else is a defect of ours
+├── ConfigError               a setting: unknown, of the wrong type, out of range, contradicting another
+├── DataError                 a row, a file or a set of labels
+├── CheckpointError           a model folder or checkpoint: missing, damaged, of another shape
+├── TrainingError             a run that cannot go on: too many steps with numbers that are not finite
+└── StoppedError              not a fault: the stop flag was seen; scripts exit with 128 + signal number
+"""
 
 import difflib
 import signal
