@@ -262,7 +262,8 @@ def flag_layer(
         if word[:1] in _DASHES and len(word) > 1:
             flag = word.partition("=")[0]
             near = suggest(flag.strip(_DASHES), names.model_fields)
-            layer.faults.append(f"unknown setting {plain(flag)}{near}")
+            said = "unknown setting" if flag.startswith("--") else "flags begin with two dashes, found"
+            layer.faults.append(f"{said} {plain(flag)}{near}")
         elif not before or before[0] not in _DASHES:
             is_file = word.endswith((".yaml", ".yml", ".json"))
             hint = "; a settings file is named by --config" if is_file else ""

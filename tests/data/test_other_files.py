@@ -246,7 +246,7 @@ def test_a_blank_path_is_refused() -> None:
 
 
 def test_a_short_flag_is_no_value_and_a_negative_number_is() -> None:
-    with pytest.raises(ConfigError, match="flags begin with two dashes, found '-o'"):
+    with pytest.raises(ConfigError, match="flags begin with two dashes, found -o"):
         parse_command_line(["--train_file", "a.tsv", "-o", "out"], "train")
     for flag in ("--output_dir", "--seed", "--train_file", "--label_column", "--config"):
         with pytest.raises(ConfigError, match=f"{flag}: expected .*, found the flag -o"):
