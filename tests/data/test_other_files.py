@@ -249,11 +249,11 @@ def test_a_short_flag_is_no_value_and_a_negative_number_is() -> None:
     with pytest.raises(ConfigError, match="flags begin with two dashes, found -o"):
         parse_command_line(["--train_file", "a.tsv", "-o", "out"], "train")
     for flag in ("--output_dir", "--seed", "--train_file", "--label_column", "--config"):
-        with pytest.raises(ConfigError, match=f"{flag}: expected .*, found the flag -o"):
+        with pytest.raises(ConfigError, match=f"dashes, found -o\n{flag}: expected .*, found nothing"):
             parse_command_line([flag, "-o"], "train")
-    with pytest.raises(ConfigError, match="--data_file: expected .*, found the flag -p"):
+    with pytest.raises(ConfigError, match=r"dashes, found -p(.*)\n--data_file: expected .*, found nothing"):
         parse_command_line(["--model_dir", "m", "--data_file", "-p"], "evaluate")
-    with pytest.raises(ConfigError, match="--port: expected .*, found the flag -v"):
+    with pytest.raises(ConfigError, match=r"dashes, found -v(.*)\n--port: expected .*, found nothing"):
         parse_serve_command_line(["--model_dir", "m", "--port", "-v"])
     flags = "--model_name_or_path m --train_file a.tsv --output_dir o --label_column -1 --logging_steps -1"
     assert parse_command_line(flags.split(), "train").config.label_column == -1
