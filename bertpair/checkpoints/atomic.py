@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from itertools import count
@@ -55,13 +54,12 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
     """Write a file that must not exist yet, durably; what a manifest is to say of it."""
     digest, size = sha256(), 0
-    with ThreadPoolExecutor(1) as hasher, _opened(path, _NEW_FILE) as descriptor:
+    with _opened(path, _NEW_FILE) as descriptor:
         if hasattr(os, "fchmod"):
             os.fchmod(descriptor, FILE_MODE)
         for chunk in chunks:
-            hashing = hasher.submit(digest.update, chunk)  # while it is written
+            digest.update(chunk)
             _write_all(descriptor, chunk)
-            hashing.result()
             size += len(chunk)
         os.fsync(descriptor)
     return FileEntry(path.name, size, digest.hexdigest())

@@ -23,6 +23,7 @@ from bertpair.errors import CheckpointError, ConfigError, list_faults, listed, s
 from bertpair.settings.fields import (
     NO,
     ONE_OR_MORE,
+    RETIRED,
     Amp,
     Column,
     Device,
@@ -46,7 +47,6 @@ from bertpair.settings.files import read_settings
 from bertpair.settings.tasks import CLASS_METRICS, SCORE_METRICS, find_task
 
 TRAINING_ARGS = "training_args.yaml"
-RETIRED = ("token_cache_dir", "overwrite_cache")  # settings of an earlier version, in the folders it wrote
 _free, _end = partial(setting, resume="free"), partial(setting, resume="end")
 _files, _anyway = partial(setting, owner="files"), partial(setting, resume="anyway")
 _model = partial(setting, owner="model")
@@ -74,6 +74,7 @@ Reports = Annotated[
     list[Literal["none"]],
     Field(min_length=1),
     ONE_OR_MORE,
+    RETIRED,
     said("none, the only one there is for now"),
 ]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]

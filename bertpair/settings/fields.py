@@ -22,7 +22,11 @@ _WHOLE = re.compile(r"[-+]?[0-9]{1,18}")
 _MANY = 2**31 - 1
 _QUOTE_IT = "YAML reads an unquoted yes, no, on, off, true, null or number as something else: quote it"
 _GPU = "the GPU is chosen by device: cuda, or cuda:1 for the second"
-_NO_CACHE = "it no longer does anything: texts are tokenized anew each time, which takes seconds"
+_NO_CACHE = "no longer means anything (texts are tokenized anew each time, which takes seconds)"
+RETIRED = {
+    "token_cache_dir": _NO_CACHE,
+    "overwrite_cache": _NO_CACHE,
+}  # in older folders
 # What people call a setting: its name here, or a sentence about it.
 OTHER_NAMES = {
     "lr": "learning_rate",
@@ -37,8 +41,7 @@ OTHER_NAMES = {
     "bf16": "mixed precision is set by amp: bf16",
     "gpu": _GPU,
     "cuda": _GPU,
-    "token_cache_dir": _NO_CACHE,
-    "overwrite_cache": _NO_CACHE,
+    **RETIRED,
     "gradient_checkpointing": "there is none; a smaller per_device_train_batch_size with more "
     "gradient_accumulation_steps saves memory too",
 }
@@ -112,7 +115,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """`; did you mean …?`, a sentence about what people call so, or nothing."""
     known = list(known)
     other = OTHER_NAMES.get(name.strip("-").replace("-", "_").lower(), "")
-    if " " in other and "seed" in known:
+    if " " in other:
         return f": {other}"
     near = [other] if other in known else near_misses(name, known)
     return f"; did you mean {' or '.join(near)}?" if near else ""

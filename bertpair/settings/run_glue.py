@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, create_model
 
-from bertpair.settings.fields import Group, Switch, Whole, said, setting
+from bertpair.settings.fields import RETIRED, Group, Switch, Whole, said, setting
 
 _GONE = "no longer means anything: ignored"
 IGNORED = {
@@ -22,8 +22,7 @@ IGNORED = {
     "debug": _GONE,
     "dataloader_drop_last": f"{_GONE} (every row counts, those of a smaller last batch too)",
     "past_index": _GONE,
-    "token_cache_dir": f"{_GONE} (texts are tokenized anew each time, which takes seconds)",
-    "overwrite_cache": f"{_GONE} (texts are tokenized anew each time, which takes seconds)",
+    **RETIRED,
 }
 ELSEWHERE = {
     "do_predict": "is done by evaluate.py --predict --data_file FILE: ignored here",
