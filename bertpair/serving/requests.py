@@ -27,18 +27,19 @@ MAX_DEPTH = 32
 MAX_DIGITS = 4300  # as Python's own bound for int(), but whatever the interpreter is told
 _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|([\[{])|([\]}])', re.DOTALL)
 _FAULTS = {  # what is said of pydantic's errors, whose own words may hold what the client sent
-    "model_type": "expected an object",
+    "model_type": "expected an object, found {kind}",
     "missing": "is required",
     "extra_forbidden": "found a field that is not known",
-    "string_type": "expected a string",
+    "string_type": "expected a string, found {kind}",
     "string_unicode": "found half of a surrogate pair; expected Unicode text",
-    "string_too_long": "at most {max_length} characters are allowed",
+    "string_too_long": "found {size} characters; at most {max_length} are allowed",
     "string_too_short": "found a blank text",
     "string_pattern_mismatch": "found a blank text, or one with a NUL character",
-    "bool_type": "expected true or false",
-    "list_type": "expected an array",
+    "bool_type": "expected true or false, found {kind}",
+    "list_type": "expected an array, found {kind}",
     "row_count": "found {found} rows; 1 to {most} are allowed",
 }
+_KINDS = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -160,11 +161,14 @@ def check_meaning(model: type[Model], value: Any) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = min(error.errors(include_url=False, include_input=False), key=_urgency)
+        first = min(error.errors(include_url=False), key=_urgency)
     is_unknown = first["type"] == "extra_forbidden"  # its name is the client's
     place = first["loc"][:-1] if is_unknown else first["loc"]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
-    fault = _FAULTS[first["type"]].format(**first.get("ctx", {}))
+    found = first["input"]
+    size = len(found) if isinstance(found, str) else 0
+    described = {"kind": _KINDS.get(type(found), "a number"), "size": size, **first.get("ctx", {})}
+    fault = _FAULTS[first["type"]].format(**described)
     message = f"{field}: {fault}".replace(": is ", " is ").removeprefix(": ")
     raise RequestError(422, "invalid_value", message, field or None)
 

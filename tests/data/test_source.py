@@ -145,7 +145,6 @@ def test_problem_type_beats_the_preset(folder: Path) -> None:
         (DataSettings(labels=["a", "a "]), "all different"),
         (DataSettings(labels=["1", "2"], problem_type="regression"), "labels: a regression has none"),
         (DataSettings(labels=["1", "2"], task_name="sts-b"), "labels: a regression has none"),
-        (DataSettings(task_name="snli"), "task_name: found 'snli'"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
