@@ -31,8 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def log() -> Iterator[logging.Logger]:
     log = logging.Logger("test")
     yield log
-    for handler in log.handlers:
+    for handler in list(log.handlers):
         handler.close()
+        log.removeHandler(handler)  # its descriptor's number is somebody else's next
 
 
 def read_dropped(port: int) -> int:

@@ -43,7 +43,7 @@ def loaded(folder: Path) -> tuple[SteeredPredictor, ServeConfig]:
 @pytest.fixture
 def live(loaded: tuple[SteeredPredictor, ServeConfig]) -> Iterator[LiveServer]:
     predictor, config = loaded
-    config = config.model_copy(update=dict(queue_deadline=0.6, stall_seconds=0.5, max_queue_rows=4))
+    config = config.model_copy(update=dict(stall_seconds=0.5, max_queue_rows=4))
     config = config.model_copy(update=dict(max_request_rows=4))
     with serving(predictor, config) as server:
         yield server
@@ -126,6 +126,7 @@ def test_16_a_forward_that_hangs_is_seen_by_the_probes(
 ) -> None:
     config = live.service.config.model_copy(update=dict(stall_seconds=1.0))
     monkeypatch.setattr(live.service, "config", config)
+    live.service.batcher.limits.queue_deadline = 0.6
     gate = Gate(live)
     hung = ask_aside(live)
     assert gate.entered.wait(10)
@@ -175,6 +176,7 @@ def test_18_out_of_memory_splits_once(live: LiveServer) -> None:
 
 
 def test_20_a_wait_beyond_the_deadline_is_503_without_running(live: LiveServer) -> None:
+    live.service.batcher.limits.queue_deadline = 0.6
     gate = Gate(live)
     first = ask_aside(live)
     assert gate.entered.wait(10)
