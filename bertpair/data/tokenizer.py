@@ -155,24 +155,33 @@ class Tokenizer:
     def _heads(self, columns: Sequence[Sequence[str]], max_length: int) -> list[tuple[str, ...]]:
         """The rows; texts that are far too long give way to heads from which the same rows are made.
 
-        The library would tokenize such a text to its end, and make a row of each combination of pieces that
-        it cuts off. A head is tried that may be too short to tell, then a longer one.
+        The library would make a row of each combination of pieces that it cuts off. A head is tried that may
+        be too short to tell, then a longer one.
         """
         rows = list(zip(*columns, strict=True))
         room = max_length - self.backend.num_special_tokens_to_add(len(columns) == 2)
-        size = LONG_BYTES * max_length
-        is_long = [[len(text) > size or len(text.encode()) > size for text in column] for column in columns]
-        pending = [i for i, longs in enumerate(zip(*is_long, strict=True)) if any(longs)]
+        size = first_size = LONG_BYTES * max_length
+        pending = [i for i, row in enumerate(rows) if any(len(text.encode()) > size for text in row)]
+        totals: dict[int, list[int]] = {}
+
+        def count(some: list[int]) -> None:
+            texts = [text for i in some for text in rows[i]]
+            counts = map(len, self.backend.encode_batch_fast(texts, add_special_tokens=False))
+            totals.update((i, [next(counts) for _ in rows[i]]) for i in some)
+
+        # Which of two long texts has more tokens, only their ends can tell.
+        count([i for i in pending if len(rows[i]) == 2 and min(map(len, rows[i])) > size])
         while pending:
             texts = [text[:size] for i in pending for text in rows[i]]
             encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
             undecided = []
             for i in pending:
-                heads = _heads_of_row(rows[i], [next(encodings) for _ in rows[i]], size, room, self._reach)
-                if heads is None:
-                    undecided.append(i)
-                else:
-                    rows[i] = heads
+                begun = [next(encodings) for _ in rows[i]]
+                heads = _heads_of_row(rows[i], begun, totals.get(i), size, room, self._reach)
+                rows[i] = heads or rows[i]
+                undecided += [] if heads else [i]
+            if size > first_size:  # it may have few tokens: one endless word
+                count([i for i in undecided if i not in totals])
             pending, size = undecided, 16 * size
         return rows
 
@@ -206,16 +215,17 @@ def _to_json(value: object) -> bytes:
 
 
 def _heads_of_row(
-    texts: tuple[str, ...], encodings: Sequence[Any], size: int, room: int, reach: int
+    texts: tuple[str, ...], begun: Sequence[Any], totals: list[int] | None, size: int, room: int, reach: int
 ) -> tuple[str, ...] | None:
     """Heads of whole words that are cut to the same row; None where more of the texts must be seen.
 
-    `encodings` are those of the first `size` characters; their words may go on within the last `reach`.
-    Cutting asks which text has more tokens (among equals, the second), so the heads must keep that.
+    `begun` are the encodings of the first `size` characters; their words may go on within the last `reach`.
+    `totals` are the tokens of the whole texts, where known. Cutting asks which text has more (among equals,
+    the second), so the heads must keep that.
     """
     wholes = [len(text) <= size for text in texts]
     counts = []  # of tokens that the whole text has too
-    for encoding, is_whole in zip(encodings, wholes, strict=True):
+    for encoding, is_whole in zip(begun, wholes, strict=True):
         count = len(encoding)
         while count and not is_whole:
             word = encoding.token_to_word(count - 1)
@@ -223,21 +233,20 @@ def _heads_of_row(
                 break
             count = encoding.word_to_tokens(word)[0]
         counts.append(count)
-    if len(texts) == 1:
-        shorter_first = [0]
-    elif wholes[0] and counts[0] <= counts[1]:
-        shorter_first = [0, 1]
-    elif wholes[1] and counts[1] < counts[0]:
+    first, second = (totals or counts) if len(texts) == 2 else (0, 0)
+    if first <= second and (totals or wholes[0] or len(texts) == 1):
+        shorter_first = [0, 1][: len(texts)]
+    elif second < first and (totals or wholes[1]):
         shorter_first = [1, 0]
     else:
         return None
     heads, wanted = list(texts), room + 1
     for i in shorter_first:
         if counts[i] >= wanted:
-            word = encodings[i].token_to_word(wanted - 1)
-            heads[i] = texts[i][: encodings[i].word_to_chars(word)[1]]
-            wanted = encodings[i].word_to_tokens(word)[1]
-        elif not wholes[i]:
+            word = begun[i].token_to_word(wanted - 1)
+            heads[i] = texts[i][: begun[i].word_to_chars(word)[1]]
+            wanted = begun[i].word_to_tokens(word)[1]
+        elif not wholes[i] and (totals is None or totals[i] >= wanted):
             return None
         wanted += 1
     return tuple(heads)
