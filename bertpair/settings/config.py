@@ -74,7 +74,6 @@ Reports = Annotated[
     list[Literal["none"]],
     Field(min_length=1),
     ONE_OR_MORE,
-    RETIRED,
     said("none, the only one there is for now"),
 ]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]

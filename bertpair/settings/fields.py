@@ -23,10 +23,7 @@ _MANY = 2**31 - 1
 _QUOTE_IT = "YAML reads an unquoted yes, no, on, off, true, null or number as something else: quote it"
 _GPU = "the GPU is chosen by device: cuda, or cuda:1 for the second"
 _NO_CACHE = "no longer means anything (texts are tokenized anew each time, which takes seconds)"
-RETIRED = {
-    "token_cache_dir": _NO_CACHE,
-    "overwrite_cache": _NO_CACHE,
-}  # in older folders
+RETIRED = {"token_cache_dir": _NO_CACHE, "overwrite_cache": _NO_CACHE}  # older folders have them
 # What people call a setting: its name here, or a sentence about it.
 OTHER_NAMES = {
     "lr": "learning_rate",
