@@ -80,9 +80,7 @@ def answer_types(info: Info) -> tuple[Any, Any, Any]:
         label: Any = Literal.__getitem__(tuple(info.labels))
         # By number: not every label can name a field.
         each: Any = {f"p{i}": (Probability, Field(alias=name)) for i, name in enumerate(info.labels)}
-        probabilities = create_model(
-            "Probabilities", __base__=Strict, **each
-        )  # not every label can name a field
+        probabilities = create_model("Probabilities", __base__=Strict, **each)
         found = {"label": label, "score": Probability, "probabilities": probabilities}
         # Not a tuple: several readers of OpenAPI 3.1 stumble over its prefixItems.
         old = Annotated[
