@@ -108,14 +108,6 @@ class Tokenizer:
         between chunks.
         """
         columns = [text_a] if text_b is None else [text_a, text_b]
-        faults = [
-            f"{name}[{row}]: character {at} is {text[at]!r}, half of a surrogate pair"
-            for name, column in zip(("text_a", "text_b"), columns, strict=False)
-            for row, text in enumerate(column)
-            if (at := half_character(text)) is not None
-        ]
-        if faults:
-            raise DataError(list_faults(faults))
         self.check_length(max_length, len(columns))
         cutter = self._cutting_at(max_length)
 
@@ -134,10 +126,19 @@ class Tokenizer:
         parts = chunks(columns)
         whole = array("i"), array("q"), array("i"), array("b")
         # Two at a time: one is read out here, while the library works on the other on all cores.
-        with ThreadPoolExecutor(2) as pool:
-            for made in map(encode_part, parts) if len(parts) < 2 else pool.map(encode_part, parts):
-                for so_far, more in zip(whole, made, strict=True):
-                    so_far.extend(more)
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                for made in map(encode_part, parts) if len(parts) < 2 else pool.map(encode_part, parts):
+                    for so_far, more in zip(whole, made, strict=True):
+                        so_far.extend(more)
+        except UnicodeEncodeError:
+            faults = [
+                f"{name}[{row}]: character {at} is {text[at]!r}, half of a surrogate pair"
+                for name, column in zip(("text_a", "text_b"), columns, strict=False)
+                for row, text in enumerate(column)
+                if (at := half_character(text)) is not None
+            ]
+            raise DataError(list_faults(faults)) from None
         ids, lengths, first_lengths, truncated = map(np.asarray, whole)
         small = np.uint16 if max_length <= np.iinfo(np.uint16).max else np.int32
         return Tokens(ids, offsets_of(lengths), first_lengths.astype(small), truncated.astype(np.bool_))

@@ -54,7 +54,7 @@ class GuardedProtocol(H11Protocol):
     def is_mid_request(self) -> bool:
         """Whether part of a request has come, and part has not."""
         if self.conn.their_state is h11.IDLE:
-            return bool(self.conn.trailing_data[0])
+            return bool(self.conn.trailing_data[0].strip())
         return self.conn.their_state is h11.SEND_BODY
 
     @property
@@ -75,7 +75,8 @@ class GuardedProtocol(H11Protocol):
         A request has one from its first byte on, and so has the unread rest of one that is answered already.
         Between requests uvicorn's keep-alive timer runs, on a new connection ours.
         """
-        is_new = not self.num_answered and self.conn.their_state is h11.IDLE
+        is_idle = self.conn.their_state is h11.IDLE
+        is_awaited = (is_idle and not self.num_answered) or self.is_mid_request
         then: Callable[[], None] | None = None
         which: tuple[object, ...] = ()
         if self.real.is_closing():
@@ -84,8 +85,8 @@ class GuardedProtocol(H11Protocol):
             then = self._end
         elif self.flow.write_paused:
             then = self._abort_unread
-        elif is_new or self.is_mid_request:
-            then, which = self._time_out, (self.num_answered, self.conn.our_state is h11.DONE)
+        elif is_awaited or (is_idle and self.conn.trailing_data[0]):
+            then, which = self._time_out, (self.num_answered, self.conn.our_state is h11.DONE, is_awaited)
         if (then, which) != self.waits_for:
             if self.timer:
                 self.timer.cancel()
@@ -138,6 +139,17 @@ class GuardedProtocol(H11Protocol):
         self.num_discarded += len(data)
         if self.num_discarded > LINGER_BYTES:
             self._end()
+
+    def handle_events(self) -> None:
+        """An empty line before a request is none of it (RFC 9112, 2.2): old clients end a body with it."""
+        data = self.conn.trailing_data[0] if self.conn.their_state is h11.IDLE else b""
+        if data in (b"\r", b"\r\n"):
+            return
+        if data.startswith(b"\r\n"):
+            most = self.config.h11_max_incomplete_event_size
+            self.conn = h11.Connection(h11.SERVER, most)  # type: ignore[arg-type]  # our settings have it
+            self.conn.receive_data(data[2:])
+        super().handle_events()
 
     def eof_received(self) -> None:
         self.loop.call_soon(self._watch)  # asyncio closes now, once what is buffered is taken: not for ever

@@ -115,6 +115,23 @@ def test_whole_urls_behind_a_prefix(loaded: tuple[SteeredPredictor, ServeConfig]
         assert live.raw(GET.replace(b"GET /l", b"GET http://localhost/%6c") + b"\r\n").status == 200
 
 
+@pytest.mark.slow
+def test_an_empty_line_behind_a_body_is_none_of_the_next_request(hasty: LiveServer) -> None:
+    line = hasty.line()
+    line.send((GOOD + b"\r\n") * 3)
+    assert [line.read().status for _ in range(3)] == [200] * 3
+    for empty in (b"", b"\r\n"):  # the third one's still stands there
+        for part in (empty[:1], empty[1:] + GOOD[:9], GOOD[9:]):
+            line.send(part)
+            time.sleep(0.02)
+        assert line.read().status == 200
+    line.send(b"\r\n")
+    assert line.is_closed()  # as any idle connection, by its own timer
+    line = hasty.line()
+    line.send(GOOD + b"\r\n\r\n" + GOOD)
+    assert [line.read().status for _ in range(2)] == [200, 400]
+
+
 def test_a_header_block_in_pieces_is_431_too(live: LiveServer) -> None:
     line = live.line()
     line.send(GET)
