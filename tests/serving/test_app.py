@@ -188,6 +188,23 @@ def test_bad_meaning_is_422_and_is_not_repeated(live: LiveServer, name: str) -> 
     assert "the cat" not in answer.error["message"] and "labels" not in answer.error["message"]
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ([1], "expected an object, found an array"),
+        ({"text_a": "a"}, "text_b is required"),
+        ({**PAIR, "text_b": 5}, "text_b: expected a string, found a number"),
+        ({**PAIR, "text_a": None}, "text_a: expected a string, found null"),
+        ({**PAIR, "text_a": "a" * 501}, "text_a: found 501 characters; at most 500 are allowed"),
+        ({**PAIR, "truncate": "yes"}, "truncate: expected true or false, found a string"),
+    ],
+)
+def test_messages_say_where_what_was_found_and_what_is_allowed(
+    live: LiveServer, body: object, message: str
+) -> None:
+    assert live.predict(body).error["message"] == message
+
+
 @pytest.mark.parametrize("name", MEANING_OF_BATCHES)
 def test_bad_batches_are_422(live: LiveServer, name: str) -> None:
     body, field = MEANING_OF_BATCHES[name]
