@@ -119,6 +119,7 @@ def test_an_unexpected_fault_of_flock_is_not_taken_for_a_lock(
         RunLock(tmp_path).acquire()
 
 
+@pytest.mark.slow  # an untrusted lock file is watched for two seconds
 @pytest.mark.usefixtures("no_flock")
 def test_without_flock_another_host_is_refused_and_the_way_out_named(tmp_path: Path) -> None:
     write_holder(tmp_path, 2**31 - 1, "elsewhere")  # no such process here: that says nothing of there
@@ -137,6 +138,7 @@ def hold_softly(folder: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow  # an untrusted lock file is watched for two seconds
 @pytest.mark.usefixtures("no_flock")
 def test_without_flock_only_a_living_process_of_this_host_is_refused(tmp_path: Path) -> None:
     with locked(tmp_path):
@@ -150,6 +152,7 @@ def test_without_flock_only_a_living_process_of_this_host_is_refused(tmp_path: P
         pass
 
 
+@pytest.mark.slow  # an untrusted lock file is watched for two seconds
 @pytest.mark.usefixtures("no_flock")
 @pytest.mark.parametrize("left", [b"", b"{", b'{"pid": 1, "host": "elsewhere"}\n'])
 def test_without_flock_a_file_that_names_nobody_blocks_nobody(tmp_path: Path, left: bytes) -> None:
@@ -159,6 +162,7 @@ def test_without_flock_a_file_that_names_nobody_blocks_nobody(tmp_path: Path, le
         pass
 
 
+@pytest.mark.slow  # an untrusted lock file is watched for two seconds
 @pytest.mark.usefixtures("no_flock")
 def test_without_flock_hosts_cannot_put_lines_into_the_message(tmp_path: Path) -> None:
     write_holder(tmp_path, 7, "a\x1b\x07" * 99)
