@@ -2,8 +2,8 @@
 
     python benchmarks/sample.py [DATA_DIR]
 
-Needs scikit-learn. tests/test_data.py holds the same measures. The one-text figures of the program itself
-take `python train.py`; data/README.md has the commands.
+Needs scikit-learn. tests/data/test_sample.py holds the same measures. The one-text figures of the program
+itself take `python train.py`; data/README.md has the commands.
 """
 
 import re

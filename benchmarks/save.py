@@ -1,8 +1,7 @@
 """How long a durable checkpoint of mBERT's size takes, beside safetensors.save_file + torch.save + fsync.
 
 Both write the same 0.7 GB of weights and 1.4 GB of optimizer state (random numbers) to the same disk, turn
-by turn. bertpair's also takes checksums (beside the writing, on another core), a manifest, fsync of the
-folders and a rename.
+by turn. bertpair's also takes checksums, a manifest, fsync of the folders and a rename.
 
     python benchmarks/save.py [--folder DIR] [--repeats N] [--layers N]
 """

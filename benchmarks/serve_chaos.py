@@ -314,7 +314,7 @@ async def watch_livez(chaos: Chaos, end: float) -> list[float]:
 
 
 async def no_mix_up(num_rows: int) -> int:
-    """`microbatch` alone with a callable that returns a hash of its input: rows that got another's answer."""
+    """The batcher alone with a callable that returns a hash of its input: rows that got another's answer."""
 
     def digest(row: str) -> str:
         return hashlib.sha256(row.encode()).hexdigest()

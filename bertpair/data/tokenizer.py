@@ -131,7 +131,7 @@ class Tokenizer:
                 for made in map(encode_part, parts) if len(parts) < 2 else pool.map(encode_part, parts):
                     for so_far, more in zip(whole, made, strict=True):
                         so_far.extend(more)
-        except UnicodeEncodeError:
+        except UnicodeEncodeError:  # `_heads` encodes each text
             faults = [
                 f"{name}[{row}]: character {at} is {text[at]!r}, half of a surrogate pair"
                 for name, column in zip(("text_a", "text_b"), columns, strict=False)

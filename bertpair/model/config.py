@@ -99,7 +99,7 @@ def read_folder(path: Path, *, config_name: str | Path | None = None) -> ModelFo
         raise CheckpointError(f"{file}: no such file; a model folder holds one, and a vocabulary and weights")
     raw = read_json(file)
     values, wrong = typed(_ConfigJson, raw)
-    said = _ConfigJson(**{name: raw[name] for name in values})
+    said = _ConfigJson.model_construct(**values)  # those are sound; the others have their defaults
     faults = [f"{name}: {fault}" for name, fault in wrong.items()]
     width, heads = said.hidden_size, said.num_attention_heads
     words, padding = said.vocab_size, said.pad_token_id
