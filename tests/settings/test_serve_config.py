@@ -143,18 +143,3 @@ def test_the_model_folder_is_named_or_the_samples(folder: Path) -> None:
     (folder / "config.yaml").write_text("output_dir: output\nlearning_rate: 1e-4\n")
     assert parse_serve_command_line([])[0].model_dir == "output"
     assert parse_serve_command_line(["--model_dir", "other"])[0].model_dir == "other"
-
-
-def test_help_shows_every_setting_grouped(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        parse_serve_command_line(["--help"])
-    page = capsys.readouterr().out
-    assert ended.value.code == 0 and page.startswith("usage: python serve.py ")
-    assert all(f"--{name} " in page for name in ServeConfig.model_fields)
-    assert [line for line in page.splitlines() if line.endswith(":") and line[0] != " "] == [
-        "model:",
-        "listening:",
-        "limits:",
-        "time:",
-        "access:",
-    ]
