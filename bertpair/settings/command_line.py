@@ -231,7 +231,9 @@ def _evaluate(flags: Layer, path: str | None, settings_folder: Callable[[Path], 
         folder = settings_folder(Path(model_dir))
         stored.values = model_settings(folder)
         said = f"settings read from {folder / TRAINING_ARGS}"
-        stored.notes = [said if stored.values else f"{model_dir} holds no {TRAINING_ARGS}: default settings"]
+        stored.notes = [
+            said if stored.values else f"{model_dir} holds no {TRAINING_ARGS}: the default settings are used"
+        ]
         stored.values["model_dir"] = model_dir
     return _finish("evaluate", stored, yaml, flags)
 
@@ -255,8 +257,8 @@ def _finish(script: Script, stored: Layer, yaml: Layer, flags: Layer, weak: Coll
     config = Config(**values)
     bad = flags.bad | yaml.bad
     faults = [*yaml.faults, *flags.faults, *contradictions(config)]
-    if script == "train" and not config.resume and config.runs_training:
-        faults += missing(config, bad)
+    if script == "train" and not config.resume and config.runs_training and (lacking := missing(config, bad)):
+        faults += lacking if faults else [*lacking, f"{program(script)} --help explains every setting"]
     if config.resume == "auto" and script == "train" and not config.output_dir and "output_dir" not in bad:
         faults.append("output_dir must be set: it is the folder of the run to resume")
     raise_faults(faults)

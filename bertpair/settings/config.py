@@ -265,7 +265,7 @@ class OptimSettings(Group):
         example="64",
     )
     gradient_accumulation_steps: Whole = setting(
-        1, "Number of batches that make up one step. This saves memory, compared with larger batches.", ge=1
+        1, "Number of batches that make up one step. More batches of fewer rows need less memory.", ge=1
     )
     group_by_length: Switch = setting(
         True, "Put rows of similar length into the same batch. This saves padding, and so time."
@@ -371,8 +371,8 @@ class RunSettings(Group):
     )
     metric_for_best_model: Metric | None = _end(
         None,
-        "The metric that decides which model is the best. Not given: the first metric of the task, "
-        "or if there is no task_name, acc (accuracy), and pearson for a regression.",
+        "The metric that decides which model is the best. Not given: the task's first metric, "
+        "which is acc (accuracy) without a task_name, or pearson for a regression.",
         owner="model",
     )
     load_best_model_at_end: Switch = _end(
@@ -592,7 +592,8 @@ def _clashes(c: Config) -> Iterator[str]:
     if unknown := [label for label in weights if label not in (c.labels or ())]:
         yield f"class_weights: found {listed(unknown)}, not among labels"
     if c.warmup_steps and c.warmup_ratio:
-        yield f"warmup_steps {c.warmup_steps} and warmup_ratio {c.warmup_ratio:g} are two warm-ups: set one"
+        found = f"warmup_steps {c.warmup_steps} and warmup_ratio {c.warmup_ratio:g}"
+        yield f"{found} are two warm-ups: set only one"
     if (c.warmup_steps or c.warmup_ratio) and c.lr_scheduler_type == "constant":
         yield "lr_scheduler_type constant has no warm-up: use constant_with_warmup"
     if c.evaluate_during_training and c.eval_strategy != "steps":
@@ -605,9 +606,9 @@ def _clashes(c: Config) -> Iterator[str]:
     if c.do_train is False and c.do_eval is False:
         yield "do_train and do_eval are both false: there is nothing to do"
     if c.resume and c.overwrite_output_dir:
-        yield "resume goes on with the run in output_dir, overwrite_output_dir replaces it: set one"
+        yield "resume goes on with the run in output_dir, overwrite_output_dir replaces it: set only one"
     if c.resume_anyway and not c.resume:
-        yield "resume_anyway says how to resume: it needs resume"
+        yield "resume_anyway has no effect without resume"
     if c.amp == "fp16" and c.device == "cpu":
         yield "amp fp16 needs a GPU, found device cpu; on a CPU use auto, off or bf16"
 

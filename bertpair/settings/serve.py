@@ -322,7 +322,7 @@ def _clashes(c: ServeConfig) -> Iterator[str]:
             "accepted work could not finish"
         )
     if c.uds is not None and c.host != ServeConfig.model_fields["host"].default:
-        yield f"uds {c.uds} and host {c.host} are both given: one place to listen"
+        yield f"uds {c.uds} and host {c.host} are both given: give only one of them"
     if c.uds is None and c.uds_mode is not None:
         yield f"uds_mode {c.uds_mode} is given without uds: it is the mode of that socket"
     if c.quantize is not None and c.amp in ("bf16", "fp16"):

@@ -182,7 +182,7 @@ def test_all_faults_of_yaml_and_flags_come_in_one_list(folder: Path) -> None:
     assert refusal(
         "--learning 2 --per_device_train_batch_size 0 --model_type xlnet --warmup_ratio 2 stray"
     ) == [
-        "config.yaml:5: seed stands twice",
+        "config.yaml:5: seed is given twice",
         "config.yaml:1: seed: expected a whole number from 0 to 4294967295, found 'x'",
         "config.yaml:2: unknown setting learing_rate; did you mean learning_rate?",
         "config.yaml:3: labels: expected labels that are text, found true; YAML reads an unquoted yes, no, "
@@ -194,6 +194,14 @@ def test_all_faults_of_yaml_and_flags_come_in_one_list(folder: Path) -> None:
         "model_name_or_path must be set: training needs a model to start from. "
         "Example: --model_name_or_path bert-base-multilingual-cased",
         "data_dir or train_file must be set: training needs data. Example: --train_file answers.tsv",
+    ]
+
+
+def test_a_beginner_is_told_what_is_missing_and_where_to_read(folder: Path) -> None:
+    assert refusal("--train_file a.tsv --output_dir o") == [
+        "model_name_or_path must be set: training needs a model to start from. "
+        "Example: --model_name_or_path bert-base-multilingual-cased",
+        "bertpair train --help explains every setting",
     ]
 
 
@@ -293,7 +301,7 @@ def test_a_run_without_a_final_model_is_read_by_its_newest_checkpoint(folder: Pa
 def test_a_folder_without_settings_has_the_defaults(folder: Path) -> None:
     parsed = evaluate("--model_dir someone/model --do_predict")
     assert parsed.config == Config(model_dir="someone/model", predict=True)
-    assert parsed.notes == ("someone/model holds no training_args.yaml: default settings",)
+    assert parsed.notes == ("someone/model holds no training_args.yaml: the default settings are used",)
     assert stored_settings(folder) == {}
 
 

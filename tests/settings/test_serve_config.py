@@ -73,7 +73,7 @@ def test_the_defaults_are_sound_and_those_promised() -> None:
         ({"max_text_chars": 2**30}, "above a body of at most 67108864 bytes: lower max_text_chars"),
         ({"max_body_bytes": 70_000, "max_inflight_bytes": 65_536}, "such a body could never be held"),
         ({"grace_seconds": 4}, "grace_seconds 4 is not above queue_deadline 5"),
-        ({"uds": "/tmp/x", "host": "0.0.0.0"}, "one place to listen"),
+        ({"uds": "/tmp/x", "host": "0.0.0.0"}, "give only one of them"),
         ({"quantize": "int8", "amp": "bf16"}, "int8 goes with float32"),
         ({"quantize": "int8", "device": "cuda"}, "CPU only"),
         ({"port": 70_000}, "from 0 to 65535, found 70000"),
