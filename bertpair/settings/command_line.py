@@ -360,11 +360,10 @@ def _parser(
     names: type[Group], script: Script, shown: Mapping[str, Sequence[str]], usage: str
 ) -> argparse.ArgumentParser:
     old = ", ".join(sorted(OldNames.model_fields))
+    epilog = f"Flags of run_glue.py, each obeyed or said to be ignored: {old}."
     parser = _Parser(
         usage=usage,
-        epilog=None
-        if script == "serve"
-        else f"Flags of run_glue.py, each obeyed or said to be ignored: {old}.",
+        epilog=None if script == "serve" else epilog,
         prefix_chars=_DASHES,
         allow_abbrev=False,
         add_help=False,
@@ -379,9 +378,8 @@ def _parser(
             facts: Any = names.model_fields[meant].json_schema_extra or {}
             example = f"\nExample: --{name} {facts['example']}".rstrip() if "example" in facts else ""
             group.add_argument(f"--{name}", action="append", nargs="*", help=texts[meant] + example)
-    others = {*_Flags.model_fields, *names.model_fields} - {
-        name for group in shown.values() for name in group
-    }
-    for name in others:
-        parser.add_argument(f"--{name}", action="append", nargs="*", help=argparse.SUPPRESS)
+    shown_names = {name for members in shown.values() for name in members}
+    for name in _Flags.model_fields | names.model_fields:
+        if name not in shown_names:
+            parser.add_argument(f"--{name}", action="append", nargs="*", help=argparse.SUPPRESS)
     return parser

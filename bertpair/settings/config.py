@@ -174,10 +174,7 @@ class DataSettings(Group):
         None, "Train only on this many rows, the first ones. Not given: on all rows.", ge=1
     )
     max_eval_samples: Whole | None = _end(
-        None,
-        "Evaluate only this many rows, the first ones. Not given: all rows.",
-        ge=1,
-        example="100",
+        None, "Evaluate only this many rows, the first ones. Not given: all rows.", ge=1, example="100"
     )
 
 
@@ -197,8 +194,7 @@ class ModelSettings(Group):
         None, "Another folder or hub name to read config.json from. Not given: that of model_name_or_path."
     )
     tokenizer_name: Text = setting(
-        None,
-        "Another folder or hub name to read the vocabulary from. Not given: that of model_name_or_path.",
+        None, "Another folder or hub name to read the vocabulary from. Not given: that of model_name_or_path."
     )
     do_lower_case: Switch | None = _model(
         None,

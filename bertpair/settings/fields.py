@@ -77,8 +77,9 @@ class Group(BaseModel):
 def setting(default: object, help: str, **facts: Any) -> Any:
     """A field with its default, its meaning in sentences, bounds, and `resume` and `owner` (see `Config`).
 
-    `example` is what may follow the flag, nothing for a switch alone. A whole number from `ge` on is below
-    2**31 if nothing else is said; lower bounds of others are floats.
+    Where the default is null, `help` may end with `Not given: …`. `example` is what may follow the flag,
+    empty for a switch alone. A whole number from `ge` on is below 2**31 if nothing else is said; lower
+    bounds of others are floats.
     """
     if isinstance(facts.get("ge"), int) and not {"le", "lt"} & facts.keys():
         facts["le"] = _MANY

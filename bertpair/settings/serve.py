@@ -126,11 +126,7 @@ class Listening(Group):
         example="0.0.0.0",
     )
     port: Whole = setting(
-        8000,
-        "Port to listen on. 0: any free one, which the log names.",
-        ge=0,
-        le=65_535,
-        example="8080",
+        8000, "Port to listen on. 0: any free one, which the log names.", ge=0, le=65_535, example="8080"
     )
     uds: Path = setting(None, "Listen on a Unix socket at this path. Not given: listen on host and port.")
     uds_mode: _Mode | None = setting(
