@@ -180,7 +180,7 @@ class Limits(Group):
     max_batch_tokens: _Tokens = setting(
         None,
         "Most tokens in one batch, padding included. "
-        "auto does the same as no value. "
+        "auto: as if it were not given. "
         "Not given: as many as run in 0.3 seconds, which is measured when the server starts.",
     )
     max_connections: Whole = setting(
@@ -209,7 +209,7 @@ class Time(Group):
         le=3600,
     )
     grace_seconds: Real = _seconds(
-        20.0, "Seconds after that in which accepted requests may finish. The process then ends."
+        20.0, "Seconds after drain_seconds in which accepted requests may finish. The process then ends."
     )
     stall_seconds: Real = _seconds(
         30.0,
@@ -234,7 +234,7 @@ class Access(Group):
     allowed_hosts: Annotated[_Hosts, said("host names without a port, or *")] | None = setting(
         None,
         "Host names that the server answers to. *: any. "
-        "Not given: localhost and the like if only this machine can reach it, else any.",
+        "Not given: on an address such as 127.0.0.1 only names of this machine, else any.",
         example="pairs.example.com",
     )
 
