@@ -96,7 +96,7 @@ def compare(arguments: argparse.Namespace) -> None:
             seconds[name] += found["seconds"]
             memory[name] = max(memory.get(name, 0), found["peak_gb"])
     precision = "bf16" if arguments.bf16 else "float32"
-    print(f"{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {precision}")
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, {precision}")
     print(f"batch {arguments.batch}, cut {arguments.cut}, {arguments.turns} turns of {arguments.steps} steps")
     print("| program | s/step | pairs/s | times as long | peak memory, GB |\n|---|---|---|---|---|")
     median = {name: statistics.median(each) for name, each in seconds.items()}

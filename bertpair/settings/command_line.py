@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from bertpair.console import say
+from bertpair.console import program, say
 from bertpair.errors import ConfigError, plain, show
 from bertpair.settings import fields
 from bertpair.settings.config import (
@@ -117,12 +117,6 @@ class Parsed:
     config: Config
     explicit: frozenset[str]
     notes: tuple[str, ...]
-
-
-def program(script: Script) -> str:
-    """What to type to start a script: `python train.py`, or `bertpair train` where that was typed."""
-    is_file = os.path.basename(sys.argv[0]) in ("train.py", "evaluate.py", "serve.py")
-    return f"python {script}.py" if is_file else f"bertpair {script}"
 
 
 def _fill(layer: Layer, raw: Mapping[str, object], names: type[Group], script: Script) -> Layer:

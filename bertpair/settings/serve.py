@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
+from bertpair.console import program
 from bertpair.errors import ConfigError
 from bertpair.settings.command_line import (
     HOW_TO_SET,
@@ -15,7 +16,6 @@ from bertpair.settings.command_line import (
     file_layer,
     first_of_all,
     flag_layer,
-    program,
     sample_output_dir,
 )
 from bertpair.settings.config import raise_faults

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bertpair.settings.command_line import FIRST, Names, Script, flag_layer, parse_command_line, program
+from bertpair.console import program
+from bertpair.settings.command_line import FIRST, Names, Script, flag_layer, parse_command_line
 from bertpair.settings.config import SETTINGS, Config, EvaluateSettings
 from bertpair.settings.fields import described
 from bertpair.settings.serve import ServeConfig, parse_serve_command_line
