@@ -291,7 +291,9 @@ class Progress:
         self._started = time.monotonic()
         bar: dict[str, Any] = {"total": total, "initial": initial, "unit": unit, "desc": label or None}
         bar |= {"leave": not transient, "dynamic_ncols": True, "smoothing": 0.1}
-        self._bar = _bar(bar) if sys.stderr.isatty() or _in_notebook() else None
+        is_within = transient and bool(getattr(tqdm, "_instances", None))  # another bar: one line is enough
+        is_shown = sys.stderr.isatty() or (_in_notebook() and not is_within)
+        self._bar = _bar(bar) if is_shown else None
 
     @property
     def has_bar(self) -> bool:
