@@ -3,19 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bertpair.errors import (
-    BertpairError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    StoppedError,
-    TrainingError,
-)
-from bertpair.settings.config import Config
-
 if TYPE_CHECKING:
+    from bertpair.errors import (
+        BertpairError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        StoppedError,
+        TrainingError,
+    )
     from bertpair.evaluation.classifier import PairClassifier, Prediction
     from bertpair.evaluation.evaluate import EvaluationResult, evaluate
+    from bertpair.settings.config import Config
     from bertpair.training.train import TrainResult, train
 
 __version__ = "0.1.0"
@@ -34,17 +33,20 @@ __all__ = [
     "evaluate",
     "train",
 ]
-_TORCH = {  # what needs torch, whose import takes a second, comes when it is first used
-    "PairClassifier": "evaluation.classifier",
-    "Prediction": "evaluation.classifier",
-    "EvaluationResult": "evaluation.evaluate",
-    "evaluate": "evaluation.evaluate",
-    "TrainResult": "training.train",
-    "train": "training.train",
+_HOMES = {  # each is imported when it is first used: torch takes seconds, and --help needs none of it
+    "settings.config": ("Config",),
+    "evaluation.classifier": ("PairClassifier", "Prediction"),
+    "evaluation.evaluate": ("EvaluationResult", "evaluate"),
+    "training.train": ("TrainResult", "train"),
 }
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _TORCH:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_TORCH[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_HOME_OF.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

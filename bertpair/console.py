@@ -11,13 +11,16 @@ import itertools
 import logging
 import os
 import select
+import shlex
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
@@ -68,6 +71,36 @@ def install_signal_handlers() -> None:
         signal.signal(each, stop)
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """In a program of somebody's own: Ctrl-C sets the stop flag, so that the work within ends with a
+    checkpoint, and KeyboardInterrupt then says how to go on. A second Ctrl-C interrupts at once.
+
+    Does nothing where the program handles Ctrl-C itself, and outside the main thread.
+    """
+    usual = signal.default_int_handler
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGINT) is not usual:
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        stop_flag.request(signum)
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except StoppedError as stopped:
+        if stopped.signum != signal.SIGINT:
+            raise
+        raise KeyboardInterrupt(f"{stopped} (in Python: resume=True)") from None
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if stop_flag.signum == signal.SIGINT:
+            stop_flag.clear()
+
+
 def run_script(main: Callable[[], int]) -> int:
     """Run `main` and return the exit code; only what the user can put right becomes one line."""
     for descriptor in range(3):  # streams closed for us lead nowhere: no file of ours must take their numbers
@@ -89,6 +122,14 @@ def run_script(main: Callable[[], int]) -> int:
     return code
 
 
+def program(command: str) -> str:
+    """How whoever started this program starts `command`: as a script where it was one, else `bertpair …`."""
+    own = Path(sys.argv[0])
+    if own.name in ("train.py", "evaluate.py", "serve.py"):
+        return f"python {shlex.quote(str(own.with_name(f'{command}.py')))}"
+    return f"bertpair {command}"
+
+
 def say(text: str) -> None:
     """A line on standard output, at once; BertpairError if it cannot be written. Nothing if it is closed."""
     if sys.stdout is None:
@@ -105,10 +146,38 @@ def say(text: str) -> None:
 
 def configure_logging() -> None:
     """Log lines of the library from INFO upwards go to standard error; of other libraries, warnings only."""
-    handler = _AboveTheBar(sys.stderr)
-    handler.setFormatter(_PlainFormatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[_AboveTheBar()], force=True)
     logging.getLogger("bertpair").setLevel(logging.INFO)
+
+
+@contextmanager
+def lines_shown() -> Iterator[None]:
+    """Show the library's log lines in a program that has not configured logging."""
+    package = logging.getLogger("bertpair")
+    if package.hasHandlers():
+        yield
+        return
+    handler, level = _AboveTheBar(), package.level
+    package.addHandler(handler)
+    if level == logging.NOTSET:
+        package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+
+
+def _in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this program."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def _screen() -> TextIO:
+    """Where lines and the bar go. A notebook colours standard error like a fault."""
+    return sys.stdout if _in_notebook() else sys.stderr
 
 
 class _PlainFormatter(logging.Formatter):
@@ -122,8 +191,12 @@ class _PlainFormatter(logging.Formatter):
 class _AboveTheBar(logging.StreamHandler[TextIO]):
     """Writes a line above a progress bar, if one is shown, not through it."""
 
+    def __init__(self) -> None:
+        super().__init__(_screen())
+        self.setFormatter(_PlainFormatter("%(message)s"))
+
     def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode(file=sys.stderr):
+        with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
 
 
@@ -205,9 +278,10 @@ def _write(descriptor: int, data: bytes) -> tuple[bytes, OSError | None]:
 
 
 class Progress:
-    """Counts units of work. On a terminal a bar with rate and time left; elsewhere only what `line` is told.
+    """Counts units of work. In a terminal or a notebook a bar with rate and time left; elsewhere only what
+    `line` is told.
 
-    Lines go through logging either way; the scripts' handler prints all lines above the bar.
+    Lines go through logging either way; our handler prints all lines above the bar.
     """
 
     def __init__(
@@ -217,7 +291,11 @@ class Progress:
         self._started = time.monotonic()
         bar: dict[str, Any] = {"total": total, "initial": initial, "unit": unit, "desc": label or None}
         bar |= {"leave": not transient, "dynamic_ncols": True, "smoothing": 0.1}
-        self._bar: tqdm[Any] | None = tqdm(**bar) if sys.stderr.isatty() else None
+        self._bar = _bar(bar) if sys.stderr.isatty() or _in_notebook() else None
+
+    @property
+    def has_bar(self) -> bool:
+        return self._bar is not None
 
     def advance(self, n: int = 1) -> None:
         """`n` more units are done."""
@@ -243,6 +321,13 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _bar(options: dict[str, Any]) -> tqdm[Any]:
+    with warnings.catch_warnings():  # in a notebook without ipywidgets the bar is text, as in a terminal
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm as best
+    return best(**options, file=_screen())
 
 
 def format_seconds(seconds: float) -> str:

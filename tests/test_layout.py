@@ -15,6 +15,7 @@ IMPORTS_FROM = {  # each wing, and the wings before it that it may import from
     "evaluation": ("settings", "data", "model", "checkpoints"),
     "training": ("settings", "data", "model", "checkpoints", "evaluation"),
     "serving": ("settings", "data", "model", "checkpoints", "evaluation"),
+    "__main__": ("settings", "checkpoints", "evaluation", "training", "serving"),
 }
 SHARED = ("errors", "runtime", "console")
 MODULES = {

@@ -231,7 +231,7 @@ def test_the_settings_of_mbert_train_whatever_folder_is_named(material: dict[str
     flags = ["--config", str(ROOT / "config.mbert.yaml"), "--data_dir", str(material["data_dir"])]
     model = ["--model_name_or_path", str(material["model_name_or_path"]), "--from_scratch"]
     parsed = parse_command_line([*flags, *model, "--max_steps", "1", "--output_dir", "out"], "train")
-    assert train(parsed.config, explicit=parsed.explicit, notes=parsed.notes).global_step == 1
+    assert train(parsed.config, explicit=parsed.explicit).global_step == 1
     used = yaml.safe_load(Path("out/training_args.yaml").read_text())
     recipe = {"max_seq_length": 40, "learning_rate": 2e-5, "num_train_epochs": 20, "weight_decay": 0.01}
     assert {name: used[name] for name in recipe} == recipe

@@ -38,6 +38,7 @@ from bertpair.data.source import Source, resolve_source
 from bertpair.errors import CheckpointError, ConfigError
 from bertpair.evaluation.classifier import PairClassifier, Scorer, make_predictions
 from bertpair.evaluation.metrics import (
+    Ids,
     classification_metrics,
     confusion_matrix,
     finite_or_null,
@@ -129,9 +130,18 @@ def result_files(evaluation: Evaluation, split: Split, labels: Sequence[str] | N
     if split.targets is not None:
         files |= format_eval_results(evaluation.figures)
         if labels is not None:
-            matrix = confusion_matrix(split.targets, evaluation.logits.argmax(axis=1), len(labels))
-            files["confusion_matrix.png"] = draw_confusion(matrix, labels)
+            files["confusion_matrix.png"] = draw_confusion(_confusion(evaluation, split, labels), labels)
     return files
+
+
+def class_figures(evaluation: Evaluation, split: Split, labels: Sequence[str]) -> str:
+    """Precision, recall and F1 of every class as a table; `split` has gold labels."""
+    return class_table(labels, per_class(_confusion(evaluation, split, labels)))
+
+
+def _confusion(evaluation: Evaluation, split: Split, labels: Sequence[str]) -> Ids:
+    assert split.targets is not None
+    return confusion_matrix(split.targets, evaluation.logits.argmax(axis=1), len(labels))
 
 
 # Model folders
@@ -179,16 +189,12 @@ def evaluate(
     return evaluate_models(Config(**values))
 
 
-def evaluate_models(
-    config: Config, *, explicit: Collection[str] = (), notes: Sequence[str] = ()
-) -> EvaluationResult:
+def evaluate_models(config: Config, *, explicit: Collection[str] = ()) -> EvaluationResult:
     """Evaluate as `config` says: one model, all checkpoints of a folder, others beside it, or predict.
 
-    `explicit` names the settings that were given rather than taken from the model folder; `notes` are logged.
+    `explicit` names the settings that were given rather than taken from the model folder.
     """
     config = check_config(config)
-    for note in notes:
-        logger.info("%s", note)
     set_threads(config.num_threads)
     set_deterministic(config.deterministic)
     if config.model_dir is None:
@@ -352,6 +358,6 @@ def _evaluate_one(
     )
     if model.labels is None:
         return evaluation, files, figures
-    matrix = confusion_matrix(split.targets, evaluation.logits.argmax(axis=1), len(model.labels))
+    matrix = _confusion(evaluation, split, model.labels)
     tables = class_table(model.labels, per_class(matrix)), confusion_table(model.labels, matrix)
     return evaluation, files, "\n\n".join((*tables, figures))

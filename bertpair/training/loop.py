@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bertpair.checkpoints.run_folder import RunFolder, WriteCheckpoint
-from bertpair.console import Progress, stop_flag
+from bertpair.console import Progress, program, stop_flag
 from bertpair.data.batching import BatchStream, pad_batch, padded_lengths, slice_batch
 from bertpair.errors import StoppedError, TrainingError, plain
 from bertpair.evaluation.evaluate import Evaluation
@@ -26,6 +26,7 @@ from bertpair.training.step import Stepper, loss_weight
 logger = logging.getLogger(__name__)
 
 READ_VERDICTS_EVERY = 1000  # steps whose masked failures may wait on the device at most
+FIRST_RATE_STEPS, FIRST_RATE_SECONDS = 3, 2.0  # done before the first rate is said
 
 
 @dataclasses.dataclass
@@ -65,6 +66,7 @@ class Loop:
         weights = stepper.objective.class_weights
         self._class_weights = None if weights is None else weights.cpu().numpy()
         self._clock = _Clock()
+        self._has_said_rate = False
 
     @property
     def is_done(self) -> bool:
@@ -91,6 +93,7 @@ class Loop:
         Raises StoppedError after a checkpoint, TrainingError after too many skipped steps in a row.
         """
         first = self.progression.global_step
+        logger.info("%s", self.plan.describe(first))
         with Progress(self.plan.total_steps, "step", initial=first) as progress:
             self._progress = progress
             try:
@@ -123,7 +126,8 @@ class Loop:
         if self._saved_step is None:
             lost = "the last save failed, and what came after the newest checkpoint is lost"
             return StoppedError(stopped.signum, lost, save_failed=True)
-        go_on = f"continue with --resume --output_dir {shlex.quote(str(self.folder.path))}"
+        place = shlex.quote(str(self.folder.path))
+        go_on = f"continue with {program('train')} --resume --output_dir {place}"
         return StoppedError(stopped.signum, f"saved at step {step}; {go_on}")
 
     def _step(self) -> None:
@@ -159,14 +163,26 @@ class Loop:
         logs, evaluates, saves = (every > 0 and step % every == 0 for every in intervals)
         if logs or is_last:
             self._log()
+        elif not (self._has_said_rate or self._progress.has_bar):
+            self._say_first_rate()
         elif len(self.stepper.meter.pending) >= READ_VERDICTS_EVERY:
             self._check_verdicts()
         improved = (evaluates or (is_last and plan.eval_steps > 0)) and self._evaluate()
         if improved or saves:
             self._save()
 
+    def _say_first_rate(self) -> None:
+        """Where no bar shows it: how fast the first steps were, long before the first `logging_steps`."""
+        if self._clock.num_steps < FIRST_RATE_STEPS or self._clock.seconds < FIRST_RATE_SECONDS:
+            return
+        self._check_verdicts()
+        rate, step = self._clock.rates()["pairs_per_s"], self.progression.global_step
+        self._progress.line(f"step {step}/{self.plan.total_steps}  {rate} pairs/s")
+        self._has_said_rate = True
+
     def _log(self) -> None:
         self._check_verdicts()
+        self._has_said_rate = True
         mean_loss, norm = self.stepper.meter.read()
         step, memory = self.progression.global_step, round(peak_memory_gb(self.stepper.device), 3)
         rate = self.plan.learning_rate(step - 1)
@@ -280,8 +296,8 @@ class _Clock:
         self.restart()
 
     def restart(self) -> None:
-        self._steps = self._pairs = self._tokens = 0
-        self._seconds, self._last = 0.0, time.monotonic()
+        self.num_steps = self._pairs = self._tokens = 0
+        self.seconds, self._last = 0.0, time.monotonic()
 
     def pass_over(self) -> None:
         """Leave out the time since the last step."""
@@ -290,12 +306,12 @@ class _Clock:
     def count(self, steps: int = 0, pairs: int = 0, tokens: int = 0) -> None:
         """Count the time since the last step too; without a step it was spent waiting for the device."""
         now = time.monotonic()
-        self._seconds, self._last = self._seconds + now - self._last, now
-        self._steps += steps
+        self.seconds, self._last = self.seconds + now - self._last, now
+        self.num_steps += steps
         self._pairs += pairs
         self._tokens += tokens
 
     def rates(self) -> dict[str, float]:
-        seconds, steps = max(self._seconds, 1e-9), max(self._steps, 1)
+        seconds, steps = max(self.seconds, 1e-9), max(self.num_steps, 1)
         pairs, tokens = round(self._pairs / seconds, 1), round(self._tokens / seconds, 1)
         return {"step_seconds": round(seconds / steps, 4), "pairs_per_s": pairs, "tokens_per_s": tokens}

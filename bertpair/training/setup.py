@@ -17,7 +17,7 @@ from bertpair.checkpoints.run_folder import RunState
 from bertpair.data.dataset import Pairs, Split, label_warnings, make_split, overlap_warnings, report_labels
 from bertpair.data.source import Source, resolve_source
 from bertpair.data.tokenizer import Tokenizer
-from bertpair.errors import ConfigError
+from bertpair.errors import ConfigError, plain
 from bertpair.model.bert import BertClassifier
 from bertpair.model.compact_vocabulary import CompactTable, compact_model
 from bertpair.model.config import ModelFolder, check_pairs, label_order, read_folder
@@ -140,6 +140,8 @@ def _read_pairs(
     config: Config, source: Source, folder: ModelFolder
 ) -> tuple[Pairs, Pairs | None, tuple[str, ...] | None]:
     """Training pairs, dev pairs and the labels in the model's order; says what the two sets share."""
+    files = [*source.train_files, *(source.dev_files if config.runs_evaluation else ())]
+    logger.info("reading %s", ", ".join(map(str, files)))
     train = source.read(source.train_files, source.columns, source.labels, "max_train_samples")
     labels, dev = source.training_labels(train), None
     if labels is not None:
@@ -215,6 +217,22 @@ class Plan:
         every = {"no": 0, "epoch": steps_per_epoch, "steps": config.eval_interval or 0}
         self.eval_steps = every[config.eval_strategy] if has_dev else 0  # 0: no evaluation within training
         self.metric = config.metric_for_best_model or metrics[0]
+
+    def describe(self, done: int) -> str:
+        """The plan in one line, for a run that has done so many steps."""
+        config, epochs = self.config, self.total_steps / self.steps_per_epoch
+        rows, groups = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        batches = f" ({groups} batches of {rows})" if groups > 1 else ""
+        saves = [f"every {self.save_steps:,} steps"] if self.save_steps else []
+        saves += [f"at each better {self.metric}"] if self.eval_steps else []
+        parts = [
+            f"plan: {self.total_steps:,} steps ({epochs:.3g} epochs of {self.steps_per_epoch:,} steps)",
+            f"{rows * groups:,} rows a step{batches}",
+            f"evaluation every {self.eval_steps:,} steps" if self.eval_steps else "no evaluation on the way",
+            f"checkpoint {' and '.join(saves)}" if saves else "no checkpoints",
+            f"all in {plain(str(config.output_dir))}",
+        ]
+        return "; ".join([*parts, *([f"going on after step {done:,}"] if done else [])])
 
     def learning_rate(self, done: int) -> float:
         """The rate of the update that follows `done` others."""

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from bertpair.checkpoints.atomic import Staging
 from bertpair.checkpoints.run_folder import OPTIMIZER_FILE, STATE_FILE, RunFolder, RunState
-from bertpair.console import stop_flag
+from bertpair.console import interruptible, lines_shown, stop_flag
 from bertpair.errors import CheckpointError, ConfigError, StoppedError, TrainingError, first_line
 from bertpair.evaluation.classifier import Scorer
-from bertpair.evaluation.evaluate import Evaluation, evaluate_split, result_files
+from bertpair.evaluation.evaluate import Evaluation, class_figures, evaluate_split, result_files
 from bertpair.evaluation.metrics import finite_or_null
 from bertpair.evaluation.plots import draw_curves
 from bertpair.model.config import config_json
@@ -67,9 +67,7 @@ class TrainResult:
         return values
 
 
-def train(
-    config: Config, *, explicit: Collection[str] | None = None, notes: Sequence[str] = ()
-) -> TrainResult:
+def train(config: Config, *, explicit: Collection[str] | None = None) -> TrainResult:
     """Fine-tune as `config` says and return what came out; the model is in `config.output_dir`.
 
     `explicit` names the settings that were given; by default those that `config` was made with. On a resume
@@ -81,8 +79,11 @@ def train(
         raise ConfigError("do_train is false: there is nothing to train; bertpair.evaluate measures a model")
     given = config.model_fields_set if explicit is None else explicit
     config = check_config(config, training=not config.resume)
-    for note in notes:
-        logger.info("%s", note)
+    with lines_shown(), interruptible():
+        return _train(config, given)
+
+
+def _train(config: Config, given: Collection[str]) -> TrainResult:
     if config.output_dir is None and config.resume != "auto":  # it names a checkpoint and nothing else
         config = config.model_copy(update={"output_dir": str(Path(str(config.resume)).absolute().parent)})
     with contextlib.closing(RunFolder(Path(str(config.output_dir)))) as folder:
@@ -192,6 +193,9 @@ class _Run:
         files = {"curves.png": draw_curves(records, loop.plan.metric)} if records else {}
         if evaluation is not None and job.dev is not None:
             files |= result_files(evaluation, job.dev, job.labels)
+            if job.labels is not None:
+                table = class_figures(evaluation, job.dev, job.labels)
+                logger.info("dev, with the %s weights (step %d):\n%s", source, step, table)
         measured, folder = {} if evaluation is None else evaluation.figures, str(self.folder.path)
         mean_loss, best = self.stepper.meter.mean_loss, state.best_metric
         result = TrainResult(folder, state.global_step, loop.epoch, mean_loss, best, measured)

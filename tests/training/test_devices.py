@@ -147,9 +147,9 @@ sys.path[:0] = {folders!r}
 from test_devices import out_of_memory
 from bertpair.console import run_script
 from bertpair.training.step import Stepper
-import train
+from bertpair.__main__ import train
 Stepper.step = out_of_memory(1)
-sys.exit(run_script(train.main))
+sys.exit(run_script(lambda: train(sys.argv[1:])))
 """
 
 
@@ -169,11 +169,11 @@ sys.path.insert(0, {root!r})
 import torch
 from bertpair.console import run_script
 from bertpair.model.bert import BertClassifier
-import {script}
+from bertpair.__main__ import {script}
 def full(*given):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nMore of it")
 BertClassifier.to = full
-sys.exit(run_script({script}.main))
+sys.exit(run_script(lambda: {script}(sys.argv[1:])))
 """
 
 

@@ -388,7 +388,7 @@ def test_the_2020_command_line_trains_as_it_stands(settings: dict[str, object]) 
     )
     argv = line.replace("MODEL", str(settings["model_name_or_path"])).split()
     parsed = parse_command_line([*argv, "--from_scratch"], "train")
-    result = train(parsed.config, explicit=parsed.explicit, notes=parsed.notes)
+    result = train(parsed.config, explicit=parsed.explicit)
     assert result.global_step == 12 and result.metrics["n"] == 60
     assert "acc" in Path("checkpoints/eval_results.txt").read_text()
     assert json.loads(Path("checkpoints/config.json").read_text())["id2label"]["0"] == "partly"

@@ -1,0 +1,132 @@
+"""The commands: `bertpair train`, `bertpair evaluate`, `bertpair serve`. The three scripts call them too.
+
+Each reads its command line, calls one function and ends with an exit code. The settings are read before
+torch is imported, which takes seconds, so that --help and errors come at once.
+"""
+
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+USAGE = """usage: bertpair train | evaluate | serve [--name value …]
+
+  bertpair train      fine-tune a model on a TSV file with pairs of texts and their labels
+  bertpair evaluate   measure a trained model on a data file, or label new pairs with it
+  bertpair serve      answer HTTP requests with a trained model
+
+`bertpair train --help` shows the settings of `bertpair train`, and so on.
+`bertpair --version` shows the version."""
+
+
+def train(argv: Sequence[str]) -> int:
+    """Fine-tune a BERT on pairs of texts."""
+    from bertpair.console import install_signal_handlers, program, say
+    from bertpair.settings.command_line import parse_command_line
+
+    parsed = parse_command_line(argv, "train")
+    _log(parsed.notes)
+    from bertpair.evaluation.evaluate import evaluate_models
+    from bertpair.training.train import train
+
+    install_signal_handlers()
+    if not parsed.config.runs_training:  # --do_eval alone: the model that stands in output_dir
+        config = parsed.config.model_copy(update={"model_dir": parsed.config.output_dir})
+        result = evaluate_models(config, explicit=parsed.explicit)
+        say(result.text)
+        say(json.dumps(result.summary(), ensure_ascii=False))
+        return 0
+    trained = train(parsed.config, explicit=parsed.explicit)
+    if not trained.save_failed:
+        folder = shlex.quote(trained.output_dir)
+        measure, serve = (f"{program(name)} --model_dir {folder}" for name in ("evaluate", "serve"))
+        _log([f"the model is in {folder}; next: {measure}, or: {serve}"])
+    say(json.dumps(trained.summary(), ensure_ascii=False))
+    return 1 if trained.save_failed else 0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Measure a trained model on a data file."""
+    from bertpair.console import install_signal_handlers, say
+    from bertpair.settings.command_line import parse_command_line
+
+    def settings_folder(model_dir: Path) -> Path:
+        from bertpair.checkpoints.checkpoint import settings_folder
+
+        return settings_folder(model_dir)
+
+    parsed = parse_command_line(argv, "evaluate", settings_folder)
+    _log(parsed.notes)
+    from bertpair.evaluation.evaluate import evaluate_models
+
+    install_signal_handlers()
+    result = evaluate_models(parsed.config, explicit=parsed.explicit)
+    say(result.text)
+    for name, folder in result.folders.items():
+        say(f"{name}: files in {folder}")
+    say(json.dumps(result.summary(), ensure_ascii=False))
+    return 0
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Serve a trained model over HTTP."""
+    from bertpair.console import install_signal_handlers
+    from bertpair.settings.serve import parse_serve_command_line
+
+    config, notes = parse_serve_command_line(argv)
+    from bertpair.serving.server import configure_serve_logging, serve
+
+    install_signal_handlers()
+    configure_serve_logging()
+    try:
+        _log(notes)
+        return serve(config)
+    finally:
+        logging.shutdown()  # the lines before the one that says why it ended
+
+
+def _log(lines: Sequence[str]) -> None:
+    for line in lines:
+        logging.getLogger("bertpair").info("%s", line)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "serve": serve,
+}
+
+
+def main(command: str | None = None) -> NoReturn:
+    """Run a command, by default the one that the command line names, and exit with its code."""
+    for each in (signal.SIGINT, signal.SIGTERM):  # until torch is loaded
+        signal.signal(each, lambda signum, frame: os._exit(128 + signum))
+    from bertpair.console import run_script
+
+    argv = sys.argv[1:]
+    sys.exit(run_script(lambda: COMMANDS[command](argv) if command else _named(argv)))
+
+
+def _named(argv: Sequence[str]) -> int:
+    from bertpair import __version__
+    from bertpair.console import say
+    from bertpair.errors import ConfigError, near_misses, show
+
+    first = argv[0] if argv else "--help"
+    if first in COMMANDS:
+        return COMMANDS[first](argv[1:])
+    if first in ("--help", "-h", "--version"):
+        say(f"bertpair {__version__}" if first == "--version" else USAGE)
+        return 0
+    near = near_misses(first, COMMANDS)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"expected a command: train, evaluate or serve; found {show(first)}{hint}")
+
+
+if __name__ == "__main__":
+    main()
