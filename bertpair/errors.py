@@ -51,6 +51,12 @@ def list_faults(faults: Sequence[str], total: int | None = None, limit: int = 10
     return "\n".join([*faults[:limit], *([f"… and {rest} more"] if rest > 0 else [])])
 
 
+def raise_faults(faults: Sequence[str]) -> None:
+    """ConfigError with all of them, if there are any."""
+    if faults:
+        raise ConfigError(list_faults(faults))
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, up to its first line's end; the name of its class where it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -22,8 +22,8 @@ from bertpair.checkpoints.tensor_file import parse_tensors
 from bertpair.errors import CheckpointError, ConfigError, list_faults
 from bertpair.model.config import ModelFolder, read_folder
 from bertpair.model.pretrained import find_weights, resolve_folder, weight_files
-from bertpair.settings.config import TRAINING_ARGS
 from bertpair.settings.files import read_json
+from bertpair.settings.stored import TRAINING_ARGS
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from bertpair.runtime import (
     set_threads,
     survive_fork,
 )
-from bertpair.settings.config import stored_settings
+from bertpair.settings.stored import stored_settings
 from bertpair.settings.tasks import find_task
 
 logger = logging.getLogger(__name__)

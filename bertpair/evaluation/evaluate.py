@@ -55,7 +55,9 @@ from bertpair.evaluation.report import (
 )
 from bertpair.model.pretrained import resolve_folder
 from bertpair.runtime import allowed_precisions, resolve_device, set_deterministic, set_threads
-from bertpair.settings.config import Config, check_config, model_settings
+from bertpair.settings.config import Config
+from bertpair.settings.contradictions import check_config
+from bertpair.settings.stored import model_settings
 
 logger = logging.getLogger(__name__)
 

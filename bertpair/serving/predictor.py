@@ -23,8 +23,9 @@ from bertpair.model.packed import fill_up
 from bertpair.runtime import set_threads
 from bertpair.serving.batcher import ROUND_UP
 from bertpair.serving.requests import RequestError
-from bertpair.settings.config import DataSettings, model_settings
+from bertpair.settings.config import DataSettings
 from bertpair.settings.serve import RequestLimits, ServeConfig, settle_limits
+from bertpair.settings.stored import model_settings
 
 logger = logging.getLogger(__name__)
 

@@ -17,23 +17,14 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from bertpair.console import program, say
-from bertpair.errors import ConfigError, plain, show
+from bertpair.errors import ConfigError, plain, raise_faults, show
 from bertpair.settings import fields
-from bertpair.settings.config import (
-    GROUPS,
-    SETTINGS,
-    TRAINING_ARGS,
-    Config,
-    EvaluateSettings,
-    contradictions,
-    missing,
-    model_settings,
-    raise_faults,
-    settle,
-)
+from bertpair.settings.config import GROUPS, SETTINGS, Config, EvaluateSettings
+from bertpair.settings.contradictions import contradictions, missing, settle
 from bertpair.settings.fields import Group, described, expected, from_words, placed, suggest, typed
 from bertpair.settings.files import Layer, read_settings
 from bertpair.settings.run_glue import OldNames, translate
+from bertpair.settings.stored import TRAINING_ARGS, model_settings
 
 Script = Literal["train", "evaluate", "serve"]
 IMPLICIT = "config.yaml"

@@ -11,21 +11,17 @@ or which weights and figures it ends with: a finished run is then opened again.
 """
 
 import inspect
-import os
 import textwrap
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
 from pydantic import AfterValidator, Field, PlainValidator
 
-from bertpair.errors import CheckpointError, ConfigError, list_faults, listed, show
+from bertpair.errors import ConfigError
 from bertpair.settings.fields import (
     NO,
     ONE_OR_MORE,
-    RETIRED,
     Amp,
     Column,
     Device,
@@ -41,15 +37,11 @@ from bertpair.settings.fields import (
     Whole,
     as_path,
     described,
-    placed,
     said,
     setting,
-    typed,
 )
-from bertpair.settings.files import read_settings
-from bertpair.settings.tasks import CLASS_METRICS, SCORE_METRICS, find_task
+from bertpair.settings.tasks import find_task
 
-TRAINING_ARGS = "training_args.yaml"
 _free, _end = partial(setting, resume="free"), partial(setting, resume="end")
 _files, _anyway = partial(setting, owner="files"), partial(setting, resume="anyway")
 _model = partial(setting, owner="model")
@@ -489,134 +481,7 @@ def _explain_settings() -> None:
 _explain_settings()
 
 
-def settle(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with eval_strategy filled in where it was not given and others say what it must be."""
-    settled = dict(values)
-    if "eval_strategy" not in settled:
-        given = Config(do_train=settled.get("do_train"), do_eval=settled.get("do_eval"))
-        if settled.get("evaluate_during_training") or settled.get("eval_steps"):
-            settled["eval_strategy"] = "steps"
-        elif not given.runs_evaluation:
-            settled["eval_strategy"] = "no"
-    return settled
-
-
-def check_config(config: Config, *, training: bool = False) -> Config:
-    """The same; ConfigError with all contradictions and, for training, what nobody set."""
-    raise_faults([*contradictions(config), *(missing(config) if training else ())])
-    return config
-
-
-def missing(config: Config, known: Container[str] = ()) -> list[str]:
-    """What training needs and nobody set; names in `known` have their fault already."""
-    needs = {
-        "a model to start from": ("model_name_or_path",),
-        "data": ("data_dir", "train_file"),
-        "a folder to write to": ("output_dir",),
-    }
-    return [
-        f"{' or '.join(names)} must be set: training needs {what}. "
-        f"Example: --{names[-1]} {SETTINGS[names[-1]].example}"
-        for what, names in needs.items()
-        if not any(getattr(config, name) or name in known for name in names)
-    ]
-
-
-def raise_faults(faults: Sequence[str]) -> None:
-    """ConfigError with all of them, if there are any."""
-    if faults:
-        raise ConfigError(list_faults(faults))
-
-
-def stored_settings(folder: FilePath) -> dict[str, Any]:
-    """The settings of a folder's run; none if the folder does not say, CheckpointError if it is damaged."""
-    path = folder / TRAINING_ARGS
-    if not os.path.lexists(path):
-        return {}
-    try:
-        file = read_settings(path)
-        values, faults = typed(Config, {name: v for name, v in file.values.items() if name not in RETIRED})
-        raise_faults([*file.faults, *placed(faults, file.where)])
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
-    return values
-
-
-def model_settings(folder: FilePath) -> dict[str, Any]:
-    """Those of them that go where the model goes: the model's own, and the names of its data files."""
-    return {name: value for name, value in stored_settings(folder).items() if SETTINGS[name].owner != "run"}
-
-
-class _PlainDumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-    def represent_str(self, data: str) -> yaml.ScalarNode:
-        style = None if data.isprintable() else '"'  # plain or in single quotes, U+0085 would read as a space
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
-
-
-_PlainDumper.add_representer(str, _PlainDumper.represent_str)
-
-
-def dump_yaml(config: Config) -> str:
-    """What training_args.yaml holds: all settings but evaluate.py's, in the order of --help."""
-    values = config.model_dump(exclude=set(EvaluateSettings.model_fields))
-    text: str = yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
-    return text
-
-
 def changed_settings(old: Config, new: Config) -> list[tuple[str, object, object]]:
     """(name, old, new) of each setting that differs."""
     pairs = ((name, getattr(old, name), getattr(new, name)) for name in SETTINGS)
     return [(name, before, after) for name, before, after in pairs if before != after]
-
-
-def contradictions(config: Config) -> list[str]:
-    """A fault for each contradiction among typed settings, defaults included."""
-    return [*_column_faults(config), *_clashes(config)]
-
-
-def _clashes(c: Config) -> Iterator[str]:
-    foreign = {"regression": CLASS_METRICS, "classification": SCORE_METRICS}.get(c.problem_type or "", ())
-    if c.metric_for_best_model in foreign:
-        yield f"metric_for_best_model {c.metric_for_best_model} is not measured in a {c.problem_type}"
-    for name in ("labels", "class_weights", "label_smoothing") if c.problem_type == "regression" else ():
-        if getattr(c, name):
-            yield f"{name} is only for classification"
-    weights = c.class_weights if c.labels and isinstance(c.class_weights, dict) else {}
-    if unknown := [label for label in weights if label not in (c.labels or ())]:
-        yield f"class_weights: found {listed(unknown)}, not among labels"
-    if c.warmup_steps and c.warmup_ratio:
-        found = f"warmup_steps {c.warmup_steps} and warmup_ratio {c.warmup_ratio:g}"
-        yield f"{found} are two warm-ups: set only one"
-    if (c.warmup_steps or c.warmup_ratio) and c.lr_scheduler_type == "constant":
-        yield "lr_scheduler_type constant has no warm-up: use constant_with_warmup"
-    if c.evaluate_during_training and c.eval_strategy != "steps":
-        yield f"evaluate_during_training means eval_strategy steps, found eval_strategy {c.eval_strategy}"
-    if c.eval_strategy == "steps" and not c.eval_steps and c.logging_steps < 1:
-        yield f"eval_strategy steps needs eval_steps, as logging_steps is {c.logging_steps}"
-    for name in ("load_best_model_at_end", "early_stopping_patience") if c.eval_strategy == "no" else ():
-        if getattr(c, name):
-            yield f"{name} needs an eval_strategy, found no"
-    if c.do_train is False and c.do_eval is False:
-        yield "do_train and do_eval are both false: there is nothing to do"
-    if c.resume and c.overwrite_output_dir:
-        yield "resume goes on with the run in output_dir, overwrite_output_dir replaces it: set only one"
-    if c.resume_anyway and not c.resume:
-        yield "resume_anyway has no effect without resume"
-    if c.amp == "fp16" and c.device == "cpu":
-        yield "amp fp16 needs a GPU, found device cpu; on a CPU use auto, off or bf16"
-
-
-def _column_faults(config: Config) -> Iterator[str]:
-    names = ("text_a_column", "text_b_column", "label_column")
-    given = {name: getattr(config, name) for name in names if getattr(config, name) not in ("auto", None)}
-    for name, column in given.items():
-        if config.has_header is False and isinstance(column, str):
-            yield f"{name} {show(column)} is a header name, but has_header is false"
-    seen: dict[object, str] = {}
-    for name, column in given.items():
-        first = seen.setdefault(column, name)
-        if first != name:
-            yield f"{first} and {name} are the same column, {show(column)}"

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, PlainValidator
 
 from bertpair.console import program
-from bertpair.errors import ConfigError
+from bertpair.errors import ConfigError, raise_faults
 from bertpair.settings.command_line import (
     HOW_TO_SET,
     NO_MODEL_DIR,
@@ -18,7 +18,6 @@ from bertpair.settings.command_line import (
     flag_layer,
     sample_output_dir,
 )
-from bertpair.settings.config import raise_faults
 from bertpair.settings.fields import (
     ONE_OR_MORE,
     Amp,

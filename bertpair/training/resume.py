@@ -9,7 +9,9 @@ from collections.abc import Collection
 
 from bertpair.checkpoints.run_folder import RunFolder, RunState, versions
 from bertpair.errors import CheckpointError, ConfigError, list_faults
-from bertpair.settings.config import SETTINGS, Config, changed_settings, check_config, stored_settings
+from bertpair.settings.config import SETTINGS, Config, changed_settings
+from bertpair.settings.contradictions import check_config
+from bertpair.settings.stored import stored_settings
 from bertpair.training.setup import Job
 
 logger = logging.getLogger(__name__)

@@ -34,7 +34,9 @@ from bertpair.runtime import (
     release_locals,
     restore_random_state,
 )
-from bertpair.settings.config import TRAINING_ARGS, Config, check_config, dump_yaml
+from bertpair.settings.config import Config
+from bertpair.settings.contradictions import check_config
+from bertpair.settings.stored import TRAINING_ARGS, dump_yaml
 from bertpair.training.loop import Loop
 from bertpair.training.optim import AdamW, load_state_tensors, parameter_groups
 from bertpair.training.optim import state_tensors as optimizer_tensors

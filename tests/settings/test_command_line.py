@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from bertpair.checkpoints.checkpoint import settings_folder
 from bertpair.errors import BertpairError, CheckpointError, ConfigError
 from bertpair.settings.command_line import Parsed, parse_command_line
-from bertpair.settings.config import SETTINGS, Config, dump_yaml, stored_settings
+from bertpair.settings.config import SETTINGS, Config
+from bertpair.settings.stored import dump_yaml, stored_settings
 
 RECIPE = (
     "--model_type BERT --model_name_or_path bert-base-multilingual-cased --task_name MNLI-MM --do_train "

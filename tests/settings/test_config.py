@@ -13,17 +13,10 @@ from hypothesis import strategies as st
 
 from bertpair.errors import ConfigError
 from bertpair.settings.command_line import parse_command_line
-from bertpair.settings.config import (
-    SETTINGS,
-    Config,
-    EvaluateSettings,
-    changed_settings,
-    check_config,
-    dump_yaml,
-    settle,
-    stored_settings,
-)
+from bertpair.settings.config import SETTINGS, Config, EvaluateSettings, changed_settings
+from bertpair.settings.contradictions import check_config, settle
 from bertpair.settings.files import parse_settings, read_settings
+from bertpair.settings.stored import dump_yaml, stored_settings
 from bertpair.settings.tasks import CLASS_METRICS, SCORE_METRICS
 
 DESIGNED = {

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from bertpair.settings.config import Config, contradictions, missing
+from bertpair.settings.config import Config
+from bertpair.settings.contradictions import contradictions, missing
 
 
 def found(**values: Any) -> list[str]:

@@ -1,0 +1,91 @@
+"""What settings that are sound one by one cannot be together, and what training needs of them."""
+
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+from bertpair.errors import listed, raise_faults, show
+from bertpair.settings.config import SETTINGS, Config
+from bertpair.settings.tasks import CLASS_METRICS, SCORE_METRICS
+
+
+def settle(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with eval_strategy filled in where it was not given and others say what it must be."""
+    settled = dict(values)
+    if "eval_strategy" not in settled:
+        given = Config(do_train=settled.get("do_train"), do_eval=settled.get("do_eval"))
+        if settled.get("evaluate_during_training") or settled.get("eval_steps"):
+            settled["eval_strategy"] = "steps"
+        elif not given.runs_evaluation:
+            settled["eval_strategy"] = "no"
+    return settled
+
+
+def check_config(config: Config, *, training: bool = False) -> Config:
+    """The same; ConfigError with all contradictions and, for training, what nobody set."""
+    raise_faults([*contradictions(config), *(missing(config) if training else ())])
+    return config
+
+
+def missing(config: Config, known: Container[str] = ()) -> list[str]:
+    """What training needs and nobody set; names in `known` have their fault already."""
+    needs = {
+        "a model to start from": ("model_name_or_path",),
+        "data": ("data_dir", "train_file"),
+        "a folder to write to": ("output_dir",),
+    }
+    return [
+        f"{' or '.join(names)} must be set: training needs {what}. "
+        f"Example: --{names[-1]} {SETTINGS[names[-1]].example}"
+        for what, names in needs.items()
+        if not any(getattr(config, name) or name in known for name in names)
+    ]
+
+
+def contradictions(config: Config) -> list[str]:
+    """A fault for each contradiction among typed settings, defaults included."""
+    return [*_column_faults(config), *_clashes(config)]
+
+
+def _clashes(c: Config) -> Iterator[str]:
+    foreign = {"regression": CLASS_METRICS, "classification": SCORE_METRICS}.get(c.problem_type or "", ())
+    if c.metric_for_best_model in foreign:
+        yield f"metric_for_best_model {c.metric_for_best_model} is not measured in a {c.problem_type}"
+    for name in ("labels", "class_weights", "label_smoothing") if c.problem_type == "regression" else ():
+        if getattr(c, name):
+            yield f"{name} is only for classification"
+    weights = c.class_weights if c.labels and isinstance(c.class_weights, dict) else {}
+    if unknown := [label for label in weights if label not in (c.labels or ())]:
+        yield f"class_weights: found {listed(unknown)}, not among labels"
+    if c.warmup_steps and c.warmup_ratio:
+        found = f"warmup_steps {c.warmup_steps} and warmup_ratio {c.warmup_ratio:g}"
+        yield f"{found} are two warm-ups: set only one"
+    if (c.warmup_steps or c.warmup_ratio) and c.lr_scheduler_type == "constant":
+        yield "lr_scheduler_type constant has no warm-up: use constant_with_warmup"
+    if c.evaluate_during_training and c.eval_strategy != "steps":
+        yield f"evaluate_during_training means eval_strategy steps, found eval_strategy {c.eval_strategy}"
+    if c.eval_strategy == "steps" and not c.eval_steps and c.logging_steps < 1:
+        yield f"eval_strategy steps needs eval_steps, as logging_steps is {c.logging_steps}"
+    for name in ("load_best_model_at_end", "early_stopping_patience") if c.eval_strategy == "no" else ():
+        if getattr(c, name):
+            yield f"{name} needs an eval_strategy, found no"
+    if c.do_train is False and c.do_eval is False:
+        yield "do_train and do_eval are both false: there is nothing to do"
+    if c.resume and c.overwrite_output_dir:
+        yield "resume goes on with the run in output_dir, overwrite_output_dir replaces it: set only one"
+    if c.resume_anyway and not c.resume:
+        yield "resume_anyway has no effect without resume"
+    if c.amp == "fp16" and c.device == "cpu":
+        yield "amp fp16 needs a GPU, found device cpu; on a CPU use auto, off or bf16"
+
+
+def _column_faults(config: Config) -> Iterator[str]:
+    names = ("text_a_column", "text_b_column", "label_column")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) not in ("auto", None)}
+    for name, column in given.items():
+        if config.has_header is False and isinstance(column, str):
+            yield f"{name} {show(column)} is a header name, but has_header is false"
+    seen: dict[object, str] = {}
+    for name, column in given.items():
+        first = seen.setdefault(column, name)
+        if first != name:
+            yield f"{first} and {name} are the same column, {show(column)}"
