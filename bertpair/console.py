@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 MAX_LINES = 10_000  # that a log keeps while nobody takes them
 FLUSH_SECONDS = 1.0
 _LINES_AT_ONCE = 100
+SCRIPTS = ("train.py", "evaluate.py", "serve.py")
 
 
 class StopFlag:
@@ -94,7 +95,7 @@ def interruptible() -> Iterator[None]:
     except StoppedError as stopped:
         if stopped.signum != signal.SIGINT:
             raise
-        raise KeyboardInterrupt(f"{stopped} (in Python: resume=True)") from None
+        raise KeyboardInterrupt(str(stopped)) from None
     finally:
         signal.signal(signal.SIGINT, usual)
         if stop_flag.signum == signal.SIGINT:
@@ -122,10 +123,15 @@ def run_script(main: Callable[[], int]) -> int:
     return code
 
 
+def is_command() -> bool:
+    """Whether this program is one of ours; otherwise somebody's own uses the library."""
+    return Path(sys.argv[0]).name in (*SCRIPTS, "bertpair", "__main__.py")
+
+
 def program(command: str) -> str:
     """How whoever started this program starts `command`: as a script where it was one, else `bertpair …`."""
     own = Path(sys.argv[0])
-    if own.name in ("train.py", "evaluate.py", "serve.py"):
+    if own.name in SCRIPTS:
         return f"python {shlex.quote(str(own.with_name(f'{command}.py')))}"
     return f"bertpair {command}"
 
@@ -291,7 +297,9 @@ class Progress:
         self._started = time.monotonic()
         bar: dict[str, Any] = {"total": total, "initial": initial, "unit": unit, "desc": label or None}
         bar |= {"leave": not transient, "dynamic_ncols": True, "smoothing": 0.1}
-        self._bar = _bar(bar) if sys.stderr.isatty() or _in_notebook() else None
+        is_within = transient and bool(getattr(tqdm, "_instances", None))  # another bar: one line is enough
+        is_shown = sys.stderr.isatty() or (_in_notebook() and not is_within)
+        self._bar = _bar(bar) if is_shown else None
 
     @property
     def has_bar(self) -> bool:

@@ -41,11 +41,12 @@ MOMENTS = {
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_signal_while_a_script_starts_ends_it_quietly(
-    script: str, signum: signal.Signals, moment: str
+    script: str, signum: signal.Signals, moment: str, tmp_path: Path
 ) -> None:
     own = ("--model_name_or_path", "m", "--data_dir", "d", "--output_dir", "o")
     command = command_of(script, *(own if script == "train" else ("--model_dir", "m")))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, cwd=tmp_path)  # without a config.yaml
     while not MOMENTS[moment](process.pid):
         assert process.poll() is None
         time.sleep(0.002)

@@ -30,7 +30,10 @@ def imports_of(tree: ast.Module) -> set[str]:
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bertpair"):
-            assert node.level == 0 and node.module != "bertpair", "import from the module itself"
+            assert node.level == 0
+            if node.module == "bertpair":
+                assert [name.name for name in node.names] == ["__version__"], "import from the module itself"
+                continue
             found.add(str(node.module).removeprefix("bertpair."))
         elif isinstance(node, ast.Import):
             assert not any(name.name.startswith("bertpair") for name in node.names)

@@ -104,7 +104,8 @@ def test_ctrl_c_says_how_to_go_on_and_that_works(flags: list[str]) -> None:
     _, rest = process.communicate(timeout=60)
     last = rest.splitlines()[-1]
     assert process.returncode == 130 and last.startswith("stopped by Ctrl-C: saved at step ")
-    advice = shlex.split(last.partition("; continue with ")[2])
+    python, script, *advice = shlex.split(last.partition("; continue with ")[2])
+    assert (python, script) == ("python", str(ROOT / "train.py"))
     step = list_checkpoints(Path("a new place"))[-1][0]
     again = run("train", *advice, "--max_steps", str(step + 2), "--resume_anyway")
     assert again.returncode == 0 and f"resuming from a new place/checkpoint-{step}" in again.stderr

@@ -259,9 +259,9 @@ def _set_casing(
     if not said:
         upper = [entry for entry in entries_of(backend) if entry != entry.lower()]
         is_lower = all(entry[0] + entry[-1] in ("[]", "<>") for entry in upper)
-        said = [(is_lower, f"the vocabulary ({'without' if is_lower else 'with'} upper-case entries)")]
+        said = [(is_lower, f"the vocabulary, which has {'no ' * is_lower}upper-case entries")]
     lower_case, source = said[0]
-    logger.info("%s: %s, says %s", path, "lower-cased" if lower_case else "cased", source)
+    logger.info("%s: %s, by %s", path, "uncased" if lower_case else "cased", source)
     for value, who in said:
         if value != lower_case:
             logger.warning("%s: lower-casing is %s in %s; %s overrules it", path, value, who, source)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, errors, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -131,7 +130,7 @@ def load_model(
                 f"describes {needed / 1e9:.3g} GB of weights; this machine has {there / 1e9:.3g} GB of memory"
             )
             raise CheckpointError(f"{path / 'config.json'}: {found}: is it damaged?")
-        return BertClassifier(config), [f"{path}: no weights in it: starting from random ones"]
+        return BertClassifier(config), [f"{path} has no weights: training starts from random ones"]
     stored, notes = _translate(read_weights(file), file)
     if from_scratch:
         notes.append(f"{file}: loaded; from_scratch is for folders without weights")
@@ -143,7 +142,7 @@ def load_model(
     if new and require_head:
         raise CheckpointError(f"{file}: holds no {' and no '.join(new)}: train this model first")
     if new:
-        notes.append(f"new, to be trained: {', '.join(new)}")
+        notes.append(f"new layers, still random: {', '.join(new)}")
     weight = stored.get("classifier.weight")
     if weight is not None and weight.ndim == 2 and len(weight) != num_labels:
         why = "config.json does not fit the weights" if require_head else "`new_head: true` trains a new one"
@@ -326,6 +325,8 @@ def resolve_folder(
             "this cannot be a name on the Hugging Face hub, such as google-bert/bert-base-multilingual-cased"
         )
         raise CheckpointError(f"{name_or_path!r}: no such folder (and {such})")
+    from huggingface_hub import snapshot_download  # here, as most models are folders and need none of it
+
     try:
         for weights in HUB_WEIGHTS:
             files = [*HUB_FILES, *weights]
@@ -342,6 +343,8 @@ def resolve_folder(
 
 def _explain(error: Exception, revision: str | None) -> str:
     """Why the hub gave nothing, and what to do about it, in one line."""
+    from huggingface_hub import constants, errors
+
     hub = "the Hugging Face hub"
     lost = "it is not in the cache while HF_HUB_OFFLINE forbids the network: unset that,"
     if not constants.HF_HUB_OFFLINE:

@@ -9,13 +9,14 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from bertpair.console import say
+from bertpair.console import program, say
 from bertpair.errors import ConfigError, plain, show
 from bertpair.settings import fields
 from bertpair.settings.config import (
@@ -23,28 +24,68 @@ from bertpair.settings.config import (
     SETTINGS,
     TRAINING_ARGS,
     Config,
+    EvaluateSettings,
     contradictions,
     missing,
     model_settings,
     raise_faults,
     settle,
 )
-from bertpair.settings.fields import Group, expected, from_words, placed, suggest, typed
+from bertpair.settings.fields import Group, described, expected, from_words, placed, suggest, typed
 from bertpair.settings.files import Layer, read_settings
 from bertpair.settings.run_glue import OldNames, translate
 
 Script = Literal["train", "evaluate", "serve"]
 IMPLICIT = "config.yaml"
-_OWN = ("model_name_or_path", "task_name", "data_dir", "train_file")
+_OWN = {
+    "model_name_or_path": "another model",
+    "task_name": "another task",
+    "data_dir": "other data",
+    "train_file": "other data",
+}
 _PER_CALL = ("resume", "resume_anyway", "overwrite_output_dir", "output_dir")
 _DASHES = "-–—−"  # text processors make one long dash of two
 
-_USAGE = """python {script}.py [--config FILE] [--name value | --name=value] …
-       python {script}.py FILE.json
+HOW_TO_SET = """\
+Every setting below is a flag, such as --device cpu, and a line of a settings file, such as
+"device: cpu". --config FILE reads a settings file (YAML or JSON); a flag wins over the same setting
+in the file. Several values are separated by spaces. The word null means "not given"."""
+_USAGE = {
+    "train": """{program} [--config FILE] [--name value] …
+       {program} FILE.json
 
-A switch is --name, --name true or --name false; a list is several words; null is the word null.
-The names below are the keys of a settings file (YAML or JSON) too; flags go over it. Without --config,
-config.yaml of the working directory is read, unless the flags name another model or other data."""
+Trains a model that finds the label of a pair of texts, or of a single text.
+
+{how_to_set}
+A flag without a value, such as --new_head, means true. Without --config, config.yaml in the working
+directory is read, unless a flag names another model, another task or other data.
+
+Example, to be run in the project's folder. First {program} without flags trains the sample
+model into the folder output. Then this command trains it further, on other data, in seconds:
+  {program} --model_name_or_path output --new_head \\
+    --train_file examples/answers.tsv --dev_file examples/answers_dev.tsv \\
+    --text_a_column reference --text_b_column answer --label_column grade \\
+    --max_seq_length 40 --learning_rate 5e-4 --output_dir grades""",
+    "evaluate": """{program} [--config FILE] [--name value] …
+       {program} FILE.json
+
+Measures a trained model on a file with labels, or predicts the labels of a file without.
+
+{how_to_set}
+A flag without a value, such as --predict, means true. Columns, labels and all else that belongs to
+the model are as in its training, if they are not given.
+
+Example, to be run in the project's folder, after the example of {train} --help:
+  {program} --model_dir grades --data_file examples/answers_dev.tsv""",
+}
+NO_MODEL_DIR = "model_dir must be set: it is the folder of a trained model. Example: --model_dir my_model"
+FIRST = "The settings to know first"
+_FIRST = {
+    "train": """model_name_or_path train_file dev_file text_a_column text_b_column label_column output_dir
+        num_train_epochs learning_rate per_device_train_batch_size""",
+    "evaluate": """model_dir data_file predict all_checkpoints compare output_dir max_eval_samples on_bad_row
+        device per_device_eval_batch_size""",
+}
 
 # A setting on the left, unless it is null, 0 or false, makes the one on the right void.
 REPLACES = (
@@ -87,7 +128,7 @@ def _fill(layer: Layer, raw: Mapping[str, object], names: type[Group], script: S
     for name in [name for name in values if name in OldNames.model_fields]:
         where = layer.where[name]
         meaning, note = translate(name, values[name], script)
-        layer.notes += [f"{where} {note}"] if note else []
+        layer.notes += [f"{where} {note.format(evaluate=program('evaluate'))}"] if note else []
         for today, wanted in meaning.items():
             found = layer.values.setdefault(today, wanted)
             layer.where.setdefault(today, where)
@@ -106,23 +147,36 @@ def parse_command_line(
     """
     if len(argv) == 1 and argv[0].lower().endswith(".json") and not argv[0].startswith("-"):
         argv = ["--config", *argv]
-    flags, path = flag_layer(argv, Names, script, _help_groups(script), _USAGE)
+    usage = _USAGE[script].format(program=program(script), train=program("train"), how_to_set=HOW_TO_SET)
+    flags, path = flag_layer(argv, Names, script, _help_groups(script), usage)
     return _train(flags, path) if script == "train" else _evaluate(flags, path, settings_folder)
 
 
 def _help_groups(script: Script) -> dict[str, list[str]]:
     """The names that --help shows, by group: those that change something in train.py or evaluate.py."""
     names = {title: list(group.model_fields) for title, group in GROUPS.items()}
-    if script == "train":
-        return {title: names[title] for title in names if title != "evaluate"}
-    names["device"] += ["per_device_eval_batch_size", "pad_to_multiple_of"]
-    names["evaluate"][-1:] = ["output_dir"]  # eval_output_dir's name on this command line
-    return {title: names[title] for title in ("data", "device", "evaluate")}
+    evaluating = names.pop("Evaluating a trained model")
+    if script == "evaluate":
+        of_files = [name for name in names["Data"] if name != "max_train_samples"]
+        evaluating[-1:] = ["output_dir", "metric_for_best_model"]  # the first is eval_output_dir's name here
+        batches = ["per_device_eval_batch_size", "pad_to_multiple_of"]
+        hub = ["revision", "cache_dir"]
+        names = {"Model": evaluating + hub, "Data": of_files, "Device": batches + names["Device"]}
+    return first_of_all(_FIRST[script], names)
+
+
+def first_of_all(names: str, groups: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """A group of these names, then the groups without them."""
+    first = names.split()
+    rest = {title: [name for name in members if name not in first] for title, members in groups.items()}
+    return {FIRST: first, **rest}
 
 
 def _train(flags: Layer, path: str | None) -> Parsed:
     flags.faults += [
-        f"--{name} belongs to evaluate.py" for name in flags.values if SETTINGS[name].group == "evaluate"
+        f"--{name} is a flag of {program('evaluate')}, not of training"
+        for name in flags.values
+        if name in EvaluateSettings.model_fields
     ]
     named = [name for name in _OWN if name in flags.values or name in flags.bad]
     is_there = path is None and os.path.exists(IMPLICIT)
@@ -130,24 +184,26 @@ def _train(flags: Layer, path: str | None) -> Parsed:
     yaml = file_layer(IMPLICIT if is_read else path, Names, "train")
     weak: Collection[str] = ()
     if is_there and named:
-        yaml.notes.append(f"{IMPLICIT} is not read: --{named[0]} says what to work on instead")
+        yaml.notes.append(f"{IMPLICIT} is not read, because --{named[0]} names {_OWN[named[0]]}")
     resume = merge([yaml, flags])[0].get("resume")
     if is_read and resume:  # a file that nobody named only says which run goes on
         weak = yaml.values.keys() - _PER_CALL
-        yaml.notes = [f"settings read from {IMPLICIT}; those of the run that goes on come before them"]
+        yaml.notes = [f"settings read from {IMPLICIT}; the resumed run's own settings win"]
         if resume != "auto" and "resume" in flags.values:
             yaml.values.pop("output_dir", None)
     sample = Path(sys.argv[0]).resolve().parent
     is_lost = not (is_there or path or named or flags.values.get("resume") or flags.values.get("do_eval"))
     if is_lost and sample != Path.cwd() and (sample / IMPLICIT).is_file():
         way = f"cd {shlex.quote(str(sample))}"
-        flags.faults.append(f"no {IMPLICIT} here; the sample is trained from its own folder: {way}")
+        flags.faults.append(
+            f"there is no {IMPLICIT} in this folder; the sample is trained from its own folder: {way}"
+        )
     return _finish("train", Layer(), yaml, flags, weak)
 
 
 def _evaluate(flags: Layer, path: str | None, settings_folder: Callable[[Path], Path]) -> Parsed:
     if "model_name_or_path" in flags.values:
-        flags.faults.append("--model_name_or_path: evaluate.py scores a trained folder, named by --model_dir")
+        flags.faults.append("--model_name_or_path: the trained model to evaluate is named by --model_dir")
     working = {
         *sum(_help_groups("evaluate").values(), []),
         "do_eval",
@@ -155,7 +211,7 @@ def _evaluate(flags: Layer, path: str | None, settings_folder: Callable[[Path], 
         "model_name_or_path",
     }
     idle = [name for name in flags.values if name not in working]
-    flags.notes += [f"{flags.where[name]} changes nothing in evaluate.py" for name in idle]
+    flags.notes += [f"{flags.where[name]} has no effect on an evaluation" for name in idle]
     if "output_dir" in flags.values:  # here it says where to write
         flags.values["eval_output_dir"] = flags.values.pop("output_dir")
     yaml = file_layer(path, Names, "evaluate")
@@ -164,12 +220,14 @@ def _evaluate(flags: Layer, path: str | None, settings_folder: Callable[[Path], 
         model_dir = sample_output_dir(yaml)
     stored = Layer()
     if not model_dir and not {"model_dir", "output_dir"} & (flags.bad | yaml.bad):
-        flags.faults.append("model_dir must be set: name the trained folder with --model_dir")
+        flags.faults.append(NO_MODEL_DIR)
     if model_dir and not (flags.faults or yaml.faults):
         folder = settings_folder(Path(model_dir))
         stored.values = model_settings(folder)
         said = f"settings read from {folder / TRAINING_ARGS}"
-        stored.notes = [said if stored.values else f"{model_dir} holds no {TRAINING_ARGS}: default settings"]
+        stored.notes = [
+            said if stored.values else f"{model_dir} holds no {TRAINING_ARGS}: the default settings are used"
+        ]
         stored.values["model_dir"] = model_dir
     return _finish("evaluate", stored, yaml, flags)
 
@@ -193,13 +251,13 @@ def _finish(script: Script, stored: Layer, yaml: Layer, flags: Layer, weak: Coll
     config = Config(**values)
     bad = flags.bad | yaml.bad
     faults = [*yaml.faults, *flags.faults, *contradictions(config)]
-    if script == "train" and not config.resume and config.runs_training:
-        faults += missing(config, bad)
+    if script == "train" and not config.resume and config.runs_training and (lacking := missing(config, bad)):
+        faults += lacking if faults else [*lacking, f"{program(script)} --help explains every setting"]
     if config.resume == "auto" and script == "train" and not config.output_dir and "output_dir" not in bad:
-        faults.append("output_dir must be set: resume goes on with the run in it")
+        faults.append("output_dir must be set: it is the folder of the run to resume")
     raise_faults(faults)
     aside = [
-        f"{winner} sets aside {loser} {show(old)}"
+        f"{loser} {show(old)} has no effect, because {winner} is given"
         for winner, loser, old in set_aside
         if getattr(config, loser) != old
     ]
@@ -247,6 +305,11 @@ class _Help(argparse.HelpFormatter):
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         return ""  # what may follow stands in the text
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [
+            line for part in text.splitlines() for line in textwrap.wrap(part, width, break_on_hyphens=False)
+        ]
+
 
 def flag_layer(
     argv: Sequence[str], names: type[Group], script: Script, shown: Mapping[str, Sequence[str]], usage: str
@@ -290,34 +353,27 @@ def flag_layer(
 def _parser(
     names: type[Group], script: Script, shown: Mapping[str, Sequence[str]], usage: str
 ) -> argparse.ArgumentParser:
-    old = f"names of run_glue.py, obeyed or said to be idle: {', '.join(sorted(OldNames.model_fields))}"
+    old = ", ".join(sorted(OldNames.model_fields))
+    epilog = f"Flags of run_glue.py, each obeyed or said to be ignored: {old}."
     parser = _Parser(
-        usage=usage.format(script=script),
-        epilog=None if script == "serve" else old,
+        usage=usage,
+        epilog=None if script == "serve" else epilog,
         prefix_chars=_DASHES,
         allow_abbrev=False,
         add_help=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=partial(_Help, max_help_position=34, width=100),
     )
-    groups: dict[str, argparse._ArgumentGroup] = {}
+    texts = described(names)
     for title, members in shown.items():
-        groups |= dict.fromkeys(members, parser.add_argument_group(title))
-    for name, item in (_Flags.model_fields | names.model_fields).items():
-        if name == "output_dir" and script == "evaluate":
-            item = names.model_fields["eval_output_dir"]
-        help = f"{item.description} ({expected(names).get(name)}; default {_word(item.default)})"
-        group = groups.get(name)
-        (group or parser).add_argument(
-            f"--{name}", action="append", nargs="*", help=help if group else argparse.SUPPRESS
-        )
+        group = parser.add_argument_group(title)
+        for name in members:
+            meant = "eval_output_dir" if name == "output_dir" and script == "evaluate" else name
+            facts: Any = names.model_fields[meant].json_schema_extra or {}
+            example = f"\nExample: --{name} {facts['example']}".rstrip() if "example" in facts else ""
+            group.add_argument(f"--{name}", action="append", nargs="*", help=texts[meant] + example)
+    shown_names = {name for members in shown.values() for name in members}
+    for name in _Flags.model_fields | names.model_fields:
+        if name not in shown_names:
+            parser.add_argument(f"--{name}", action="append", nargs="*", help=argparse.SUPPRESS)
     return parser
-
-
-def _word(value: object) -> str:
-    """A default as it would be typed."""
-    if isinstance(value, list):
-        return " ".join(map(_word, value))
-    if isinstance(value, float):
-        return f"{value:g}".replace("e-0", "e-")
-    return value if isinstance(value, str) else show(value)

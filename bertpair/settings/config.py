@@ -10,7 +10,9 @@ resume_anyway for it (anyway) or refuses it (never). Those marked `end` are free
 or which weights and figures it ends with: a finished run is then opened again.
 """
 
+import inspect
 import os
+import textwrap
 from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path as FilePath
@@ -38,6 +40,7 @@ from bertpair.settings.fields import (
     Weights,
     Whole,
     as_path,
+    described,
     placed,
     said,
     setting,
@@ -83,114 +86,337 @@ Metric = Literal["acc", "f1", "macro_f1", "mcc", "pearson", "spearmanr", "corr",
 class DataSettings(Group):
     """What is read, and how."""
 
-    data_dir: Path = _files(None, "folder with the TSV files", resume="end")
-    train_file: Paths = _files(None, "training TSV; null: the task's, in data_dir", resume="free")
-    dev_file: Paths = _files(None, "dev TSV; null: the task's, in data_dir", resume="end")
-    test_file: Paths = _files(None, "test TSV; null: the task's, in data_dir", resume="free")
-    task_name: Task = _model(None, "preset of columns, labels, files and metrics")
-    text_a_column: Column = _model("auto", "first text; auto: the task's, else 1")
-    text_b_column: Column | None = _model("auto", "second; null: none; auto: the task's, else 2")
-    label_column: Column = _model("auto", "label or score; auto: the task's, else 3")
-    has_header: Literal["auto"] | Switch = _model("auto", "the first row is a header; auto: as the task")
-    quoting: Literal["none", "csv"] = _model("none", "csv: quoted fields may hold tabs and newlines")
-    labels: Labels = _model(None, "labels in id order; null: found in the training data")
+    data_dir: Path = _files(
+        None,
+        "Folder with the data files, for those that are not named by train_file, dev_file or test_file.",
+        resume="end",
+    )
+    train_file: Paths = _files(
+        None,
+        "Tab-separated files with the rows to train on. Not given: train.tsv in data_dir.",
+        resume="free",
+        example="answers.tsv",
+    )
+    dev_file: Paths = _files(
+        None,
+        "Tab-separated files with the rows to measure the model on. Without them nothing is measured. "
+        "Not given: dev.tsv in data_dir, or the task's name for it.",
+        resume="end",
+        example="answers_dev.tsv",
+    )
+    test_file: Paths = _files(
+        None,
+        "Tab-separated files with rows without labels, for predictions. Not given: test.tsv in data_dir, "
+        "or the task's name for it.",
+        resume="free",
+    )
+    task_name: Task = _model(
+        None,
+        "A GLUE task, which sets columns, labels, files and metrics: cola, mnli, mnli-mm, mrpc, sst-2, "
+        "sts-b, qqp, qnli, rte or wnli. Not given: four columns, which are a number, the first text, "
+        "the second text and the label.",
+    )
+    text_a_column: Column = _model(
+        "auto",
+        "Column of the first text. auto: the task's, or 1 if there is no task_name.",
+        example="reference",
+    )
+    text_b_column: Column | None = _model(
+        "auto",
+        "Column of the second text. auto: the task's, or 2 if there is no task_name. "
+        "null: there is no second text.",
+        example="answer",
+    )
+    label_column: Column = _model(
+        "auto",
+        "Column of the label, or of the score for a regression. "
+        "auto: the task's, or 3 if there is no task_name.",
+        example="grade",
+    )
+    has_header: Literal["auto"] | Switch = _model(
+        "auto",
+        "Whether the first row of each file holds the names of the columns. "
+        "auto: true, unless the files of the task have no such row.",
+    )
+    quoting: Literal["none", "csv"] = _model(
+        "none",
+        "none: quotation marks are ordinary characters. "
+        "csv: a field in double quotes may hold tabs and line breaks.",
+    )
+    labels: Labels = _model(
+        None,
+        "The labels, in the order of their ids. Not given: the task's, "
+        "else those found in the training data, sorted.",
+    )
     positive_label: Label = _model(
-        None, "with two labels: the one that f1 is of; null: as the task, else that with id 1", resume="end"
+        None,
+        "The label whose f1 is measured, if there are two labels. Not given: the task's, else that of id 1.",
+        resume="end",
     )
     problem_type: Literal["classification", "regression"] | None = _model(
-        None, "null: as the task, else classification"
+        None,
+        "classification: the model chooses a label. regression: it gives a number. "
+        "Not given: classification, unless the task is a regression.",
     )
-    on_bad_row: Literal["error", "skip"] = setting("error", "skip: count and list bad rows, and go on")
-    max_seq_length: Whole = _model(128, "tokens of a pair, special ones included", ge=5, le=65_535)
-    max_train_samples: Whole | None = setting(None, "only the first rows of the training data", ge=1)
-    max_eval_samples: Whole | None = _end(None, "only the first rows of the dev data", ge=1)
+    on_bad_row: Literal["error", "skip"] = setting(
+        "error",
+        "What to do about rows that cannot be used. error: stop and list them. "
+        "skip: count and list them, leave them out and go on.",
+        example="skip",
+    )
+    max_seq_length: Whole = _model(
+        128,
+        "Most tokens of one row, both texts and the special tokens together. Longer rows are cut.",
+        ge=5,
+        le=65_535,
+    )
+    max_train_samples: Whole | None = setting(
+        None, "Train only on this many rows, the first ones. Not given: on all rows.", ge=1
+    )
+    max_eval_samples: Whole | None = _end(
+        None, "Evaluate only this many rows, the first ones. Not given: all rows.", ge=1, example="100"
+    )
 
 
 class ModelSettings(Group):
     """Which network training begins with."""
 
-    model_name_or_path: Text = setting(None, "model folder, or name on the Hugging Face hub")
-    revision: Text = setting(None, "branch, tag or commit on the hub")
-    cache_dir: Path = _free(None, "where hub models are kept; null: the hub's own cache")
-    config_name: Text = setting(None, "another folder or name for config.json")
-    tokenizer_name: Text = setting(None, "another folder or name for the vocabulary")
-    do_lower_case: Switch | None = _model(None, "null: as the tokenizer or vocabulary says")
-    from_scratch: Switch = setting(False, "a folder without weights starts from random ones")
-    new_head: Switch = setting(False, "replace a classifier that was trained for other labels")
-    compact_vocabulary: Switch = setting(False, "train only the word rows in use, with the same result")
+    model_name_or_path: Text = setting(
+        None,
+        "The model to start from: a folder, or a name on the Hugging Face hub.",
+        example="bert-base-multilingual-cased",
+    )
+    revision: Text = setting(None, "Branch, tag or commit of a model on the hub. Not given: its main branch.")
+    cache_dir: Path = _free(
+        None, "Folder that keeps models from the hub. Not given: Hugging Face's own cache folder."
+    )
+    config_name: Text = setting(
+        None, "Another folder or hub name to read config.json from. Not given: that of model_name_or_path."
+    )
+    tokenizer_name: Text = setting(
+        None, "Another folder or hub name to read the vocabulary from. Not given: that of model_name_or_path."
+    )
+    do_lower_case: Switch | None = _model(
+        None,
+        "Whether texts are turned into lower case. Not given: as the model's tokenizer or vocabulary says.",
+    )
+    from_scratch: Switch = setting(
+        False,
+        "Start from random weights if the model folder holds none. Without this, such a folder is an error.",
+    )
+    new_head: Switch = setting(
+        False,
+        "Start with a new classifier in place of the model's own. "
+        "This is needed when the model was trained for other labels.",
+    )
+    compact_vocabulary: Switch = setting(
+        False,
+        "Train only the word embeddings that the data uses, with less memory. "
+        "The result is the same up to rounding.",
+    )
 
 
 class OptimSettings(Group):
     """How it is trained."""
 
-    learning_rate: Real = _anyway(2e-5, "the highest learning rate", gt=0, le=1)
-    weight_decay: Real = _anyway(0.01, "decoupled decay of weights", ge=0, le=100)
-    adam_beta1: Real = setting(0.9, "decay of AdamW's mean of gradients", ge=0, lt=1)
-    adam_beta2: Real = setting(0.999, "decay of AdamW's mean of squares", ge=0, lt=1)
-    adam_epsilon: Real = setting(1e-8, "added to AdamW's denominator", gt=0)
-    max_grad_norm: Real = setting(1.0, "gradients are clipped to this norm; 0: never", ge=0.0)
-    lr_scheduler_type: Schedule = _anyway("linear", "of the learning rate after the warm-up")
-    warmup_steps: Whole = _anyway(0, "steps of rising learning rate", ge=0)
-    warmup_ratio: Real = _anyway(0.0, "warm-up as a part of all steps", ge=0, le=1)
-    num_train_epochs: Real = _anyway(3.0, "passes over the data, fractions too", gt=0, le=1e6)
-    max_steps: Annotated[Whole, Field(ge=1, le=2**31 - 1)] | Literal[-1] = _anyway(
-        -1, "stop after so many steps; -1: num_train_epochs"
+    learning_rate: Real = _anyway(2e-5, "The highest learning rate.", gt=0, le=1, example="3e-5")
+    weight_decay: Real = _anyway(
+        0.01, "Weight decay of AdamW, for all weights but biases and LayerNorm. 0: none.", ge=0, le=100
     )
-    per_device_train_batch_size: Whole = setting(16, "rows a device trains on at a time", ge=1)
+    adam_beta1: Real = setting(0.9, "Decay rate of AdamW's running mean of gradients.", ge=0, lt=1)
+    adam_beta2: Real = setting(0.999, "Decay rate of AdamW's running mean of squared gradients.", ge=0, lt=1)
+    adam_epsilon: Real = setting(1e-8, "Number added to the denominator of AdamW's update.", gt=0)
+    max_grad_norm: Real = setting(
+        1.0, "Gradients with a larger norm than this are scaled down to it. 0: never.", ge=0.0
+    )
+    lr_scheduler_type: Schedule = _anyway(
+        "linear",
+        "How the learning rate changes after the warm-up. linear and cosine: it falls to 0 at the last "
+        "step. constant_with_warmup: it stays. constant: it stays, and there is no warm-up.",
+    )
+    warmup_steps: Whole = _anyway(
+        0, "Number of steps at the start of training in which the learning rate rises from 0. 0: none.", ge=0
+    )
+    warmup_ratio: Real = _anyway(
+        0.0, "The same as warmup_steps, as a part of all steps: 0.1 is the first tenth. 0: none.", ge=0, le=1
+    )
+    num_train_epochs: Real = _anyway(
+        3.0,
+        "How many times to go through the training data. Fractions are possible.",
+        gt=0,
+        le=1e6,
+        example="5",
+    )
+    max_steps: Annotated[Whole, Field(ge=1, le=2**31 - 1)] | Literal[-1] = _anyway(
+        -1, "Stop after this many steps, whatever num_train_epochs says. -1: num_train_epochs decides."
+    )
+    per_device_train_batch_size: Whole = setting(16, "Number of rows in a batch.", ge=1, example="32")
     # The model's own, or figures would differ in rounding.
-    per_device_eval_batch_size: Whole = _model(16, "rows it evaluates at a time", resume="free", ge=1)
-    gradient_accumulation_steps: Whole = setting(1, "batches that make up one step", ge=1)
-    group_by_length: Switch = setting(True, "rows of like length share a batch")
-    pad_to_multiple_of: Whole = setting(8, "batch lengths are rounded up to a multiple", ge=1, le=512)
-    label_smoothing: Real = setting(0.0, "part of the target spread over all labels", ge=0, lt=1)
-    class_weights: Weights = setting(None, "balanced: rare classes more")
-    max_skipped_steps: Whole = _anyway(10, "more non-finite steps in a row end the run", ge=0)
-    seed: Whole = setting(42, "of all that is random", ge=0, le=2**32 - 1)
+    per_device_eval_batch_size: Whole = _model(
+        16,
+        "Number of rows in a batch of an evaluation, if all have max_seq_length tokens. "
+        "A batch of shorter rows has more.",
+        resume="free",
+        ge=1,
+        example="64",
+    )
+    gradient_accumulation_steps: Whole = setting(
+        1, "Number of batches that make up one step. More batches of fewer rows need less memory.", ge=1
+    )
+    group_by_length: Switch = setting(
+        True, "Put rows of similar length into the same batch. This saves padding, and so time."
+    )
+    pad_to_multiple_of: Whole = setting(
+        8, "The length of a batch is rounded up to a multiple of this many tokens.", ge=1, le=512
+    )
+    label_smoothing: Real = setting(
+        0.0, "Part of the target probability that is spread evenly over all labels. 0: none.", ge=0, lt=1
+    )
+    class_weights: Weights = setting(
+        None,
+        "Weights of the labels in the loss. balanced: the rarer a label, the more weight it has. "
+        "Not given: all labels have the same weight.",
+    )
+    max_skipped_steps: Whole = _anyway(
+        10,
+        "Stop after more than this many steps in a row with a NaN or infinite loss or gradient. "
+        "Such steps do not change the model.",
+        ge=0,
+    )
+    seed: Whole = setting(42, "Seed for all random numbers.", ge=0, le=2**32 - 1)
 
 
 class DeviceSettings(Group):
     """What computes, and in which precision."""
 
-    device: Device = setting("auto", "where to compute", resume="warn")
-    amp: Amp = _anyway("auto", "mixed precision", owner="model")
-    deterministic: Switch = _anyway(False, "bitwise repeatable on CUDA too, and slower")
-    num_threads: Whole | None = setting(None, "null: as many as cores", resume="warn", ge=1, le=1024)
+    device: Device = setting(
+        "auto",
+        "Where to compute. auto: on the first GPU, or on the CPU if there is none. cuda:1 is the second GPU.",
+        resume="warn",
+        example="cuda",
+    )
+    amp: Amp = _anyway(
+        "auto",
+        "Mixed precision. off: float32. bf16 and fp16: multiply matrices in 16 bits; fp16 needs a CUDA GPU. "
+        "auto: bf16 or fp16 where the hardware makes that fast, else off. "
+        "An evaluation has the precision of the training.",
+        owner="model",
+    )
+    deterministic: Switch = _anyway(
+        False, "Make a run on a CUDA GPU repeatable to the last bit, which is slower. On a CPU it always is."
+    )
+    num_threads: Whole | None = setting(
+        None,
+        "Number of CPU threads. Not given: PyTorch's choice, at most one for each usable core.",
+        resume="warn",
+        ge=1,
+        le=1024,
+    )
 
 
 class RunSettings(Group):
     """What a run does, and what it writes when."""
 
-    do_train: Switch | None = _free(None, "train; null: unless only do_eval is given")
-    do_eval: Switch | None = _end(None, "evaluate; null: unless only do_train is given")
-    output_dir: Path = _free(None, "folder for the model and its checkpoints")
-    overwrite_output_dir: Switch = _free(False, "a new run may replace the old one there")
-    resume: Resume = _free(False, "go on from a checkpoint; auto: the newest")
-    resume_anyway: Switch = _free(False, "resume although settings that allow it have changed")
-    logging_steps: Whole = _free(500, "steps between lines of metrics.jsonl; 0 or -1: none", ge=-1)
-    save_steps: Whole = _free(500, "steps between checkpoints; 0 or -1: none", ge=-1)
+    do_train: Switch | None = _free(
+        None, "Whether to train. Not given: true, unless do_eval is given without do_train."
+    )
+    do_eval: Switch | None = _end(
+        None,
+        "Whether to evaluate on the dev file. Not given: true, unless do_train is given without do_eval. "
+        "do_eval alone measures the model in output_dir.",
+    )
+    output_dir: Path = _free(None, "Folder for the trained model and its checkpoints.", example="my_model")
+    overwrite_output_dir: Switch = _free(
+        False, "Let a new run replace what output_dir already holds. Without this, such a folder is an error."
+    )
+    resume: Resume = _free(
+        False,
+        "Continue a run that was stopped. auto, or nothing after the flag: from the newest checkpoint in "
+        "output_dir. A path: from that checkpoint. false: start a new run.",
+    )
+    resume_anyway: Switch = _free(
+        False,
+        "Resume even though settings such as learning_rate, num_train_epochs or amp differ from those of "
+        "the stopped run.",
+    )
+    logging_steps: Whole = _free(
+        500,
+        "Number of steps between two lines in the log and in metrics.jsonl. 0 or -1: only the last step.",
+        ge=-1,
+    )
+    save_steps: Whole = _free(
+        500,
+        "Number of steps between two checkpoints. An evaluation with the best result so far writes one too. "
+        "0 or -1: only those.",
+        ge=-1,
+    )
     eval_strategy: Annotated[Literal["no", "steps", "epoch"], NO] = _end(
-        "epoch", "when to evaluate in training"
+        "epoch",
+        "When to evaluate. epoch: after each pass through the training data. steps: every eval_steps. "
+        "no: only at the end. If eval_steps is given, steps is the default.",
     )
-    eval_steps: Whole | None = _end(None, "steps between evaluations; null: logging_steps", ge=1)
-    evaluate_during_training: Switch = _free(False, "the old name of eval_strategy steps")
-    save_total_limit: Whole | None = _free(None, "checkpoints kept besides the best", ge=1)
+    eval_steps: Whole | None = _end(
+        None, "Number of steps between two evaluations. Not given: as many as logging_steps.", ge=1
+    )
+    evaluate_during_training: Switch = _free(False, "The old name for eval_strategy steps.")
+    save_total_limit: Whole | None = _free(
+        None,
+        "Keep only this many checkpoints, the newest. The best one is always kept, in addition to the "
+        "limit. Not given: keep all.",
+        ge=1,
+    )
     metric_for_best_model: Metric | None = _end(
-        None, "what to watch; null: the task's first metric", owner="model"
+        None,
+        "The metric that decides which model is the best. Not given: the task's first metric, "
+        "which is acc (accuracy) without a task_name, or pearson for a regression.",
+        owner="model",
     )
-    load_best_model_at_end: Switch = _end(False, "the final folder holds the best weights")
-    early_stopping_patience: Whole | None = _end(None, "evaluations without a better one", ge=1)
-    report_to: Reports = _free(["none"], "other places to send metrics to")
+    load_best_model_at_end: Switch = _end(
+        False, "Let the final model have the weights of the best evaluation instead of the last step."
+    )
+    early_stopping_patience: Whole | None = _end(
+        None,
+        "Stop after this many evaluations in a row without a better result. Not given: never stop early.",
+        ge=1,
+    )
+    report_to: Reports = _free(["none"], "Other programs that metrics are sent to.")
 
 
 class EvaluateSettings(Group):
     """What evaluate.py scores."""
 
-    model_dir: Path = _free(None, "trained folder; null: the configured output_dir")
-    data_file: Paths = _free(None, "TSV to score; null: the dev file")
-    predict: Switch = _free(False, "score a file without labels")
-    all_checkpoints: Switch = _free(False, "evaluate each checkpoint of the folder")
-    compare: Paths = _free(None, "other trained folders to set beside it")
-    eval_output_dir: Path = _free(None, "where to write; null: in the model folder")
+    model_dir: Path = _free(
+        None,
+        "Folder of the trained model. Not given: the output_dir of the settings file, or of config.yaml.",
+        example="my_model",
+    )
+    data_file: Paths = _free(
+        None,
+        "Tab-separated files with the rows to score. Not given: the dev file of the training.",
+        example="new_answers.tsv",
+    )
+    predict: Switch = _free(
+        False,
+        "Score rows that have no labels: write predictions and measure nothing. "
+        "Without data_file, the rows of the test file are scored.",
+        example="--data_file new_answers.tsv",
+    )
+    all_checkpoints: Switch = _free(
+        False,
+        "Evaluate each checkpoint in the folder too. One table shows all and marks the best.",
+        example="",
+    )
+    compare: Paths = _free(
+        None,
+        "Folders of other trained models. They are evaluated on the same rows, and one table shows all. "
+        "Not given: none.",
+        example="other_model",
+    )
+    eval_output_dir: Path = _free(
+        None,
+        "Folder for the results. Not given: a folder under eval/ in the model folder.",
+        example="results",
+    )
 
 
 class Config(EvaluateSettings, RunSettings, DeviceSettings, OptimSettings, ModelSettings, DataSettings):
@@ -218,6 +444,7 @@ class Setting(NamedTuple):
     group: str
     default: Any
     help: str
+    example: str = ""
     resume: Literal["free", "end", "warn", "anyway", "never"] = "never"
     owner: Literal["model", "files", "run"] = "run"
 
@@ -232,14 +459,34 @@ def settings_of(groups: Mapping[str, type[Group]]) -> dict[str, Setting]:
 
 
 GROUPS: dict[str, type[Group]] = {
-    "data": DataSettings,
-    "model": ModelSettings,
-    "optimisation": OptimSettings,
-    "device": DeviceSettings,
-    "run": RunSettings,
-    "evaluate": EvaluateSettings,
+    "Data": DataSettings,
+    "Model": ModelSettings,
+    "Training": OptimSettings,
+    "Device": DeviceSettings,
+    "Output, checkpoints and evaluations": RunSettings,
+    "Evaluating a trained model": EvaluateSettings,
 }
 SETTINGS = settings_of(GROUPS)
+
+
+def _explain_settings() -> None:
+    """Put every setting's meaning into `Config`'s docstring, names and defaults into its signature."""
+    lines = [Config.__doc__ or "", "", "Each is an argument by name; null is None here, true is True."]
+    texts = described(Config)
+    for title, group in GROUPS.items():
+        lines += ["", title, "-" * len(title)]
+        for name in group.model_fields:
+            lines += [name, *textwrap.wrap(texts[name], 96, initial_indent="    ", subsequent_indent="    ")]
+    Config.__doc__ = "\n".join(lines)
+    Config.__signature__ = inspect.Signature(
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=SETTINGS[name].default)
+            for name in SETTINGS
+        ]
+    )
+
+
+_explain_settings()
 
 
 def settle(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,12 +510,13 @@ def check_config(config: Config, *, training: bool = False) -> Config:
 def missing(config: Config, known: Container[str] = ()) -> list[str]:
     """What training needs and nobody set; names in `known` have their fault already."""
     needs = {
-        "a model": ("model_name_or_path",),
+        "a model to start from": ("model_name_or_path",),
         "data": ("data_dir", "train_file"),
         "a folder to write to": ("output_dir",),
     }
     return [
-        f"{' or '.join(names)} must be set: training needs {what}"
+        f"{' or '.join(names)} must be set: training needs {what}. "
+        f"Example: --{names[-1]} {SETTINGS[names[-1]].example}"
         for what, names in needs.items()
         if not any(getattr(config, name) or name in known for name in names)
     ]
@@ -340,7 +588,8 @@ def _clashes(c: Config) -> Iterator[str]:
     if unknown := [label for label in weights if label not in (c.labels or ())]:
         yield f"class_weights: found {listed(unknown)}, not among labels"
     if c.warmup_steps and c.warmup_ratio:
-        yield f"warmup_steps {c.warmup_steps} and warmup_ratio {c.warmup_ratio:g} are two warm-ups: set one"
+        found = f"warmup_steps {c.warmup_steps} and warmup_ratio {c.warmup_ratio:g}"
+        yield f"{found} are two warm-ups: set only one"
     if (c.warmup_steps or c.warmup_ratio) and c.lr_scheduler_type == "constant":
         yield "lr_scheduler_type constant has no warm-up: use constant_with_warmup"
     if c.evaluate_during_training and c.eval_strategy != "steps":
@@ -353,9 +602,9 @@ def _clashes(c: Config) -> Iterator[str]:
     if c.do_train is False and c.do_eval is False:
         yield "do_train and do_eval are both false: there is nothing to do"
     if c.resume and c.overwrite_output_dir:
-        yield "resume goes on with the run in output_dir, overwrite_output_dir replaces it: set one"
+        yield "resume goes on with the run in output_dir, overwrite_output_dir replaces it: set only one"
     if c.resume_anyway and not c.resume:
-        yield "resume_anyway says how to resume: it needs resume"
+        yield "resume_anyway has no effect without resume"
     if c.amp == "fp16" and c.device == "cpu":
         yield "amp fp16 needs a GPU, found device cpu; on a CPU use auto, off or bf16"
 

@@ -75,13 +75,15 @@ class Group(BaseModel):
 
 
 def setting(default: object, help: str, **facts: Any) -> Any:
-    """A field with its default, its meaning for --help, bounds, and `resume` and `owner` (see `Config`).
+    """A field with its default, its meaning in sentences, bounds, and `resume` and `owner` (see `Config`).
 
-    A whole number from `ge` on is below 2**31 if nothing else is said; lower bounds of others are floats.
+    Where the default is null, `help` may end with `Not given: …`. `example` is what may follow the flag,
+    empty for a switch alone. A whole number from `ge` on is below 2**31 if nothing else is said; lower
+    bounds of others are floats.
     """
     if isinstance(facts.get("ge"), int) and not {"le", "lt"} & facts.keys():
         facts["le"] = _MANY
-    own: dict[str, Any] = {name: facts.pop(name) for name in ("resume", "owner") if name in facts}
+    own: dict[str, Any] = {name: facts.pop(name) for name in ("resume", "owner", "example") if name in facts}
     return Field(default, description=help, json_schema_extra=own, **facts)
 
 
@@ -124,6 +126,31 @@ def expected(model: type[Group]) -> dict[str, str]:
     return {name: _words(item) for name, item in model.model_json_schema()["properties"].items()}
 
 
+@cache
+def described(model: type[Group]) -> dict[str, str]:
+    """Each field in sentences: what it means, what it may hold, and its default or what its absence means."""
+    texts = {}
+    for name, words in expected(model).items():
+        field = model.model_fields[name]
+        meaning, absent = str(field.description), f"Default: {as_word(field.default)}."
+        if field.default is None:
+            meaning, _, absent = meaning.partition(" Not given")
+            absent, words = absent and f"Not given{absent}", words.removesuffix(", or null")
+        is_noun = words.startswith(("a ", "one ", "the ", "true "))
+        words = f"{words[0].upper()}{words[1:]}." if is_noun else f"Allowed: {words}."
+        texts[name] = f"{meaning} {words} {absent}".rstrip()
+    return texts
+
+
+def as_word(value: object) -> str:
+    """A default as it would be typed."""
+    if isinstance(value, list):
+        return " ".join(map(as_word, value))
+    if isinstance(value, float):
+        return f"{value:g}".replace("e-0", "e-")
+    return value if isinstance(value, str) else show(value)
+
+
 def _words(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
         return ", or ".join(map(_words, schema["anyOf"]))
@@ -138,9 +165,8 @@ def _words(schema: Mapping[str, Any]) -> str:
         return f"{name} from {schema['minimum']} to {high}"
     if high != _MANY or "exclusiveMaximum" in schema:
         bounds |= {"maximum": "at most", "exclusiveMaximum": "below"}
-    return (
-        f"{name} {' and '.join(f'{bounds[key]} {schema[key]:g}' for key in bounds if key in schema)}".strip()
-    )
+    bounded = [f"{bounds[key]} {schema[key]:.7g}" for key in bounds if key in schema]
+    return f"{name} {' and '.join(bounded)}".strip()
 
 
 def from_words(words: Sequence[str], annotation: Any) -> object:
@@ -254,7 +280,7 @@ Switch = Annotated[bool, Field(strict=True)]
 Whole = Annotated[int, Field(strict=True)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Real = Annotated[Finite, BeforeValidator(_as_number)]
-Text = Annotated[Annotated[str, PlainValidator(as_text), said("text")] | None, _UNSET]
+Text = Annotated[Annotated[str, PlainValidator(as_text), said("a text")] | None, _UNSET]
 _Path = Annotated[str, PlainValidator(as_path), said("a path")]
 Path = Annotated[_Path | None, _UNSET]
 Paths = Annotated[list[_Path], Field(min_length=1), ONE_OR_MORE, said("one path or several")] | None

@@ -102,7 +102,7 @@ def _read_yaml(path: str, text: str) -> Layer:
             if not isinstance(name, str):
                 raise _NodeError(key, f"expected a name, found {show(name)}; names are text")
             if name in read.where:
-                raise _NodeError(key, f"{plain(name)} stands twice")
+                raise _NodeError(key, f"{plain(name)} is given twice")
             read.where[name] = f"{path}:{key.start_mark.line + 1}: {name}"
             read.values[name] = _value(node)
         except _NodeError as error:
@@ -122,7 +122,7 @@ def _value(node: yaml.Node) -> object:
                 raise _NodeError(key, "expected a plain name, found a list or mapping as one")
             name = _value(key)
             if name in values:
-                raise _NodeError(key, f"{show(name)} stands twice")
+                raise _NodeError(key, f"{show(name)} is given twice")
             values[name] = _value(item)
         return values
     if not isinstance(node, yaml.ScalarNode) or kind not in (

@@ -25,8 +25,8 @@ IGNORED = {
     **RETIRED,
 }
 ELSEWHERE = {
-    "do_predict": "is done by evaluate.py --predict --data_file FILE: ignored here",
-    "eval_all_checkpoints": "is done by evaluate.py --all_checkpoints: ignored here",
+    "do_predict": "is ignored here: {evaluate} --predict --data_file FILE does it",
+    "eval_all_checkpoints": "is ignored here: {evaluate} --all_checkpoints does it",
 }
 _ModelType = Annotated[str, Field(pattern="^(?i:bert)$", strict=True), said("bert, the only type for now")]
 
@@ -44,7 +44,10 @@ class OldNames(create_model("Ignored", __base__=Group, **dict.fromkeys(IGNORED, 
 
 
 def translate(name: str, value: Any, script: str) -> tuple[dict[str, Any], str]:
-    """What an old name with this (sound) value means: settings of today, and what to say of it or nothing."""
+    """What an old name with this (sound) value means: settings of today, and what to say of it or nothing.
+
+    In what is said, {evaluate} stands for the command that evaluates.
+    """
     if name in IGNORED:
         return {}, IGNORED[name]
     if value in (None, False) or name == "model_type":

@@ -8,8 +8,16 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
+from bertpair.console import program
 from bertpair.errors import ConfigError
-from bertpair.settings.command_line import file_layer, flag_layer, sample_output_dir
+from bertpair.settings.command_line import (
+    HOW_TO_SET,
+    NO_MODEL_DIR,
+    file_layer,
+    first_of_all,
+    flag_layer,
+    sample_output_dir,
+)
 from bertpair.settings.config import raise_faults
 from bertpair.settings.fields import (
     ONE_OR_MORE,
@@ -68,28 +76,68 @@ _Tokens = Annotated[
 class ModelChoice(Group):
     """What is served, and how it computes."""
 
-    model_dir: Path = setting(None, "trained folder; null: the configured output_dir")
-    max_seq_length: Whole | None = setting(None, "cut texts here; null: as training did", ge=3, le=65_535)
-    labels: Labels = setting(None, "names, in id order, for a model folder without names")
-    device: Device = setting("auto", "where to compute")
-    amp: Amp = setting("off", "precision; off: float32; auto: by the processor")
-    num_threads: Whole | None = setting(None, "null: as many as cores", ge=1, le=1024)
-    quantize: Literal["int8"] | None = setting(None, "linear layers in dynamic int8 (CPU)")
+    model_dir: Path = setting(
+        None,
+        "Folder of the trained model. Not given: the output_dir of the settings file, or of config.yaml.",
+        example="my_model",
+    )
+    max_seq_length: Whole | None = setting(
+        None, "Most tokens of one row. Longer ones are cut. Not given: as in training.", ge=3, le=65_535
+    )
+    labels: Labels = setting(
+        None,
+        "Names of the labels, in the order of their ids, for a model folder without names. "
+        "Not given: the names in the folder, else LABEL_0, LABEL_1 and so on.",
+    )
+    device: Device = setting(
+        "auto",
+        "Where to compute. auto: on the first GPU, or on the CPU if there is none. cuda:1 is the second GPU.",
+        example="cpu",
+    )
+    amp: Amp = setting(
+        "off",
+        "Precision. off: float32. bf16 and fp16: multiply matrices in 16 bits; fp16 needs a CUDA GPU. "
+        "auto: bf16 or fp16 where the hardware makes that fast, else off.",
+        example="auto",
+    )
+    num_threads: Whole | None = setting(
+        None,
+        "Number of CPU threads. Not given: PyTorch's choice, at most one for each usable core.",
+        ge=1,
+        le=1024,
+        example="4",
+    )
+    quantize: Literal["int8"] | None = setting(
+        None, "int8: compute the linear layers in 8-bit integers, on a CPU only. Not given: as amp says."
+    )
     quantize_check: Path = setting(
-        None, "TSV whose first 256 rows are compared with float32 before the server is ready"
+        None,
+        "File laid out like the training data. Before the server is ready, the answers for its first 256 "
+        "rows are compared with those in float32. Not given: nothing is compared.",
     )
 
 
 class Listening(Group):
     """Where it listens."""
 
-    host: _Host = setting("127.0.0.1", "address to listen on")
-    port: Whole = setting(8000, "0: any free one", ge=0, le=65_535)
-    uds: Path = setting(None, "listen on this Unix socket instead")
-    uds_mode: _Mode | None = setting(None, "who may connect to it, as for chmod; null: 660")
-    root_path: _Root | None = setting(None, "prefix under which a proxy shows this server")
+    host: _Host = setting(
+        "127.0.0.1",
+        "Address to listen on. 127.0.0.1: only this machine can reach it. 0.0.0.0: other machines can too.",
+        example="0.0.0.0",
+    )
+    port: Whole = setting(
+        8000, "Port to listen on. 0: any free one, which the log names.", ge=0, le=65_535, example="8080"
+    )
+    uds: Path = setting(None, "Listen on a Unix socket at this path. Not given: listen on host and port.")
+    uds_mode: _Mode | None = setting(
+        None, "Access rights of that socket, as for chmod. Not given: 660, the owner and its group."
+    )
+    root_path: _Root | None = setting(
+        None, "Prefix of the paths under which a proxy shows this server. Not given: none."
+    )
     forwarded_allow_ips: _Proxies | None = setting(
-        None, "comma-separated proxies whose X-Forwarded-* are believed, or *"
+        None,
+        "Proxies whose X-Forwarded-For and X-Forwarded-Proto headers are believed. *: any. Not given: none.",
     )
 
 
@@ -97,21 +145,47 @@ class Limits(Group):
     """How much it takes."""
 
     max_body_bytes: Whole | None = setting(
-        None, "of a request's body: 413 above; null: follows", ge=256, le=MOST_BODY_BYTES
+        None,
+        "Most bytes in the body of a request; a longer one gets status 413. "
+        "Not given: room for max_request_rows rows of texts of max_text_chars characters.",
+        ge=256,
+        le=MOST_BODY_BYTES,
     )
     max_inflight_bytes: Whole = setting(
-        64 * _MEGABYTE, "of all bodies held at a time: 503 above", ge=256, le=2**40
+        64 * _MEGABYTE,
+        "Most bytes in all bodies held at one time; a request beyond that gets status 503.",
+        ge=256,
+        le=2**40,
     )
-    max_header_bytes: Whole = setting(16_384, "of a request's headers: 431 above", ge=512, le=_MEGABYTE)
+    max_header_bytes: Whole = setting(
+        16_384, "Most bytes in the headers of a request; longer ones get status 431.", ge=512, le=_MEGABYTE
+    )
     max_text_chars: Whole | None = setting(
-        None, "of one text: 422 above; null: follows, at most 25 times the cut", ge=1
+        None,
+        "Most characters in one text; a longer one gets status 422. "
+        "Not given: 25 for each token of max_seq_length, or as many as max_body_bytes has room for.",
+        ge=1,
     )
     max_request_rows: Whole | None = setting(
-        None, "pairs in one request: 422 above; null: follows, at most 32", ge=1, le=100_000
+        None,
+        "Most rows in one request; more get status 422. "
+        "Not given: 32, or as many as max_queue_rows and max_body_bytes have room for.",
+        ge=1,
+        le=100_000,
+        example="100",
     )
-    max_queue_rows: Whole = setting(256, "rows that may wait: 429 above", ge=1, le=1_000_000)
-    max_batch_tokens: _Tokens = setting(None, "padded tokens of one batch; auto: as many as run in 300 ms")
-    max_connections: Whole = setting(1000, "open at a time; more are closed at once", ge=1, le=100_000)
+    max_queue_rows: Whole = setting(
+        256, "Most rows that may wait to be run; a request beyond that gets status 429.", ge=1, le=1_000_000
+    )
+    max_batch_tokens: _Tokens = setting(
+        None,
+        "Most tokens in one batch, padding included. "
+        "auto: as if it were not given. "
+        "Not given: as many as run in 0.3 seconds, which is measured when the server starts.",
+    )
+    max_connections: Whole = setting(
+        1000, "Most connections that are open at one time; any more are closed at once.", ge=1, le=100_000
+    )
 
 
 _seconds = partial(setting, ge=0.01, le=86_400)  # less would be a mistake of the unit
@@ -120,23 +194,48 @@ _seconds = partial(setting, ge=0.01, le=86_400)  # less would be a mistake of th
 class Time(Group):
     """How long it waits."""
 
-    queue_deadline: Real = _seconds(5.0, "seconds a request may wait to be run: 503 after")
-    receive_timeout: Real = _seconds(10.0, "seconds for a request to arrive, or an answer to be read")
-    keep_alive: Real = _seconds(65.0, "seconds an idle connection is kept")
-    drain_seconds: Real = setting(5.0, "after SIGTERM: unready, but still answering", ge=0, le=3600)
-    grace_seconds: Real = _seconds(20.0, "after that: for accepted work to finish")
-    stall_seconds: Real = _seconds(30.0, "a batch that runs longer: readyz 503; twice that: livez")
+    queue_deadline: Real = _seconds(
+        5.0, "Seconds that a request may wait to be run; after that it gets status 503.", example="2"
+    )
+    receive_timeout: Real = _seconds(
+        10.0,
+        "Seconds that a client may take to send a request, or to read its answer. The connection then ends.",
+    )
+    keep_alive: Real = _seconds(65.0, "Seconds that a connection without requests is kept open.")
+    drain_seconds: Real = setting(
+        5.0,
+        "Seconds after SIGTERM or SIGINT in which requests are still accepted, while /readyz says 503.",
+        ge=0,
+        le=3600,
+    )
+    grace_seconds: Real = _seconds(
+        20.0, "Seconds after drain_seconds in which accepted requests may finish. The process then ends."
+    )
+    stall_seconds: Real = _seconds(
+        30.0,
+        "If a batch runs longer than this many seconds, /readyz and new requests get status 503; "
+        "after twice that time /livez does too.",
+    )
 
 
 class Access(Group):
     """Who may ask."""
 
-    api_key_file: Path = setting(None, "file whose first line is the bearer key asked for")
+    api_key_file: Path = setting(
+        None,
+        "File whose first line is a key of 8 characters or more. Clients must send it in a header, "
+        "Authorization: Bearer KEY. "
+        "Not given: no key is asked for.",
+        example="key.txt",
+    )
     cors_origin: Annotated[_Origins, said("origins such as https://example.com, or *")] | None = setting(
-        None, "web pages that may call from a browser"
+        None, "Web pages that may call this server from a browser. *: any. Not given: none but its own."
     )
     allowed_hosts: Annotated[_Hosts, said("host names without a port, or *")] | None = setting(
-        None, "Host names answered; null: any, but only local ones on a loopback address"
+        None,
+        "Host names that the server answers to. *: any. "
+        "Not given: on an address such as 127.0.0.1 only names of this machine, else any.",
+        example="pairs.example.com",
     )
 
 
@@ -151,11 +250,11 @@ class _Names(ServeConfig):
 
 
 GROUPS: dict[str, type[Group]] = {
-    "model": ModelChoice,
-    "listening": Listening,
-    "limits": Limits,
-    "time": Time,
-    "access": Access,
+    "Model": ModelChoice,
+    "Address": Listening,
+    "Limits": Limits,
+    "Times": Time,
+    "Access": Access,
 }
 
 
@@ -219,7 +318,7 @@ def _clashes(c: ServeConfig) -> Iterator[str]:
             "accepted work could not finish"
         )
     if c.uds is not None and c.host != ServeConfig.model_fields["host"].default:
-        yield f"uds {c.uds} and host {c.host} are both given: one place to listen"
+        yield f"uds {c.uds} and host {c.host} are both given: give only one of them"
     if c.uds is None and c.uds_mode is not None:
         yield f"uds_mode {c.uds_mode} is given without uds: it is the mode of that socket"
     if c.quantize is not None and c.amp in ("bf16", "fp16"):
@@ -232,12 +331,22 @@ def _clashes(c: ServeConfig) -> Iterator[str]:
         yield str(error)
 
 
-_USAGE = """python {script}.py [--model_dir FOLDER] [--config FILE] [--name value | --name=value] …
+_USAGE = """{program} [--config FILE] [--name value] …
 
-A list is several words; null is the word null. The names below are the keys of a settings file (YAML or JSON)
-too; flags go over it. Without --model_dir, the output_dir of config.yaml in the working directory is served.
-SIGTERM and SIGINT drain the server; a second one ends it at once. Exit codes: 0 drained, 1 a defect or work
-that did not finish within grace_seconds, 2 a setting or model folder that cannot be used."""
+Serves a trained model over HTTP, with a page for trying it in a browser.
+
+{how_to_set}
+Without --model_dir, the output_dir of config.yaml in the working directory is served.
+
+SIGTERM and SIGINT (Ctrl-C) let the server finish its work and end; a second one ends it at once.
+Exit codes: 0 all work was done; 1 a defect, or work that was not done within grace_seconds;
+2 a setting or a model folder that cannot be used.
+
+Example, after {train} has trained the sample model into the folder output:
+  {program} --model_dir output --port 8000
+Then http://127.0.0.1:8000 shows the page."""
+_FIRST = """model_dir host port device amp num_threads max_request_rows queue_deadline api_key_file
+    allowed_hosts"""
 
 
 def parse_serve_command_line(argv: Sequence[str]) -> tuple[ServeConfig, list[str]]:
@@ -245,8 +354,9 @@ def parse_serve_command_line(argv: Sequence[str]) -> tuple[ServeConfig, list[str
 
     `--help` prints and exits with 0.
     """
-    shown = {title: list(group.model_fields) for title, group in GROUPS.items()}
-    flags, path = flag_layer(argv, ServeConfig, "serve", shown, _USAGE)
+    shown = first_of_all(_FIRST, {title: group.model_fields for title, group in GROUPS.items()})
+    usage = _USAGE.format(program=program("serve"), train=program("train"), how_to_set=HOW_TO_SET)
+    flags, path = flag_layer(argv, ServeConfig, "serve", shown, usage)
     yaml = file_layer(path, _Names, "serve")
     values = {**yaml.values, **flags.values}
     output_dir = values.pop("output_dir", None)
@@ -258,6 +368,6 @@ def parse_serve_command_line(argv: Sequence[str]) -> tuple[ServeConfig, list[str
     config = ServeConfig(**values)
     faults = [*yaml.faults, *flags.faults, *_clashes(config)]
     if config.model_dir is None and not faults:
-        faults.append("model_dir must be set: name the trained folder with --model_dir")
+        faults.append(NO_MODEL_DIR)
     raise_faults(faults)
     return config, [*yaml.notes, *flags.notes]

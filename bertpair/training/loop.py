@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bertpair.checkpoints.run_folder import RunFolder, WriteCheckpoint
-from bertpair.console import Progress, program, stop_flag
+from bertpair.console import Progress, is_command, program, stop_flag
 from bertpair.data.batching import BatchStream, pad_batch, padded_lengths, slice_batch
 from bertpair.errors import StoppedError, TrainingError, plain
 from bertpair.evaluation.evaluate import Evaluation
@@ -126,9 +126,11 @@ class Loop:
         if self._saved_step is None:
             lost = "the last save failed, and what came after the newest checkpoint is lost"
             return StoppedError(stopped.signum, lost, save_failed=True)
-        place = shlex.quote(str(self.folder.path))
-        go_on = f"continue with {program('train')} --resume --output_dir {place}"
-        return StoppedError(stopped.signum, f"saved at step {step}; {go_on}")
+        place = str(self.folder.path)
+        go_on = f"bertpair.train(bertpair.Config(output_dir={place!r}, resume=True))"
+        if is_command():
+            go_on = f"{program('train')} --resume --output_dir {shlex.quote(place)}"
+        return StoppedError(stopped.signum, f"saved at step {step}; continue with {go_on}")
 
     def _step(self) -> None:
         _, _, batch_rows = next(self.stream)

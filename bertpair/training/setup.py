@@ -93,8 +93,10 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
         for line in (*source.notes, *notes):
             logger.info("%s", line)
         precision = resolve_precision(config.amp, device, hidden_size=folder.config.hidden_size)
-        said = "device %s, %d threads, amp %s (%s)"
-        logger.info(said, device, torch.get_num_threads(), precision.name, precision.reason)
+        threads, name = torch.get_num_threads(), {"off": "float32"}.get(precision.name, precision.name)
+        said = "device: %s, %d thread%s; precision: %s (amp %s: %s)"
+        how = precision.name, precision.reason
+        logger.info(said, device, threads, "s" * (threads > 1), name, *how)
         if config.compact_vocabulary:
             table = compact_model(model, [each.tokens for each in (train, dev) if each is not None], pad_id)
             pad_id, train = table.pad_id, dataclasses.replace(train, tokens=table.remap(train.tokens))
@@ -220,13 +222,14 @@ class Plan:
 
     def describe(self, done: int) -> str:
         """The plan in one line, for a run that has done so many steps."""
-        config, epochs = self.config, self.total_steps / self.steps_per_epoch
+        config = self.config
+        epochs = f"{self.total_steps / self.steps_per_epoch:,.2f}".rstrip("0").rstrip(".")
         rows, groups = config.per_device_train_batch_size, config.gradient_accumulation_steps
         batches = f" ({groups} batches of {rows})" if groups > 1 else ""
         saves = [f"every {self.save_steps:,} steps"] if self.save_steps else []
         saves += [f"at each better {self.metric}"] if self.eval_steps else []
         parts = [
-            f"plan: {self.total_steps:,} steps ({epochs:.3g} epochs of {self.steps_per_epoch:,} steps)",
+            f"plan: {self.total_steps:,} steps ({epochs} epochs of {self.steps_per_epoch:,} steps)",
             f"{rows * groups:,} rows a step{batches}",
             f"evaluation every {self.eval_steps:,} steps" if self.eval_steps else "no evaluation on the way",
             f"checkpoint {' and '.join(saves)}" if saves else "no checkpoints",

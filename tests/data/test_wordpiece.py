@@ -52,10 +52,10 @@ def test_the_vocabulary_decides_casing_where_nothing_else_does(tmp_path: Path, c
     caplog.set_level(logging.INFO)
     write_vocabulary(tmp_path, LOWER)
     assert Tokenizer.from_folder(tmp_path).lower_case
-    assert "lower-cased, says the vocabulary (without upper-case entries)" in caplog.text
+    assert ": uncased, by the vocabulary, which has no upper-case entries" in caplog.text
     write_vocabulary(tmp_path, CASED)
     assert not Tokenizer.from_folder(tmp_path).lower_case
-    assert "cased, says the vocabulary (with upper-case entries)" in caplog.text
+    assert ": cased, by the vocabulary, which has upper-case entries" in caplog.text
 
 
 @pytest.mark.parametrize("said", [True, False])

@@ -134,7 +134,9 @@ def test_what_pretraining_leaves_gets_a_new_head(hf_folder: Path, tmp_path: Path
         torch.testing.assert_close(found[mask], hidden[mask], rtol=0, atol=1e-5)
     assert ours(ids, types, mask).shape == (3, 5)
     pooler_is_new = kind is BertForMaskedLM
-    assert notes[-1] == "new, to be trained: " + ("pooler, classifier" if pooler_is_new else "classifier")
+    assert notes[-1] == "new layers, still random: " + (
+        "pooler, classifier" if pooler_is_new else "classifier"
+    )
     assert bool(ours.pooler.bias.any()) != pooler_is_new
     assert any("cls.predictions" in note for note in notes) == (kind is not BertModel)
 
@@ -146,7 +148,7 @@ def test_new_parts_are_initialised_from_the_seed(hf_folder: Path) -> None:
         torch.manual_seed(seed)
         model, notes = load(hf_folder)
         made.append(model)
-        assert notes == ["new, to be trained: pooler, classifier"]
+        assert notes == ["new layers, still random: pooler, classifier"]
         assert not model.pooler.bias.any()
         assert not model.classifier.bias.any()
         assert model.pooler.weight.std().item() == pytest.approx(0.02, rel=0.2)
@@ -191,7 +193,7 @@ def test_no_weights_need_from_scratch(tiny_config_folder: Path) -> None:
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         model, notes = load(tiny_config_folder, num_labels=4, from_scratch=True)
-        assert notes == [f"{tiny_config_folder}: no weights in it: starting from random ones"]
+        assert notes == [f"{tiny_config_folder} has no weights: training starts from random ones"]
         made.append(model.embeddings.words.weight)
     assert model.config.num_labels == 4
     assert torch.equal(made[0], made[1])

@@ -73,7 +73,7 @@ def test_another_number_of_outputs_needs_a_new_head(hf_folder: Path) -> None:
     assert model.classifier.weight.shape == (2, 32)
     assert model.pooler.bias.any()
     assert "its classifier is replaced by a new one" in notes[0]
-    assert notes[1] == "new, to be trained: classifier"
+    assert notes[1] == "new layers, still random: classifier"
 
 
 def test_a_new_head_is_new_even_where_the_old_one_would_fit(hf_folder: Path) -> None:

@@ -16,6 +16,7 @@ from bertpair.settings.command_line import parse_command_line
 from bertpair.settings.config import (
     SETTINGS,
     Config,
+    EvaluateSettings,
     changed_settings,
     check_config,
     dump_yaml,
@@ -26,20 +27,20 @@ from bertpair.settings.files import parse_settings, read_settings
 from bertpair.settings.tasks import CLASS_METRICS, SCORE_METRICS
 
 DESIGNED = {
-    "data": """data_dir train_file dev_file test_file task_name text_a_column text_b_column
+    "Data": """data_dir train_file dev_file test_file task_name text_a_column text_b_column
         label_column has_header quoting labels positive_label problem_type on_bad_row max_seq_length
         max_train_samples max_eval_samples""",
-    "model": """model_name_or_path revision cache_dir config_name tokenizer_name do_lower_case
+    "Model": """model_name_or_path revision cache_dir config_name tokenizer_name do_lower_case
         from_scratch new_head compact_vocabulary""",
-    "optimisation": """learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+    "Training": """learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
         lr_scheduler_type warmup_steps warmup_ratio num_train_epochs max_steps per_device_train_batch_size
         per_device_eval_batch_size gradient_accumulation_steps group_by_length pad_to_multiple_of
         label_smoothing class_weights max_skipped_steps seed""",
-    "device": "device amp deterministic num_threads",
-    "run": """do_train do_eval output_dir overwrite_output_dir resume resume_anyway logging_steps
-        save_steps eval_strategy eval_steps evaluate_during_training save_total_limit
-        metric_for_best_model load_best_model_at_end early_stopping_patience report_to""",
-    "evaluate": "model_dir data_file predict all_checkpoints compare eval_output_dir",
+    "Device": "device amp deterministic num_threads",
+    "Output, checkpoints and evaluations": """do_train do_eval output_dir overwrite_output_dir resume
+        resume_anyway logging_steps save_steps eval_strategy eval_steps evaluate_during_training
+        save_total_limit metric_for_best_model load_best_model_at_end early_stopping_patience report_to""",
+    "Evaluating a trained model": "model_dir data_file predict all_checkpoints compare eval_output_dir",
 }
 RUN_GLUE_DEFAULTS = {
     "adam_epsilon": 1e-8,
@@ -87,7 +88,7 @@ def test_every_designed_setting_is_there_in_its_group() -> None:
     found: dict[str, list[str]] = {}
     for name, item in SETTINGS.items():
         found.setdefault(item.group, []).append(name)
-        assert item.help
+        assert item.help.endswith(".")
     assert found == {group: names.split() for group, names in DESIGNED.items()}
     assert list(SETTINGS) == list(Config.model_fields)
 
@@ -194,7 +195,7 @@ def test_written_settings_read_back_the_same(tmp_path: Path) -> None:
     assert Config(**stored_settings(tmp_path)) == config
     assert yaml.safe_load(path.read_text()) == found.values
     assert "model_dir" not in found.values and found.values.keys() == {
-        name for name, item in SETTINGS.items() if item.group != "evaluate"
+        name for name in SETTINGS if name not in EvaluateSettings.model_fields
     }
 
 

@@ -91,11 +91,11 @@ def test_numbers_that_are_not_what_they_look_like_are_refused(path: Path, text: 
 def test_all_faults_of_a_file_at_once(path: Path) -> None:
     found = read(path, "a: 1\na: 2\nyes: 3\nb: 010\nc: !!set {x}\nd: {e: 1, e: 2}\nf: !ours 1\n? [g]\n: 1\n")
     starts = [
-        ":2: a stands twice",
+        ":2: a is given twice",
         ":3: expected a name, found true",
         ":4: found '010'",
         ":5: found the tag",
-        ":6: 'e' stands twice",
+        ":6: 'e' is given twice",
         ":7: found",
         ":8: expected a name, found a list",
     ]

@@ -13,9 +13,9 @@ from bertpair.settings.files import Layer
 
 
 class Fields(Group):
-    data_dir: Path = setting(None, "where the data is")
+    data_dir: Path = setting(None, "Where the data is. Not given: here.", example="my_data")
     labels: Labels = None
-    learning_rate: Real = setting(2e-5, "how fast", gt=0, le=1)
+    learning_rate: Real = setting(2e-5, "How fast.", gt=0, le=1)
     max_steps: Annotated[Whole, Field(ge=1, le=2**31 - 1)] | Literal[-1] = -1
     do_train: Switch = False
     resume: Resume = False
@@ -117,10 +117,12 @@ def test_a_flag_given_again_with_another_value_is_said() -> None:
     assert read("--do_train", "--do_train").notes == []
 
 
-def test_help_shows_name_meaning_range_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_name_meaning_range_default_and_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         flag_layer(["--help"], Fields, "serve", {"some": ["learning_rate"], "more": ["data_dir"]}, "usage")
     page = " ".join(capsys.readouterr().out.split())
-    assert "some: --learning_rate how fast (a number above 0 and at most 1; default 2e-5)" in page
-    assert page.endswith("more: --data_dir where the data is (a path, or null; default null)")
+    assert "some: --learning_rate How fast. A number above 0 and at most 1. Default: 2e-5." in page
+    assert page.endswith(
+        "more: --data_dir Where the data is. A path. Not given: here. Example: --data_dir my_data"
+    )
     assert "--labels" not in page

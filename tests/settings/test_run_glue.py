@@ -34,9 +34,9 @@ def test_what_old_names_mean() -> None:
 
 def test_evaluation_moved_to_its_own_script() -> None:
     meaning, note = translate("eval_all_checkpoints", True, "train")
-    assert not meaning and "evaluate.py --all_checkpoints" in note
+    assert not meaning and "{evaluate} --all_checkpoints" in note
     assert translate("eval_all_checkpoints", True, "evaluate") == ({"all_checkpoints": True}, "")
-    assert "evaluate.py --predict" in translate("do_predict", True, "train")[1]
+    assert "{evaluate} --predict" in translate("do_predict", True, "train")[1]
     assert translate("do_predict", True, "evaluate") == ({"predict": True}, "")
     assert translate("do_predict", False, "train") == ({}, "")
 

@@ -259,7 +259,7 @@ def test_sigterm_in_the_middle_of_an_epoch_and_resume_end_bitwise_the_same(
         rest = process.stderr.read()
         process.wait(timeout=60)
     assert process.returncode == 143, rest
-    assert "stopped by SIGTERM: saved at step" in rest and "continue with --resume --output_dir out" in rest
+    assert "stopped by SIGTERM: saved at step" in rest and "train.py --resume --output_dir out" in rest
     assert not Path("out/model.safetensors").exists()
     resume = [sys.executable, str(ROOT / "train.py"), "--output_dir", "out", "--resume"]
     resumed = subprocess.run(resume, env=environment, capture_output=True, text=True, timeout=120)
