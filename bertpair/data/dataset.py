@@ -87,13 +87,16 @@ def make_split(
 
 
 def report_labels(name: str, pairs: Pairs, labels: Sequence[str] | None) -> None:
-    """Log how many rows each label has, in id order, and warn where only one occurs."""
+    """Log how many rows each label has, in id order. Warn where there is only one, or one for most rows."""
     if labels is None or pairs.labels is None:
         return
     counts = Counter(pairs.labels)
     shown = [f"{plain(label)} {counts[label]:,}" for label in labels[:MAX_SHOWN]]
     more = [f"and {len(labels) - MAX_SHOWN} more"] if len(labels) > MAX_SHOWN else []
     logger.info("%s labels: %s", name, ", ".join([*shown, *more]))
+    if len(counts) > max(MAX_SHOWN, len(pairs) // 2):
+        found = f"{len(counts):,} different labels in {len(pairs):,} rows"
+        logger.warning("%s: %s; does label_column name the right column?", name, found)
     if len(counts) == 1:
         logger.warning(
             "%s: all %s rows have the label %s", name, f"{len(pairs):,}", plain(next(iter(counts)))

@@ -287,3 +287,13 @@ def test_new_head_sets_the_order_that_labels_name(fit: Callable[..., TrainResult
     assert PairClassifier.from_pretrained("out").labels == ("pos", "neg")
     fit(["neg", "pos"] * 6, model_name_or_path="first", labels=["pos", "neg"])
     assert PairClassifier.from_pretrained("out").labels == ("neg", "pos")
+
+
+def test_a_column_that_is_hardly_one_of_labels_gets_a_warning(
+    fit: Callable[..., TrainResult], caplog: pytest.LogCaptureFixture
+) -> None:
+    fit([f"an answer {i}" for i in range(24)] * 2, max_steps=1)
+    assert "different labels" not in caplog.text
+    fit([f"an answer {i}" for i in range(26)] + ["an answer 1"] * 24, max_steps=1)
+    said = "train: 26 different labels in 50 rows; does label_column name the right column?"
+    assert said in caplog.text
