@@ -98,7 +98,10 @@ def normal_lines(lines: Sequence[str]) -> list[Line]:
     for text in "\n".join(lines).strip("\n").splitlines():
         this, before = normal(text), found[-1].normal if found else ""
         is_save = re.fullmatch(r"saved \S+/checkpoint-0", this) and " evaluation: " in before
-        found.append(Line(text, this, bool(is_save or (this.startswith("checkpoint-0") and this == before))))
+        is_rate = this == "step 0/0 0 pairs/s, 0 s left"  # comes when the first steps took long enough
+        found.append(
+            Line(text, this, bool(is_save or is_rate or (this.startswith("checkpoint-0") and this == before)))
+        )
     return found
 
 
