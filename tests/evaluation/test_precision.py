@@ -39,10 +39,10 @@ def test_auto_says_what_it_chose_and_stores_it(tmp_path: Path, hidden_size: int)
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("device ")]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("device: ")]
     flag = cpu_bf16_flag()
     chosen = "bf16" if flag and hidden_size >= BF16_HIDDEN_SIZE else "off"
-    assert f"amp {chosen} (" in line and (flag is None or f"hidden_size {hidden_size}" in line)
+    assert f"(amp {chosen}: " in line and (flag is None or f"hidden_size {hidden_size}" in line)
     stored = yaml.safe_load((tmp_path / "out" / "training_args.yaml").read_text(encoding="utf-8"))
     assert str({False: "off"}.get(stored["amp"], stored["amp"])) == chosen
 

@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def documented_flags() -> list[str]:
-    found = re.search(r"^with `(--root_path .*?)` for each server", PAGE.read_text(), re.MULTILINE)
+    found = re.search(r"^Start each server with `(--root_path .*?)`\.", PAGE.read_text(), re.MULTILINE)
     assert found
     return found[1].split()
 
