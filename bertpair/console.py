@@ -75,7 +75,7 @@ def install_signal_handlers() -> None:
 @contextmanager
 def interruptible() -> Iterator[None]:
     """In a program of somebody's own: Ctrl-C sets the stop flag, so that the work within ends with a
-    checkpoint, and KeyboardInterrupt then says how to go on. A second Ctrl-C interrupts at once.
+    checkpoint or is finished. KeyboardInterrupt then says how to go on. A second Ctrl-C interrupts at once.
 
     Does nothing where the program handles Ctrl-C itself, and outside the main thread.
     """
@@ -96,6 +96,9 @@ def interruptible() -> Iterator[None]:
         if stopped.signum != signal.SIGINT:
             raise
         raise KeyboardInterrupt(str(stopped)) from None
+    else:
+        if stop_flag.signum == signal.SIGINT:  # it came too late to stop anything but what follows
+            raise KeyboardInterrupt("stopped by Ctrl-C, after the work was done")
     finally:
         signal.signal(signal.SIGINT, usual)
         if stop_flag.signum == signal.SIGINT:
@@ -129,11 +132,11 @@ def is_command() -> bool:
 
 
 def program(command: str) -> str:
-    """How whoever started this program starts `command`: as a script where it was one, else `bertpair …`."""
+    """How whoever started this program starts `command`: as a script if it was one, else `bertpair …`."""
     own = Path(sys.argv[0])
     if own.name in SCRIPTS:
         return f"python {shlex.quote(str(own.with_name(f'{command}.py')))}"
-    return f"bertpair {command}"
+    return f"{'python -m ' * (own.name == '__main__.py')}bertpair {command}"
 
 
 def say(text: str) -> None:

@@ -18,7 +18,7 @@ from conftest import write_hf_folder
 import bertpair
 from bertpair import Config, train
 from bertpair.checkpoints.checkpoint import list_checkpoints
-from bertpair.console import lines_shown, program, stop_flag
+from bertpair.console import interruptible, lines_shown, program, stop_flag
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train", "evaluate", "serve")
@@ -68,7 +68,10 @@ def test_the_command_does_what_the_scripts_do(settings: dict[str, object]) -> No
         assert done.returncode == 0, done.stderr
     found, expected = (Path(name, "model.safetensors").read_bytes() for name in ("by-command", "by-script"))
     assert found == expected
-    assert "next: bertpair evaluate --model_dir by-command, or: bertpair serve --model_dir" in done.stderr
+    assert (
+        "next: python -m bertpair evaluate --model_dir by-command, or: python -m bertpair serve"
+        in done.stderr
+    )
     results = [
         run(*command, "--model_dir", "by-command").stdout
         for command in ([ROOT / "evaluate.py"], ["-m", "bertpair", "evaluate"])
@@ -85,7 +88,7 @@ def test_the_command_alone_says_what_there_is() -> None:
     assert wrong.returncode == 2 and wrong.stdout == ""
     expected = "expected a command: train, evaluate or serve; found 'trian'; did you mean train?"
     assert wrong.stderr == f"error: {expected}\n"
-    assert run("-m", "bertpair", "serve", "--help").stdout.startswith("usage: bertpair serve ")
+    assert run("-m", "bertpair", "serve", "--help").stdout.startswith("usage: python -m bertpair serve ")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,7 @@ def test_the_command_alone_says_what_there_is() -> None:
         ("train.py", "python evaluate.py"),
         ("../a clone/serve.py", "python '../a clone/evaluate.py'"),
         ("/usr/bin/bertpair", "bertpair evaluate"),
+        ("/usr/lib/bertpair/__main__.py", "python -m bertpair evaluate"),
         ("my_program.py", "bertpair evaluate"),
     ],
 )
@@ -182,3 +186,14 @@ def test_ctrl_c_in_a_program_of_ones_own_keeps_the_work(
     ((step, _),) = list_checkpoints(Path("out"))
     result = train(Config(output_dir="out", resume=True, max_steps=step + 1, resume_anyway=True))
     assert result.global_step == step + 1
+
+
+def test_ctrl_c_that_comes_too_late_is_not_lost() -> None:
+    with pytest.raises(KeyboardInterrupt, match="after the work was done"), interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and not stop_flag
+    with pytest.raises(KeyboardInterrupt, match="^$"), interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError
+    assert not stop_flag
