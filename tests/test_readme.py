@@ -1,4 +1,4 @@
-"""Sentences of README, each held through the command, the library or a socket."""
+"""What README and docs/ promise, each sentence held through the command, the library or a socket."""
 
 import csv
 import io
