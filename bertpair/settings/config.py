@@ -12,7 +12,6 @@ or which weights and figures it ends with: a finished run is then opened again.
 
 import inspect
 import textwrap
-from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -431,23 +430,12 @@ class Config(EvaluateSettings, RunSettings, DeviceSettings, OptimSettings, Model
 
 
 class Setting(NamedTuple):
-    """What a check, a resume or --help wants to know of one field."""
+    """What a check or a resume wants to know of one field."""
 
-    group: str
     default: Any
-    help: str
     example: str = ""
     resume: Literal["free", "end", "warn", "anyway", "never"] = "never"
     owner: Literal["model", "files", "run"] = "run"
-
-
-def settings_of(groups: Mapping[str, type[Group]]) -> dict[str, Setting]:
-    """The fields of these groups, in order."""
-    return {
-        name: Setting(title, field.default, str(field.description), **(field.json_schema_extra or {}))  # type: ignore[arg-type]
-        for title, group in groups.items()
-        for name, field in group.model_fields.items()
-    }
 
 
 GROUPS: dict[str, type[Group]] = {
@@ -458,7 +446,11 @@ GROUPS: dict[str, type[Group]] = {
     "Output, checkpoints and evaluations": RunSettings,
     "Evaluating a trained model": EvaluateSettings,
 }
-SETTINGS = settings_of(GROUPS)
+SETTINGS = {
+    name: Setting(field.default, **(field.json_schema_extra or {}))  # type: ignore[arg-type]
+    for group in GROUPS.values()
+    for name, field in group.model_fields.items()
+}
 
 
 def _explain_settings() -> None:
