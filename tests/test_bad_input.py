@@ -55,7 +55,7 @@ def test_the_flags_alone_are_fine(flags: list[str]) -> None:
         ("--max_seq_length 65", "64 positions"),
         ("--amp fp16 --device cpu", "fp16"),
         ("--task_name mmli", "mnli"),
-        ("--model_type xlnet", "bert"),
+        ("--model_type xlnet", "tiny-bert is a bert model"),
         ("--text_a_column sentence9", "sentence9"),
         ("--label_column 9", "9"),
         ("--dev_file nowhere.tsv", "nowhere.tsv"),

@@ -24,6 +24,8 @@ from bertpair.data.tokenizer import Tokenizer, Tokens
 from bertpair.errors import ConfigError, DataError
 from bertpair.model.bert import BertClassifier
 from bertpair.model.config import ModelFolder, check_pairs, name_labels
+from bertpair.model.families import Network
+from bertpair.model.family import BERT
 from bertpair.model.packed import PackedClassifier, check_int8, choose_linear, int8_linear
 from bertpair.model.pretrained import load_model
 from bertpair.runtime import (
@@ -61,7 +63,7 @@ class Prediction:
 class Scorer:
     """A live model with what running it takes; scores rows of token ids."""
 
-    model: BertClassifier | PackedClassifier
+    model: Network | PackedClassifier
     pad_id: int
     device: torch.device
     precision: Precision
@@ -227,14 +229,14 @@ class PairClassifier:
         optimize: bool = True,
         quantize: str | None = None,
     ) -> PairClassifier:
-        """Open a folder that training wrote, a checkpoint in it, or any fine-tuned Hugging Face BERT.
+        """Open a folder that training wrote, a checkpoint in it, or a fine-tuned model of Hugging Face's.
 
         `labels` names the labels of a folder without names, in id order.
         Texts are cut at `max_seq_length`: by default where training cut them, never beyond the model's
         positions. `num_threads` sets PyTorch's threads for the whole process; None leaves them alone. A
         folder with a manifest of ours is verified first. `max_batch_tokens` bounds a batch, padding included.
-        On a CPU the network is prepared for answering (`packed.py`) unless `optimize` is false: then it
-        computes as training's evaluation did, bit for bit. `quantize="int8"` (CPU, amp off) trades a little
+        On a CPU a BERT is prepared for answering (`packed.py`) unless `optimize` is false: then it computes
+        as training's evaluation did, bit for bit. `quantize="int8"` (BERT, CPU, amp off) trades a little
         accuracy for speed.
         Raises CheckpointError where the folder cannot be used, ConfigError for a bad argument.
         """
@@ -246,20 +248,26 @@ class PairClassifier:
         takes_pairs = stored_takes_pairs(folder)
         if takes_pairs:
             check_pairs(folder)
-        elif folder.config.type_vocab_size < 2:
+        elif not folder.can_take_pairs:
             takes_pairs = False
         target = resolve_device(device)
-        positions = folder.config.max_position_embeddings
+        positions = folder.max_length
         if max_seq_length is not None and not 1 <= max_seq_length <= positions:
             raise ConfigError(f"max_seq_length: found {max_seq_length}; this model has {positions} positions")
         cut = min(max_seq_length or tokenizer.model_max_length or positions, positions)
         precision = resolve_precision(amp, target, hidden_size=folder.config.hidden_size)
         names = name_labels(folder, labels)
-        check_quantize(quantize, target, precision)
+        packs = folder.family is BERT and folder.config.pooling == "cls"
+        check_quantize(quantize, target, precision, packs)
         with explain_memory(target), torch.no_grad():
             model, _ = load_model(folder, num_labels=folder.config.num_labels, require_head=True)
-            ready: BertClassifier | PackedClassifier = model.to(target).eval()
-            if target.type == "cpu" and (optimize or quantize):
+            ready: Network | PackedClassifier = model.to(target).eval()
+            if (
+                isinstance(model, BertClassifier)
+                and packs
+                and target.type == "cpu"
+                and (optimize or quantize)
+            ):
                 make = int8_linear if quantize else choose_linear(precision.dtype)
                 ready = PackedClassifier(model, make, precision.dtype).eval()
             else:  # convert once what autocast would for every batch; products stay the same to the bit
@@ -323,8 +331,8 @@ def make_predictions(
     ]
 
 
-def check_quantize(quantize: str | None, device: torch.device, precision: Precision) -> None:
-    """ConfigError where `quantize` is unknown, or cannot stand with the device or the precision."""
+def check_quantize(quantize: str | None, device: torch.device, precision: Precision, packs: bool) -> None:
+    """ConfigError where `quantize` is unknown, or cannot stand with the device, precision or network."""
     if quantize is None:
         return
     if quantize != "int8":
@@ -333,4 +341,6 @@ def check_quantize(quantize: str | None, device: torch.device, precision: Precis
         raise ConfigError(f"quantize int8 runs on the CPU only, found device {device}")
     if precision.name != "off":
         raise ConfigError(f"quantize int8 goes with float32, found amp {precision.name}")
+    if not packs:
+        raise ConfigError("quantize int8 is for BERT with pooling cls only: leave it out for other networks")
     check_int8()

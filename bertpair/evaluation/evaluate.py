@@ -53,6 +53,7 @@ from bertpair.evaluation.report import (
     format_eval_results,
     format_predictions,
 )
+from bertpair.model.config import check_model_type, read_folder
 from bertpair.model.pretrained import resolve_folder
 from bertpair.runtime import allowed_precisions, resolve_device, set_deterministic, set_threads
 from bertpair.settings.config import Config
@@ -308,6 +309,8 @@ def _output_folder(
 
 def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> PairClassifier:
     cut = config.max_seq_length if "max_seq_length" in explicit else None
+    if "model_type" in explicit and candidate.is_own:
+        check_model_type(read_folder(candidate.path), config.model_type)
     budget = config.per_device_eval_batch_size * config.max_seq_length
     amp = config.amp
     if "amp" not in explicit and amp == "auto":

@@ -3,8 +3,8 @@
 Shapes: B batch, L length, Q positions that are computed (L, in the last layer 1), D hidden size, N heads,
 H = D / N head size, F intermediate size, C classes (1: regression).
 
-The head reads [CLS] only, so `forward` computes the last layer for that one position: all positions are
-still looked at, and nothing is approximated.
+The head reads [CLS] only, so `forward` computes the last layer for that one position (unless tokens are
+pooled in another way): all positions are still looked at, and nothing is approximated.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bertpair.model.pooling import Pooling, pool, positions_read
 from bertpair.settings.fields import Finite, Group, Whole
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -25,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
-_Share = Annotated[Finite, Field(ge=0.0, lt=1)]
+Share = Annotated[Finite, Field(ge=0.0, lt=1)]
 
 
 class BertConfig(Group):
@@ -40,16 +41,16 @@ class BertConfig(Group):
     num_attention_heads: Whole = Field(12, ge=1, le=65_536)
     intermediate_size: Whole = Field(3072, ge=1, le=1_000_000)
     hidden_act: Literal["gelu", "gelu_new", "relu"] = "gelu"
-    hidden_dropout_prob: _Share = 0.1
-    attention_probs_dropout_prob: _Share = 0.1
+    hidden_dropout_prob: Share = 0.1
+    attention_probs_dropout_prob: Share = 0.1
     max_position_embeddings: Whole = Field(512, ge=1, le=1_000_000)
     type_vocab_size: Whole = Field(2, ge=1, le=1_000_000)
     initializer_range: Finite = Field(0.02, gt=0, le=1)
     layer_norm_eps: Finite = Field(1e-12, gt=0, le=1)
-    # This row of the word table starts at zero and is never trained.
-    pad_token_id: Whole | None = Field(0, ge=0, le=10_000_000)
-    classifier_dropout: _Share | None = None  # None: hidden_dropout_prob
+    pad_token_id: Whole | None = Field(0, ge=0, le=10_000_000)  # a row that starts at zero and stays there
+    classifier_dropout: Share | None = None  # None: hidden_dropout_prob
     num_labels: Whole = Field(2, ge=1, le=1_000_000)  # C
+    pooling: Pooling = Field("cls", exclude=True)  # not one of config.json's names
 
 
 class Embeddings(nn.Module):
@@ -65,8 +66,7 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
         types = self.types.weight[0] if token_type_ids is None else self.types(token_type_ids)
-        x = self.words(input_ids) + types  # (B, L, D)
-        x = x + self.positions.weight[: input_ids.shape[1]]  # (B, L, D)
+        x = self.words(input_ids) + types + self.positions.weight[: input_ids.shape[1]]  # (B, L, D)
         out: Tensor = self.dropout(self.norm(x))
         return out
 
@@ -141,8 +141,8 @@ class BertClassifier(nn.Module):
         *body, last = self.layers
         for layer in body:
             x = layer(x, x, mask)  # (B, L, D)
-        cls = last(x[:, :1], x, mask).squeeze(1)  # (B, D)
-        pooled = torch.tanh(self.pooler(cls))  # (B, D)
+        x = last(positions_read(x, self.config.pooling), x, mask)  # (B, Q, D)
+        pooled = torch.tanh(self.pooler(pool(x, attention_mask, self.config.pooling)))  # (B, D)
         logits: Tensor = self.classifier(self.dropout(pooled))  # (B, C)
         return logits
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bertpair.data.tokenizer import Tokens
-from bertpair.model.bert import BertClassifier
+from bertpair.model.families import Network
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def decay(table: Tensor, learning_rates: Sequence[float], weight_decay: float) -
             block.mul_(factor)
 
 
-def compact_model(model: BertClassifier, tokens_list: Sequence[Tokens], pad_id: int) -> CompactTable:
+def compact_model(model: Network, tokens_list: Sequence[Tokens], pad_id: int) -> CompactTable:
     """Leave `model` only the word rows that occur in the data; `remap` then counts ids accordingly."""
     words = model.embeddings.words
     table = CompactTable(words.weight, tokens_list, pad_id)

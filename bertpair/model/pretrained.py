@@ -1,7 +1,8 @@
-"""Hugging Face model folders ↔ `BertClassifier`: names, weight files, and the hub they come from.
+"""Hugging Face model folders ↔ our networks: names, weight files, and the hub they come from.
 
-One table of names is read in both directions. A .bin file is a pickle: it is read by PyTorch's restricted
-unpickler (`weights_only=True`) or not at all. Of a model on the hub only the files that we read are fetched.
+A family's table of names is read in both directions. A .bin file is a pickle: it is read by PyTorch's
+restricted unpickler (`weights_only=True`) or not at all. Of a model on the hub only the files that we read
+are fetched.
 """
 
 from __future__ import annotations
@@ -21,39 +22,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bertpair.errors import CheckpointError, list_faults
-from bertpair.model.bert import BertClassifier, init_module
 from bertpair.model.config import ModelFolder
+from bertpair.model.families import Network, family_of
+from bertpair.model.family import Family
 from bertpair.runtime import physical_memory
 from bertpair.settings.files import MAX_JSON_BYTES, parse_json, read_json
 
 logger = logging.getLogger(__name__)
 
-MODULES = {  # ours: Hugging Face's
-    "embeddings.words": "bert.embeddings.word_embeddings",
-    "embeddings.types": "bert.embeddings.token_type_embeddings",
-    "embeddings.positions": "bert.embeddings.position_embeddings",
-    "embeddings.norm": "bert.embeddings.LayerNorm",
-    "pooler": "bert.pooler.dense",
-    "classifier": "classifier",
-}
-LAYER_MODULES = {  # under layers.N and bert.encoder.layer.N
-    "attention.query": "attention.self.query",
-    "attention.key": "attention.self.key",
-    "attention.value": "attention.self.value",
-    "attention.out": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-    "output_norm": "output.LayerNorm",
-}
-WORD_TABLE = "bert.embeddings.word_embeddings.weight"  # Hugging Face's name of it
-HEAD_MODULES = ("pooler", "classifier")  # may be missing from a checkpoint, and are new then
 INDEX_SUFFIX = ".index.json"
 WEIGHT_FILES = tuple(  # the first that is there is read
     name + suffix for name in ("model.safetensors", "pytorch_model.bin") for suffix in ("", INDEX_SUFFIX)
 )
 HUB_FILES = [f"{name}.json" for name in ("config", "tokenizer", "tokenizer_config", "special_tokens_map")]
-HUB_FILES += ["added_tokens.json", "vocab.txt"]
+HUB_FILES += ["added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"]
+HUB_FILES += ["modules.json", "adapter_config.json"]  # tell what a repository without config.json is
+BUFFERS = ("position_ids", "token_type_ids", "inv_freq")  # no weights, and made anew
 # In this order, until one kind of weights is there: a repository often holds several.
 HUB_WEIGHTS = (
     ("model.safetensors",),
@@ -62,6 +46,7 @@ HUB_WEIGHTS = (
     ("pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
 )
 HUB_NAME = re.compile(r"(?![.-])(?!.*(\.\.|--))([\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _FILLING = {"normal_", "uniform_", "kaiming_uniform_", "zero_", "zeros_", "ones_", "fill_"}
 
 
@@ -77,19 +62,35 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **given)
 
 
-def state_tensors(model: BertClassifier) -> dict[str, Tensor]:
-    """The model's own weights (no copies) under Hugging Face's names."""
-    modules, tensors = dict(MODULES), {}
-    for i in range(model.config.num_hidden_layers):
-        modules |= {f"layers.{i}.{a}": f"bert.encoder.layer.{i}.{b}" for a, b in LAYER_MODULES.items()}
+def state_tensors(model: Network) -> dict[str, Tensor]:
+    """The model's own weights (no copies) under Hugging Face's names.
+
+    Where transformers has no such pooling, the classifier's weight is (1, C, D): it refuses another shape,
+    and so cannot answer with other logits.
+    """
+    family, tensors = family_of(model), {}
     for name, parameter in model.named_parameters():
         module, _, kind = name.rpartition(".")
-        tensors[f"{modules[module]}.{kind}"] = parameter.detach()
+        tensors[f"{_theirs(family, module)}.{kind}"] = parameter.detach()
+    if model.config.pooling not in family.poolings:
+        name = _theirs(family, "classifier") + ".weight"
+        tensors[name] = tensors[name][None]
     return tensors
 
 
+def word_table_name(model: Network) -> str:
+    """Hugging Face's name of the word table."""
+    return _theirs(family_of(model), "embeddings.words") + ".weight"
+
+
+def _theirs(family: Family, module: str) -> str:
+    """Hugging Face's name of one of our modules."""
+    numbers = iter(_NUMBER.findall(module))
+    return re.sub(r"\*", lambda _: next(numbers), family.names[_NUMBER.sub("*", module)])
+
+
 @torch.no_grad()
-def load_state(model: BertClassifier, tensors: Mapping[str, Tensor], where: str = "weights") -> None:
+def load_state(model: Network, tensors: Mapping[str, Tensor], where: str = "weights") -> None:
     """Copy into `model` what `state_tensors` gives; `where` begins each line of an error.
 
     Raises CheckpointError listing the differences unless names and shapes are the model's own.
@@ -107,7 +108,7 @@ def load_model(
     new_head: bool = False,
     from_scratch: bool = False,
     require_head: bool = False,
-) -> tuple[BertClassifier, list[str]]:
+) -> tuple[Network, list[str]]:
     """The model of `folder`, in float32 on the CPU, and what its user should know, a line each.
 
     Weights that are there are always loaded; where there are none, `from_scratch` must be set. What is new
@@ -115,14 +116,14 @@ def load_model(
     generator; with `require_head` lacking one is an error: nobody wants a random model's answers.
     Raises CheckpointError listing all that is missing, surplus, of another shape or not finite.
     """
-    path, file = folder.path, find_weights(folder.path)
+    path, file, family = folder.path, find_weights(folder.path), folder.family
     config = folder.config.model_copy(update={"num_labels": num_labels})
     if file is None and (require_head or not from_scratch):
         start = "; add them, or set `from_scratch: true` to start from random ones"
         advice = ": train it first" if require_head else start
         raise CheckpointError(f"{path}: no weights in it ({', '.join(WEIGHT_FILES)}){advice}")
     with torch.device("meta"), _Unfilled():
-        own = state_tensors(BertClassifier(config))  # names and shapes alone
+        own = state_tensors(family.network(config))  # names and shapes alone
     if file is None:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
         if 0 < (there := physical_memory()) < needed:
@@ -130,47 +131,59 @@ def load_model(
                 f"describes {needed / 1e9:.3g} GB of weights; this machine has {there / 1e9:.3g} GB of memory"
             )
             raise CheckpointError(f"{path / 'config.json'}: {found}: is it damaged?")
-        return BertClassifier(config), [f"{path} has no weights: training starts from random ones"]
-    stored, notes = _translate(read_weights(file), file)
+        return family.network(config), [f"{path} has no weights: training starts from random ones"]
+    stored, notes = _translate(read_weights(file), file, family)
     if from_scratch:
         notes.append(f"{file}: loaded; from_scratch is for folders without weights")
-    if new_head and (old := [name for name in stored if name.startswith("classifier.")]):
+    classifier = _theirs(family, "classifier") + "."
+    if new_head and (old := [name for name in stored if name.startswith(classifier)]):
         notes.append(f"{file}: its classifier is replaced by a new one")
         stored = {name: tensor for name, tensor in stored.items() if name not in old}
-    heads = {module: MODULES[module] + "." for module in HEAD_MODULES}
+    heads = {module: _theirs(family, module) + "." for module in family.heads}
     new = [module for module, prefix in heads.items() if not any(name.startswith(prefix) for name in stored)]
     if new and require_head:
         raise CheckpointError(f"{file}: holds no {' and no '.join(new)}: train this model first")
     if new:
         notes.append(f"new layers, still random: {', '.join(new)}")
-    weight = stored.get("classifier.weight")
-    if weight is not None and weight.ndim == 2 and len(weight) != num_labels:
-        why = "config.json does not fit the weights" if require_head else "`new_head: true` trains a new one"
-        found = f"its classifier has {len(weight)} outputs, needed are {num_labels}"
-        raise CheckpointError(f"{file}: {found}; {why}")
+    name = classifier + "weight"
+    weight = stored.get(name)
+    if weight is not None and weight.ndim in (2, 3):
+        if weight.shape[-2] != num_labels:
+            advice = "`new_head: true` trains a new one"
+            why = "config.json does not fit the weights" if require_head else advice
+            found = f"its classifier has {weight.shape[-2]} outputs, needed are {num_labels}"
+            raise CheckpointError(f"{file}: {found}; {why}")
+        if weight.numel() == own[name].numel():  # trained with another pooling
+            stored[name] = weight.reshape(own[name].shape)
     fresh = tuple(heads[module] for module in new)
     _check_alike({name: each for name, each in own.items() if not name.startswith(fresh)}, stored, str(file))
     sound = to_float32(stored, str(file))
     with _Unfilled():  # all of it is overwritten; to_empty would import torch's compiler
-        model = BertClassifier(config)
+        model = family.network(config)
     for module in new:
-        init_module(model.get_submodule(module), config.initializer_range)
+        family.init(model, module)
     load_state(model, {**state_tensors(model), **sound})
     return model, notes
 
 
-def _translate(stored: Mapping[str, Tensor], file: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _translate(
+    stored: Mapping[str, Tensor], file: Path, family: Family
+) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors under their present names, and a line about those that are none of ours.
 
-    Names of 2018 and of a bare encoder become those of BertForSequenceClassification.
+    Names of 2018 and of a bare encoder become those of a classifier of today.
     """
     tensors: dict[str, Tensor] = {}
     ignored, faults = [], []
+    prefix = family.prefix
+    encoder = [name.removeprefix(prefix) for name in family.names.values() if name.startswith(prefix)]
+    bare = tuple({f"{name.partition('.')[0]}." for name in encoder})
     for name, tensor in stored.items():
-        present = re.sub(r"^(?=(embeddings|encoder|pooler)\.)", "bert.", name)
+        present = prefix + name if name.startswith(bare) else name
         present = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", present)
         present = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", present)
-        if name.startswith("cls.") or name.split(".")[-1] == "position_ids":
+        is_head = any(each.startswith(family.ignored) for each in (name, prefix + name))
+        if is_head or name.split(".")[-1] in BUFFERS:
             ignored.append(name)
         elif present in tensors:
             faults.append(f"{file}: {name!r} stands there under another spelling too ({present!r})")

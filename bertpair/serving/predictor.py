@@ -161,7 +161,7 @@ def load_predictor(config: ServeConfig) -> Predictor:
     settings = model_settings(folder.path)
     cut = config.max_seq_length or settings.get("max_seq_length")
     if not config.max_seq_length and isinstance(cut, int):
-        cut = min(cut, folder.config.max_position_embeddings)
+        cut = min(cut, folder.max_length)
     classifier = PairClassifier.from_pretrained(
         folder.path,
         labels=config.labels,

@@ -200,6 +200,7 @@ def _evaluate(flags: Layer, path: str | None, settings_folder: Callable[[Path], 
         "do_eval",
         "eval_output_dir",
         "model_name_or_path",
+        "model_type",
     }
     idle = [name for name in flags.values if name not in working]
     flags.notes += [f"{flags.where[name]} has no effect on an evaluation" for name in idle]

@@ -177,6 +177,16 @@ class ModelSettings(Group):
         "The model to start from: a folder, or a name on the Hugging Face hub.",
         example="bert-base-multilingual-cased",
     )
+    model_type: Text = _free(
+        None,
+        "The kind of network that the model must be, such as bert or xlm-roberta: only a check. "
+        "Not given: no check.",
+    )
+    pooling: Literal["cls", "mean", "max"] | None = _model(
+        None,
+        "What the classifier reads of the last layer. cls: the vector of the first token. mean: the mean "
+        "over all tokens. max: the maximum over all tokens. Not given: what the model has, cls for most.",
+    )
     revision: Text = setting(None, "Branch, tag or commit of a model on the hub. Not given: its main branch.")
     cache_dir: Path = _free(
         None, "Folder that keeps models from the hub. Not given: Hugging Face's own cache folder."

@@ -94,7 +94,8 @@ def typed(model: type[Group], raw: Mapping[str, object]) -> tuple[dict[str, Any]
     except FieldError as error:
         sound, _ = typed(model, {name: value for name, value in raw.items() if name not in error.faults})
         return sound, {name: error.faults[name] for name in raw if name in error.faults}
-    return {name: getattr(made, name) for name in raw if name in model.model_fields}, {}
+    fields = {field.alias or name: name for name, field in model.model_fields.items()}
+    return {name: getattr(made, fields[name]) for name in raw if name in fields}, {}
 
 
 def _explain(model: type[Group], values: Mapping[str, object], error: ValidationError) -> dict[str, str]:

@@ -3,11 +3,11 @@
 A name either stands for a setting of today, or is said, in one line, to mean nothing any more.
 """
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, create_model
+from pydantic import create_model
 
-from bertpair.settings.fields import RETIRED, Group, Switch, Whole, said, setting
+from bertpair.settings.fields import RETIRED, Group, Switch, Whole, setting
 
 _GONE = "no longer means anything: ignored"
 IGNORED = {
@@ -28,13 +28,11 @@ ELSEWHERE = {
     "do_predict": "is ignored here: {evaluate} --predict --data_file FILE does it",
     "eval_all_checkpoints": "is ignored here: {evaluate} --all_checkpoints does it",
 }
-_ModelType = Annotated[str, Field(pattern="^(?i:bert)$", strict=True), said("bert, the only type for now")]
 
 
 class OldNames(create_model("Ignored", __base__=Group, **dict.fromkeys(IGNORED, (Any, None)))):  # type: ignore[misc]
     """Every old name, and what may stand there. Trainer's own default for per_gpu_… was null."""
 
-    model_type: _ModelType = "bert"
     per_gpu_train_batch_size: Whole | None = setting(None, "", ge=1)
     per_gpu_eval_batch_size: Whole | None = setting(None, "", ge=1)
     fp16: Switch = False
@@ -50,7 +48,7 @@ def translate(name: str, value: Any, script: str) -> tuple[dict[str, Any], str]:
     """
     if name in IGNORED:
         return {}, IGNORED[name]
-    if value in (None, False) or name == "model_type":
+    if value in (None, False):
         return {}, ""
     if name in ELSEWHERE and script == "train":
         return {}, ELSEWHERE[name]

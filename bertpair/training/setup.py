@@ -18,9 +18,9 @@ from bertpair.data.dataset import Pairs, Split, label_warnings, make_split, over
 from bertpair.data.source import Source, resolve_source
 from bertpair.data.tokenizer import Tokenizer
 from bertpair.errors import ConfigError, plain
-from bertpair.model.bert import BertClassifier
 from bertpair.model.compact_vocabulary import CompactTable, compact_model
-from bertpair.model.config import ModelFolder, check_pairs, label_order, read_folder
+from bertpair.model.config import ModelFolder, check_model_type, check_pairs, label_order, read_folder
+from bertpair.model.families import Network
 from bertpair.model.pretrained import load_model, resolve_folder
 from bertpair.runtime import (
     Precision,
@@ -46,7 +46,7 @@ class Job:
     """A run with everything loaded."""
 
     config: Config  # with amp, num_threads and positive_label as they turned out
-    model: BertClassifier  # on the device
+    model: Network  # on the device
     folder: ModelFolder  # where the weights came from
     tokenizer: Tokenizer
     labels: tuple[str, ...] | None  # in id order; None: regression
@@ -73,6 +73,7 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
     reset_peak_memory(device)
     source = resolve_source(config)
     folder = read_folder(resumed_from.folder) if resumed_from else _open_model(config)
+    check_model_type(folder, config.model_type)
     train_pairs, dev_pairs, labels = _read_pairs(config, source, folder)
     if train_pairs.text_b is not None:
         check_pairs(folder, " (text_b_column: null)")
@@ -135,7 +136,10 @@ def _open_model(config: Config) -> ModelFolder:
     hub: dict[str, Any] = {"revision": config.revision, "cache_dir": config.cache_dir}
     named = config.config_name and resolve_folder(config.config_name, **hub)
     assert config.model_name_or_path is not None
-    return open_model(config.model_name_or_path, config_name=named, **hub)
+    folder = open_model(config.model_name_or_path, config_name=named, **hub)
+    if config.pooling is None:
+        return folder
+    return dataclasses.replace(folder, config=folder.config.model_copy(update={"pooling": config.pooling}))
 
 
 def _read_pairs(
@@ -175,7 +179,7 @@ def _check_watched(config: Config, labels: Sequence[str] | None, *, has_dev: boo
 
 
 def _read_tokenizer(config: Config, folder: ModelFolder, *, is_new: bool) -> Tokenizer:
-    path, cut, positions = folder.path, config.max_seq_length, folder.config.max_position_embeddings
+    path, cut, positions = folder.path, config.max_seq_length, folder.max_length
     if config.tokenizer_name is not None and is_new:
         path = resolve_folder(config.tokenizer_name, revision=config.revision, cache_dir=config.cache_dir)
     words, lower = folder.config.vocab_size, config.do_lower_case

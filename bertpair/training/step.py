@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bertpair.data.batching import Batch, Rows
-from bertpair.model.bert import BertClassifier
+from bertpair.model.families import Network
 from bertpair.runtime import LossScaler, Precision
 from bertpair.training.optim import AdamW, clip_scale, gradient_norm
 
@@ -130,7 +130,7 @@ class Stepper:
 
     def __init__(
         self,
-        model: BertClassifier,
+        model: Network,
         optimizer: AdamW,
         objective: Objective,
         *,

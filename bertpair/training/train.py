@@ -26,7 +26,7 @@ from bertpair.evaluation.evaluate import Evaluation, class_figures, evaluate_spl
 from bertpair.evaluation.metrics import finite_or_null
 from bertpair.evaluation.plots import draw_curves
 from bertpair.model.config import config_json
-from bertpair.model.pretrained import WORD_TABLE, load_state, state_tensors
+from bertpair.model.pretrained import load_state, state_tensors, word_table_name
 from bertpair.runtime import (
     explain_memory,
     is_out_of_memory,
@@ -219,8 +219,9 @@ class _Run:
             self._last = kept, None if table is None else table.full
             if table is not None:
                 self._whole_table()  # steps done so far are not for the table that comes
-                table.full = weights[WORD_TABLE].clone()
-                weights[WORD_TABLE] = table.rows()
+                name = word_table_name(model)
+                table.full = weights[name].clone()
+                weights[name] = table.rows()
             load_state(model, weights, str(best.folder))
         except CheckpointError as error:
             logger.error("the best weights are lost, the last ones are kept instead: %s", error)
@@ -249,7 +250,7 @@ class _Run:
         job = self.job
         tensors = state_tensors(job.model)
         if job.table is not None:
-            tensors[WORD_TABLE] = self._whole_table()
+            tensors[word_table_name(job.model)] = self._whole_table()
         staging.write_tensors("model.safetensors", tensors, {"format": "pt"})
         pairs = job.train.pairs
         kind: dict[str, Any] = {"takes_pairs": pairs.text_b is not None, "header": pairs.header}

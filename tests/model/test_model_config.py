@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 from conftest import TINY_CONFIG
+from transformers import AutoConfig
 from transformers import BertConfig as HuggingFaceConfig
 
-from bertpair.errors import CheckpointError
+from bertpair.errors import CheckpointError, ConfigError
 from bertpair.model.bert import BertConfig
-from bertpair.model.config import ModelFolder, config_json, label_order, read_folder
+from bertpair.model.config import ModelFolder, check_model_type, config_json, label_order, read_folder
+from bertpair.model.families import FAMILIES
 
 FULL = {**TINY_CONFIG, "vocab_size": 100}
 
@@ -35,8 +37,17 @@ def test_absent_fields_have_the_defaults_of_transformers(tmp_path: Path) -> None
     ours = read(tmp_path, {"model_type": "bert"})
     theirs = HuggingFaceConfig()
     assert ours.config == BertConfig()
-    for name in vars(ours.config):
-        assert getattr(ours.config, name) == getattr(theirs, name), name
+    for name, value in ours.config.model_dump().items():
+        assert value == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_absent_fields_of_every_family_have_the_defaults_of_transformers(
+    tmp_path: Path, model_type: str
+) -> None:
+    ours, theirs = read(tmp_path, {"model_type": model_type}).config, AutoConfig.for_model(model_type)
+    for name, value in ours.model_dump(by_alias=True).items():
+        assert value == getattr(theirs, name), name
 
 
 def test_without_model_type_the_fields_of_bert_make_a_bert(tmp_path: Path) -> None:
@@ -62,13 +73,84 @@ def test_what_says_neither_bert_nor_its_fields_is_none(tmp_path: Path, raw: dict
         read(tmp_path, raw)
 
 
-@pytest.mark.parametrize("model_type", ["roberta", "distilbert", "BERT", "", 3, ["bert"]])
-def test_other_model_types_are_refused(tmp_path: Path, model_type: object) -> None:
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"model_type": "xlnet"}, "'xlnet'; "),
+        ({"model_type": "BERT"}, "'BERT'; "),
+        ({"model_type": ""}, "''; "),
+        ({"model_type": 3}, "3; "),
+        ({"model_type": ["bert"]}, "a list; "),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "'gpt2', a decoder; "),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "'llama', a decoder; "),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "'t5', an encoder-decoder; "),
+    ],
+)
+def test_an_unknown_model_type_is_named_with_those_that_are_known(
+    tmp_path: Path, changes: dict[str, Any], found: str
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read(tmp_path, changed(**changes))
+    place = f"{tmp_path / 'config.json'}: model_type: found {found}"
+    assert str(caught.value) == f"{place}supported are {', '.join(FAMILIES)}, all encoders"
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_quantised_weights_are_refused(tmp_path: Path, method: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read(tmp_path, changed(quantization_config={"quant_method": method, "bits": 4}))
+    said = f"found weights quantised by '{method}'; only the original ones are supported"
+    assert str(caught.value) == f"{tmp_path / 'config.json'}: quantization_config: {said}"
+    assert read(tmp_path, changed(quantization_config=None)).config.hidden_size == 32
+
+
+def test_adapters_alone_are_refused_with_the_way_to_merge_them(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "xlm-roberta-base"}')
     with pytest.raises(
-        CheckpointError, match="model_type: expected bert, the only type for now, found "
-    ) as caught:
-        read(tmp_path, changed(model_type=model_type))
-    assert str(tmp_path / "config.json") in str(caught.value)
+        CheckpointError, match="LoRA adapters alone, of the base model 'xlm-roberta-base': .*merge"
+    ):
+        read_folder(tmp_path)
+
+
+def test_the_inner_folder_of_a_sentence_transformer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text("[]")
+    for name in ("1_Pooling", "0_Transformer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"name its sub-folder {tmp_path / '0_Transformer'}$"):
+        read_folder(tmp_path)
+
+
+def test_the_fields_of_another_family_are_named_as_its_file_names_them(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read(
+            tmp_path, {"model_type": "distilbert", "dim": 30, "n_heads": 4, "n_layers": 0, "hidden_size": "?"}
+        )
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path / 'config.json'}: n_layers: expected a whole number from 1 to 1000, found 0",
+        f"{tmp_path / 'config.json'}: dim: expected a multiple of n_heads (4), found 30",
+    ]
+
+
+@pytest.mark.parametrize("given", ["bert", "BERT", "Bert", None])
+def test_a_model_type_that_is_given_is_the_folders_in_any_case(tmp_path: Path, given: str | None) -> None:
+    check_model_type(read(tmp_path, FULL), given)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "given"),
+    [
+        ("xlm-roberta", "xlmroberta"),
+        ("xlm-roberta", "XLM_RoBERTa"),
+        ("roberta", "roBERTa"),
+        ("distilbert", "distilBERT"),
+    ],
+)
+def test_the_spellings_of_2020_are_understood(tmp_path: Path, model_type: str, given: str) -> None:
+    folder = read(tmp_path, {"model_type": model_type})
+    check_model_type(folder, given)
+    with pytest.raises(ConfigError, match=f"model_type: found BERT; {tmp_path} is a {model_type} model"):
+        check_model_type(folder, "BERT")
 
 
 @pytest.mark.parametrize(
@@ -275,8 +357,8 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         assert theirs.num_labels == count
         assert theirs.problem_type == ("regression" if labels is None else "single_label_classification")
         assert labels is None or tuple(theirs.id2label[i] for i in range(3)) == labels
-        for name in vars(config):
-            assert getattr(theirs, name) == getattr(written, name), name
+        for name, value in written.model_dump().items():
+            assert value == getattr(theirs, name), name
 
 
 def test_other_keys_of_the_original_stay_and_untrue_ones_go(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def write_model(path: Path, **values: object) -> Path:
 def test_the_2020_command_line_means_what_it_meant() -> None:
     parsed = train(RECIPE)
     assert parsed.config == Config(
+        model_type="BERT",
         model_name_or_path="bert-base-multilingual-cased",
         task_name="MNLI-MM",
         do_train=True,
@@ -180,9 +181,7 @@ def test_all_faults_of_yaml_and_flags_come_in_one_list(folder: Path) -> None:
     (folder / "config.yaml").write_text(
         "seed: x\nlearing_rate: 1\nlabels: [yes, a]\noutput_dir: o\nseed: 2\n"
     )
-    assert refusal(
-        "--learning 2 --per_device_train_batch_size 0 --model_type xlnet --warmup_ratio 2 stray"
-    ) == [
+    assert refusal("--learning 2 --per_device_train_batch_size 0 --pooling sum --warmup_ratio 2 stray") == [
         "config.yaml:5: seed is given twice",
         "config.yaml:1: seed: expected a whole number from 0 to 4294967295, found 'x'",
         "config.yaml:2: unknown setting learing_rate; did you mean learning_rate?",
@@ -191,7 +190,7 @@ def test_all_faults_of_yaml_and_flags_come_in_one_list(folder: Path) -> None:
         "unknown setting --learning; did you mean learning_rate?",
         "--warmup_ratio: expected a number of at least 0 and at most 1, found 2 words, '2 stray'",
         "--per_device_train_batch_size: expected a whole number of at least 1, found 0",
-        "--model_type: expected bert, the only type for now, found 'xlnet'",
+        "--pooling: expected one of cls, mean, max, or null, found 'sum'",
         "model_name_or_path must be set: training needs a model to start from. "
         "Example: --model_name_or_path bert-base-multilingual-cased",
         "data_dir or train_file must be set: training needs data. Example: --train_file answers.tsv",

@@ -23,8 +23,8 @@ DESIGNED = {
     "Data": """data_dir train_file dev_file test_file task_name text_a_column text_b_column
         label_column has_header quoting labels positive_label problem_type on_bad_row max_seq_length
         max_train_samples max_eval_samples""",
-    "Model": """model_name_or_path revision cache_dir config_name tokenizer_name do_lower_case
-        from_scratch new_head compact_vocabulary""",
+    "Model": """model_name_or_path model_type pooling revision cache_dir config_name tokenizer_name
+        do_lower_case from_scratch new_head compact_vocabulary""",
     "Training": """learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
         lr_scheduler_type warmup_steps warmup_ratio num_train_epochs max_steps per_device_train_batch_size
         per_device_eval_batch_size gradient_accumulation_steps group_by_length pad_to_multiple_of

@@ -3,7 +3,6 @@
 import pytest
 
 from bertpair.settings.config import SETTINGS
-from bertpair.settings.fields import typed
 from bertpair.settings.run_glue import IGNORED, OldNames, translate
 
 ARGPARSE_ERA = """data_dir model_type model_name_or_path task_name output_dir config_name
@@ -29,7 +28,6 @@ def test_what_old_names_mean() -> None:
     assert translate("per_gpu_train_batch_size", 8, "train") == ({"per_device_train_batch_size": 8}, "")
     assert translate("per_gpu_eval_batch_size", 8, "train") == ({"per_device_eval_batch_size": 8}, "")
     assert translate("per_gpu_eval_batch_size", None, "train") == ({}, "")
-    assert translate("model_type", "BERT", "train") == ({}, "")
 
 
 def test_evaluation_moved_to_its_own_script() -> None:
@@ -52,11 +50,3 @@ def test_what_an_old_name_stands_for_is_a_setting(name: str) -> None:
 def test_nothing_is_swallowed(name: str) -> None:
     meaning, note = translate(name, "1", "train")
     assert not meaning and note.startswith("no longer means anything")
-
-
-def test_only_bert_is_a_model_type() -> None:
-    for word in ("BERT", "bert", "Bert"):
-        assert typed(OldNames, {"model_type": word}) == ({"model_type": word}, {})
-    for value in ("roberta", "", None, 3):
-        _, faults = typed(OldNames, {"model_type": value})
-        assert faults["model_type"].startswith("expected bert, the only type for now")
