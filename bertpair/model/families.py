@@ -1,6 +1,7 @@
 """The kinds of networks that there are, by the `model_type` of config.json."""
 
 from bertpair.model.bert import BertClassifier
+from bertpair.model.distilbert import DISTILBERT, DistilBertClassifier
 from bertpair.model.family import BERT, Family
 from bertpair.model.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA, RobertaClassifier
 
@@ -9,8 +10,9 @@ FAMILIES = {
     "roberta": ROBERTA,
     "xlm-roberta": XLM_ROBERTA,
     "camembert": CAMEMBERT,
+    "distilbert": DISTILBERT,
 }
-Network = BertClassifier | RobertaClassifier
+Network = BertClassifier | RobertaClassifier | DistilBertClassifier
 
 
 def family_of(network: Network) -> Family:
