@@ -1,5 +1,6 @@
 """The kinds of networks that there are, by the `model_type` of config.json."""
 
+from bertpair.model.albert import ALBERT, AlbertClassifier
 from bertpair.model.bert import BertClassifier
 from bertpair.model.distilbert import DISTILBERT, DistilBertClassifier
 from bertpair.model.family import BERT, Family
@@ -11,8 +12,9 @@ FAMILIES = {
     "xlm-roberta": XLM_ROBERTA,
     "camembert": CAMEMBERT,
     "distilbert": DISTILBERT,
+    "albert": ALBERT,
 }
-Network = BertClassifier | RobertaClassifier | DistilBertClassifier
+Network = BertClassifier | RobertaClassifier | DistilBertClassifier | AlbertClassifier
 
 
 def family_of(network: Network) -> Family:
