@@ -102,7 +102,7 @@ def _explain(model: type[Group], values: Mapping[str, object], error: Validation
     faults: dict[str, str] = {}
     for item in error.errors(include_url=False):
         name = str(item["loc"][0])
-        if item["type"] == "extra_forbidden":
+        if item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
             faults[name] = f"unknown setting {plain(name)}{suggest(name, model.model_fields)}"
         elif said := str(item.get("ctx", {}).get("error", "")):
             faults[name] = said
