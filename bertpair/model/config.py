@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from bertpair.errors import CheckpointError, ConfigError, half_character, list_faults, listed, show
 from bertpair.model.bert import BertConfig
@@ -59,7 +59,7 @@ def _not_quantised(config: object) -> None:
         raise ValueError(f"found weights quantised by {show(method)}; only the original ones are supported")
 
 
-class _Layout(Group):
+class _Layout(BaseModel, frozen=True):
     """What config.json says in an object of ours, which transformers ignores."""
 
     takes_pairs: Switch
@@ -83,7 +83,9 @@ class _ConfigJson(Group):
     num_labels: Whole | None = Field(None, ge=1, le=1_000_000)
     id2label: _Names = ()
     label2id: _Names = ()
-    bertpair: Annotated[_Layout | None, said("takes_pairs (true or false) and header (names or null)")] = None
+    bertpair: Annotated[_Layout | None, said("what bertpair writes there: takes_pairs, header, pooling")] = (
+        None
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +139,7 @@ def read_folder(path: Path, *, config_name: str | Path | None = None) -> ModelFo
     if "vocab_size" not in wrong and padding >= config.vocab_size:
         under = f"expected a whole number under vocab_size ({config.vocab_size})"
         faults.append(f"pad_token_id: {under}, found {padding}")
+    faults += () if misshapen else family.faults(config)
     names, count, regression = _read_labels(said, faults)
     if faults:
         raise CheckpointError(list_faults([f"{file}: {fault}" for fault in faults]))

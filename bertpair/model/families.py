@@ -4,6 +4,7 @@ from bertpair.model.albert import ALBERT, AlbertClassifier
 from bertpair.model.bert import BertClassifier
 from bertpair.model.distilbert import DISTILBERT, DistilBertClassifier
 from bertpair.model.family import BERT, Family
+from bertpair.model.modernbert import MODERNBERT, ModernBertClassifier
 from bertpair.model.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA, RobertaClassifier
 
 FAMILIES = {
@@ -13,8 +14,9 @@ FAMILIES = {
     "camembert": CAMEMBERT,
     "distilbert": DISTILBERT,
     "albert": ALBERT,
+    "modernbert": MODERNBERT,
 }
-Network = BertClassifier | RobertaClassifier | DistilBertClassifier | AlbertClassifier
+Network = BertClassifier | RobertaClassifier | DistilBertClassifier | AlbertClassifier | ModernBertClassifier
 
 
 def family_of(network: Network) -> Family:

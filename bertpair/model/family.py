@@ -1,6 +1,6 @@
 """What the rest of the program must know of a kind of network; and that of BERT, the first of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ class Family(NamedTuple):
     ignored: tuple[str, ...]  # how the names of pretraining weights begin that no classifier needs
     max_length: Callable[[Any], int] = attrgetter("max_position_embeddings")  # tokens, of a config
     init: Callable[[Any, str], None] = init_like_bert
+    faults: Callable[[Any], Iterable[str]] = lambda config: ()  # of fields that are sound one by one
     pairs_need_types: bool = False  # else separators alone tell the two texts apart
     poolings: tuple[str, ...] = ("cls",)  # those that transformers computes too
     unchecked: frozenset[str] = frozenset()  # names of config.json that mean nothing here

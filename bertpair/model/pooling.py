@@ -15,7 +15,7 @@ def positions_read(x: Tensor, pooling: Pooling) -> Tensor:
 def pool(x: Tensor, attention_mask: Tensor | None, pooling: Pooling) -> Tensor:
     """(B, Q, D) → (B, D); padding, where `attention_mask` (B, L) is 0, counts for nothing."""
     if pooling == "cls":
-        return x.squeeze(1)
+        return x[:, 0]
     if attention_mask is None:
         return x.mean(1) if pooling == "mean" else x.amax(1)
     is_token = attention_mask.bool()[:, :, None]  # (B, L, 1)

@@ -13,6 +13,7 @@ from bertpair.errors import CheckpointError, ConfigError
 from bertpair.model.bert import BertConfig
 from bertpair.model.config import ModelFolder, check_model_type, config_json, label_order, read_folder
 from bertpair.model.families import FAMILIES
+from bertpair.model.modernbert import ModernBertConfig
 
 FULL = {**TINY_CONFIG, "vocab_size": 100}
 
@@ -46,8 +47,75 @@ def test_absent_fields_of_every_family_have_the_defaults_of_transformers(
     tmp_path: Path, model_type: str
 ) -> None:
     ours, theirs = read(tmp_path, {"model_type": model_type}).config, AutoConfig.for_model(model_type)
-    for name, value in ours.model_dump(by_alias=True).items():
+    written = ours.model_dump(by_alias=True)
+    if model_type == "modernbert":  # which transformers has made of others already
+        assert written.pop("layer_types") is None and ours.kinds == theirs.layer_types
+        assert written.pop("rope_parameters") is None
+        for kind, rope in theirs.rope_parameters.items():
+            assert ours.theta(kind) == rope["rope_theta"]
+        for name in ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers", "rope_scaling"):
+            del written[name]
+    for name, value in written.items():
         assert value == getattr(theirs, name), name
+
+
+OLD = {"model_type": "modernbert", "global_rope_theta": 5e4, "num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "thetas", "local"),
+    [
+        ({}, (5e4, 1e4), [1, 2]),
+        ({"local_rope_theta": 7}, (5e4, 7), [1, 2]),
+        ({"local_rope_theta": None}, (5e4, 5e4), [1, 2]),
+        ({"rope_parameters": {"sliding_attention": {"rope_theta": 3}}}, (5e4, 3), [1, 2]),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 3}}},
+            (3, 1e4),
+            [1, 2],
+        ),
+        ({"global_attn_every_n_layers": 1}, (5e4, 1e4), []),
+        ({"global_attn_every_n_layers": 2}, (5e4, 1e4), [1, 3]),
+        ({"layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 2}, (5e4, 1e4), [0, 1]),
+        ({"position_embedding_type": "sans_pos"}, (5e4, 1e4), [1, 2]),
+    ],
+)
+def test_old_and_new_words_of_a_modernbert_are_understood(
+    tmp_path: Path, changes: dict[str, Any], thetas: tuple[float, float], local: list[int]
+) -> None:
+    config = read(tmp_path, OLD | changes).config
+    assert isinstance(config, ModernBertConfig)
+    assert (config.theta("full_attention"), config.theta("sliding_attention")) == thetas
+    assert [i for i, kind in enumerate(config.kinds) if kind == "sliding_attention"] == local
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"layer_types": ["full_attention"]}, "layer_types: expected one for each of 4 layers, found 1"),
+        ({"layer_types": ["chunked"] * 4}, "layer_types: expected a kind of attention for each layer"),
+        (
+            {"hidden_size": 30, "num_attention_heads": 6},
+            "num_attention_heads: expected heads of an even size",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: expected "),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+            "rope_parameters: expected rope_theta",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 0}}}, "rope_parameters: expected rope_theta"),
+        ({"rope_parameters": {"full_attention": {"factor": 2}}}, "rope_parameters: expected rope_theta"),
+        ({"classifier_pooling": "max"}, None),
+        ({"classifier_pooling": "sum"}, "classifier_pooling: expected one of cls, mean, max, found 'sum'"),
+    ],
+)
+def test_what_no_modernbert_has_is_named(tmp_path: Path, changes: dict[str, Any], fault: str | None) -> None:
+    if fault is None:
+        assert read(tmp_path, OLD | changes).config.pooling == "max"
+        return
+    with pytest.raises(CheckpointError) as caught:
+        read(tmp_path, OLD | changes)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: {fault}")
 
 
 def test_without_model_type_the_fields_of_bert_make_a_bert(tmp_path: Path) -> None:
@@ -182,6 +250,8 @@ def test_the_spellings_of_2020_are_understood(tmp_path: Path, model_type: str, g
         *[("is_decoder", value) for value in (True, 1, "false")],
         ("add_cross_attention", True),
         ("pruned_heads", {"0": [1]}),
+        *[("bertpair", value) for value in (1, {}, {"takes_pairs": 5}, {"takes_pairs": True, "header": []})],
+        ("bertpair", {"takes_pairs": True, "pooling": "sum"}),
         *[("num_labels", value) for value in (0, -2, True, "3", 3.0)],
         *[("problem_type", value) for value in ("multi_label_classification", "Regression", 1)],
         *[("id2label", value) for value in ({}, [], "a", {"1": "a"}, {"0": "a", "2": "b"}, {"00": "a"})],
