@@ -68,14 +68,14 @@ def make_split(
         "%s: %d rows, %.1f tokens a row (longest %d); %d rows (%.1f %%) cut at %d",
         *(name, len(lengths), lengths.mean(), lengths.max(), cut, 100 * cut / len(lengths), max_length),
     )
-    num_special = tokenizer.backend.num_special_tokens_to_add(pairs.text_b is not None)
-    words, unknown = int((lengths - num_special).sum()), int((tokens.ids == tokenizer.unk_id).sum())
+    template = tokenizer.pipeline.templates[pairs.text_b is not None]
+    words = int(lengths.sum()) - len(tokens) * template.num_specials
+    unknown = 0 if tokenizer.unk_id is None else int((tokens.ids == tokenizer.unk_id).sum())
     if unknown > MANY_UNKNOWN * words:
         logger.warning(
-            "%s: %.0f %% of the tokens are [UNK], which tells the model nothing of the text: "
+            "%s: %.0f %% of the tokens are %s, which tells the model nothing of the text: "
             "the vocabulary is not one for these texts",
-            name,
-            100 * unknown / words,
+            *(name, 100 * unknown / words, tokenizer.unk_token),
         )
     targets: Targets | None = None
     if pairs.labels is not None and labels is None:

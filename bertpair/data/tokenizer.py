@@ -1,7 +1,7 @@
 """Texts and pairs of texts to token ids, in compact arrays.
 
-The `tokenizers` library cuts rows (`longest_first`) and puts on special tokens and token types, chunk by
-chunk in parallel.
+The `tokenizers` library turns texts into ids, chunk by chunk in parallel. Rows are cut and special tokens put
+on here: the library would make a row of every combination of pieces that it cuts off.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 import logging
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
-from tokenizers import normalizers
+from tokenizers import models
 
 from bertpair.console import stop_flag
-from bertpair.data.wordpiece import MASK_TOKEN, entries_of, is_standard, read_wordpiece
+from bertpair.data.pipeline import ROLES, Pipeline, read_pipeline
+from bertpair.data.template import TRUNCATIONS, keep
+from bertpair.data.wordpiece import entries_of, is_wordpiece, read_wordpiece
 from bertpair.errors import CheckpointError, ConfigError, DataError, half_character, list_faults
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ Ints = NDArray[np.int64]
 
 CHUNK_ROWS = 5_000
 CHUNK_CHARS = 1_000_000  # the library needs some 100 bytes a token while it works
-LONG_BYTES = 8  # per token of max_length: a text with more is first cut to a head
+LONG_CHARS = 8  # per token that there is room for: of a text with more, a head is read first
+REACH = 64  # a word that ends so far before the end of a head is whole: more than any pattern looks ahead
 MAX_SPARE_ROWS = 127  # rows of the word table beyond the vocabulary: padding to a round number
 MAX_MODEL_LENGTH = 1_000_000  # transformers writes 1e30 for "none"
 
@@ -53,35 +55,43 @@ class Tokens:
 
 
 class Tokenizer:
-    """WordPiece as BERT uses it; ids equal transformers' BertTokenizerFast's, but typed [SEP] stays text."""
+    """A model's own tokenizer; ids equal those of transformers' fast one, but typed [SEP] stays text."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, lower_case: bool, settings: Mapping[str, Any]) -> None:
-        backend.encode_special_tokens = True  # copies and pickles of the library's object forget it
-        self.backend = backend
-        self.lower_case = lower_case
-        self.settings = settings
-        vocabulary = backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.pad_id, self.unk_id = vocabulary["[PAD]"], vocabulary["[UNK]"]
-        length = settings.get("model_max_length")
+    def __init__(self, pipeline: Pipeline, truncation: str | None = None) -> None:
+        """`truncation` None: as the model folder says."""
+        self.pipeline, self.backend, self.lower_case = pipeline, pipeline.backend, pipeline.lower_case
+        self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        pad_id = self.backend.token_to_id(pipeline.config["pad_token"])
+        assert pad_id is not None  # who reads a pipeline sees to it
+        self.pad_id = pad_id
+        self.unk_token: str | None = pipeline.config["unk_token"]  # None: it has tokens for any text
+        self.unk_id = None if self.unk_token is None else self.backend.token_to_id(self.unk_token)
+        length = pipeline.config.get("model_max_length")
         self.model_max_length = (
             int(length) if isinstance(length, int | float) and 0 < length <= MAX_MODEL_LENGTH else None
         )
-        self._cutter = backend, 0  # see `_cutting_at`
-        self._reach = 1 + max(map(len, (t.content for t in backend.get_added_tokens_decoder().values())))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self.backend, self.lower_case, self.settings)
+        if truncation not in (None, *TRUNCATIONS):
+            raise ConfigError(f"truncation: found {truncation!r}; allowed: {', '.join(TRUNCATIONS)}")
+        said = truncation or pipeline.config.get("truncation")  # which may be true, of another's writing
+        self.truncation = said if said in TRUNCATIONS else "longest_first"
+        added = self.backend.get_added_tokens_decoder().values()
+        self._reach = REACH + max((len(token.content) for token in added), default=0)
 
     @classmethod
     def from_folder(
-        cls, folder: Path, *, do_lower_case: bool | None = None, word_table: int | None = None
+        cls,
+        folder: Path,
+        *,
+        do_lower_case: bool | None = None,
+        word_table: int | None = None,
+        truncation: str | None = None,
     ) -> Tokenizer:
-        """Read tokenizer.json or vocab.txt; `word_table` is the number of rows that the model has for them.
+        """Read the folder's tokenizer; `word_table` is the number of rows that the model has for its tokens.
 
         Raises CheckpointError on a tokenizer that is missing, damaged, contradictory or of another size.
         """
-        tokenizer = cls(*read_wordpiece(folder, do_lower_case))
+        read = read_wordpiece if is_wordpiece(folder) else read_pipeline
+        tokenizer = cls(read(folder, do_lower_case), truncation)
         size = tokenizer.vocab_size
         if word_table is not None and size != word_table:
             what = f"{folder}: a vocabulary of {size} entries for a word table of {word_table} rows"
@@ -94,7 +104,7 @@ class Tokenizer:
 
     def check_length(self, max_length: int, num_texts: int) -> None:
         """ConfigError where it leaves no token for each text."""
-        least = self.backend.num_special_tokens_to_add(num_texts == 2) + num_texts
+        least = self.pipeline.templates[num_texts - 1].num_specials + num_texts
         if max_length < least:
             row = self.backend.encode("a", "b" if num_texts == 2 else None).tokens
             what = f"a {'pair' if num_texts == 2 else 'single text'} ({' '.join(row)})"
@@ -103,24 +113,26 @@ class Tokenizer:
     def encode(self, text_a: Sequence[str], text_b: Sequence[str] | None, max_length: int) -> Tokens:
         """Token ids of each row, with special tokens: of a pair, or of a single text without text_b.
 
-        Rows longer than `max_length` lose tokens from the end of the longer text. Raises DataError on text
-        that UTF-8 cannot carry, ConfigError where max_length leaves no token for each text, StoppedError
-        between chunks.
+        Rows longer than `max_length` lose tokens from the end of the longer text, or as `truncation` says.
+        Raises DataError on text that UTF-8 cannot carry, ConfigError where max_length leaves no token for
+        each text, StoppedError between chunks.
         """
         columns = [text_a] if text_b is None else [text_a, text_b]
         self.check_length(max_length, len(columns))
-        cutter = self._cutting_at(max_length)
+        template = self.pipeline.templates[len(columns) - 1]
+        room = max_length - template.num_specials
 
         def encode_part(part: slice) -> tuple[array[int], ...]:
             stop_flag.raise_if_set()
-            rows = self._heads([column[part] for column in columns], max_length)
             ids, lengths, first_lengths, truncated = made = array("i"), array("q"), array("i"), array("b")
-            for encoding in cutter.encode_batch_fast(rows if len(columns) == 2 else [a for (a,) in rows]):
-                ids.fromlist(encoding.ids)
-                lengths.append(len(encoding))
-                first_lengths.append(encoding.type_ids.count(0))
-                # Asked of full rows only: the answer is a copy of all that was cut off.
-                truncated.append(len(encoding) == max_length and bool(encoding.overflowing))
+            for texts in zip(*self._text_ids([column[part] for column in columns], room), strict=True):
+                counts = tuple(map(len, texts))
+                kept = keep(counts, room, self.truncation)
+                row = template.row(texts, kept)
+                ids.fromlist(row)
+                lengths.append(len(row))
+                first_lengths.append(template.first_length(kept))
+                truncated.append(kept != counts)
             return made
 
         parts = chunks(columns)
@@ -131,7 +143,7 @@ class Tokenizer:
                 for made in map(encode_part, parts) if len(parts) < 2 else pool.map(encode_part, parts):
                     for so_far, more in zip(whole, made, strict=True):
                         so_far.extend(more)
-        except UnicodeEncodeError:  # `_heads` encodes each text
+        except UnicodeEncodeError:  # `_text_ids` encodes each text
             faults = [
                 f"{name}[{row}]: character {at} is {text[at]!r}, half of a surrogate pair"
                 for name, column in zip(("text_a", "text_b"), columns, strict=False)
@@ -143,114 +155,60 @@ class Tokenizer:
         small = np.uint16 if max_length <= np.iinfo(np.uint16).max else np.int32
         return Tokens(ids, offsets_of(lengths), first_lengths.astype(small), truncated.astype(np.bool_))
 
-    def _cutting_at(self, max_length: int) -> tokenizers.Tokenizer:
-        """A copy of the backend that cuts; set on the backend itself, that would be written with a model."""
-        cutter, length = self._cutter
-        if length != max_length:
-            cutter = tokenizers.Tokenizer.from_str(self.backend.to_str())
-            cutter.encode_special_tokens = True
-            cutter.enable_truncation(max_length)
-            self._cutter = cutter, max_length
-        return cutter
+    def _text_ids(self, columns: Sequence[Sequence[str]], room: int) -> Sequence[Sequence[list[int]]]:
+        """By column, the token ids of each text, without special tokens.
 
-    def _heads(self, columns: Sequence[Sequence[str]], max_length: int) -> list[tuple[str, ...]]:
-        """The rows; texts that are far too long give way to heads from which the same rows are made.
-
-        The library would make a row of each combination of pieces that it cuts off. A head is tried that may
-        be too short to tell, then a longer one.
+        Of a text that is far too long they are only the first, more than there is room for, where these and
+        the other text settle the row: reading it all would take its time.
         """
-        rows = list(zip(*columns, strict=True))
-        room = max_length - self.backend.num_special_tokens_to_add(len(columns) == 2)
-        size = first_size = LONG_BYTES * max_length
-        pending = [i for i, row in enumerate(rows) if any(len(text.encode()) > size for text in row)]
-        totals: dict[int, list[int]] = {}
-
-        def count(some: list[int]) -> None:
-            texts = [text for i in some for text in rows[i]]
-            counts = map(len, self.backend.encode_batch_fast(texts, add_special_tokens=False))
-            totals.update((i, [next(counts) for _ in rows[i]]) for i in some)
-
-        # Which of two long texts has more tokens, only their ends can tell.
-        count([i for i in pending if len(rows[i]) == 2 and min(map(len, rows[i])) > size])
-        while pending:
-            texts = [text[:size] for i in pending for text in rows[i]]
-            encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
-            undecided = []
-            for i in pending:
-                begun = [next(encodings) for _ in rows[i]]
-                heads = _heads_of_row(rows[i], begun, totals.get(i), size, room, self._reach)
-                rows[i] = heads or rows[i]
-                undecided += [] if heads else [i]
-            if size > first_size:  # it may have few tokens: one endless word
-                count([i for i in undecided if i not in totals])
-            pending, size = undecided, 16 * size
-        return rows
+        num_rows, texts = len(columns[0]), [text for column in columns for text in column]
+        "".join(texts).encode()  # the library's own error does not say what is wrong
+        size = LONG_CHARS * room + self._reach
+        long = {i for i, text in enumerate(texts) if len(text) > size}
+        short = ["" if i in long else text for i, text in enumerate(texts)]
+        ids = [encoding.ids for encoding in self.backend.encode_batch_fast(short, add_special_tokens=False)]
+        heads = self.backend.encode_batch([texts[i][:size] for i in long], add_special_tokens=False)
+        for i, head in zip(long, heads, strict=True):
+            ids[i] = _sure_ids(head, size - self._reach)
+        unsure = []
+        for i in long:
+            other = (i + num_rows) % len(texts)  # the pair's other text; a single text itself
+            # Which of two texts that are both too long is the longer, only their ends can tell.
+            both_long = other != i and (other in long or len(ids[other]) > room)
+            unsure += [i] if both_long or len(ids[i]) <= room else []
+        wholes = self.backend.encode_batch_fast([texts[i] for i in unsure], add_special_tokens=False)
+        for i, whole in zip(unsure, wholes, strict=True):
+            ids[i] = whole.ids
+        return [ids[:num_rows], ids[num_rows:]][: len(columns)]
 
     def files(self, max_length: int) -> dict[str, bytes]:
         """The tokenizer as files by name, which transformers' AutoTokenizer loads too."""
-        specials = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]"}
-        # Left out, transformers would add a [MASK] beyond the vocabulary.
-        mask = MASK_TOKEN if self.backend.token_to_id(MASK_TOKEN) is not None else None
-        settings: dict[str, object] = {
-            "tokenizer_class": "BertTokenizer" if is_standard(self.backend) else "PreTrainedTokenizerFast",
-            "model_max_length": max_length,
-            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-            "do_lower_case": self.lower_case,
-            **specials,
-            "mask_token": mask,
+        config = {**self.pipeline.config, "model_max_length": max_length, "truncation": self.truncation}
+        specials = {role: config[role] for role in ROLES if config.get(role) is not None}
+        files = {
+            "tokenizer.json": self.pipeline.document.encode(),
+            "tokenizer_config.json": _to_json(config),
+            "special_tokens_map.json": _to_json(specials),
         }
-        normalizer = self.backend.normalizer
-        if isinstance(normalizer, normalizers.BertNormalizer):
-            settings["strip_accents"] = normalizer.strip_accents
-            settings["tokenize_chinese_chars"] = normalizer.handle_chinese_chars
-        return {
-            "tokenizer.json": self.backend.to_str().encode(),
-            "tokenizer_config.json": _to_json(settings),
-            "special_tokens_map.json": _to_json(specials | ({"mask_token": mask} if mask else {})),
-            "vocab.txt": "".join(entry + "\n" for entry in entries_of(self.backend)).encode(),
-        }
+        if isinstance(self.backend.model, models.WordPiece):
+            files["vocab.txt"] = "".join(entry + "\n" for entry in entries_of(self.backend)).encode()
+        return files
 
 
 def _to_json(value: object) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
+    return (json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _heads_of_row(
-    texts: tuple[str, ...], begun: Sequence[Any], totals: list[int] | None, size: int, room: int, reach: int
-) -> tuple[str, ...] | None:
-    """Heads of whole words that are cut to the same row; None where more of the texts must be seen.
-
-    `begun` are the encodings of the first `size` characters; their words may go on within the last `reach`.
-    `totals` are the tokens of the whole texts, where known. Cutting asks which text has more (among equals,
-    the second), so the heads must keep that.
-    """
-    wholes = [len(text) <= size for text in texts]
-    counts = []  # of tokens that the whole text has too
-    for encoding, is_whole in zip(begun, wholes, strict=True):
-        count = len(encoding)
-        while count and not is_whole:
-            word = encoding.token_to_word(count - 1)
-            if encoding.word_to_chars(word)[1] <= size - reach:
-                break
-            count = encoding.word_to_tokens(word)[0]
-        counts.append(count)
-    first, second = (totals or counts) if len(texts) == 2 else (0, 0)
-    if first <= second and (totals or wholes[0] or len(texts) == 1):
-        shorter_first = [0, 1][: len(texts)]
-    elif second < first and (totals or wholes[1]):
-        shorter_first = [1, 0]
-    else:
-        return None
-    heads, wanted = list(texts), room + 1
-    for i in shorter_first:
-        if counts[i] >= wanted:
-            word = begun[i].token_to_word(wanted - 1)
-            heads[i] = texts[i][: begun[i].word_to_chars(word)[1]]
-            wanted = begun[i].word_to_tokens(word)[1]
-        elif not wholes[i] and (totals is None or totals[i] >= wanted):
-            return None
-        wanted += 1
-    return tuple(heads)
+def _sure_ids(head: Any, end: int) -> list[int]:
+    """Those of whole words that end before character `end`: what follows the head cannot change them."""
+    count = len(head)
+    while count:
+        word = head.token_to_word(count - 1)
+        if head.word_to_chars(word)[1] <= end:
+            break
+        count = head.word_to_tokens(word)[0]
+    ids: list[int] = head.ids[:count]
+    return ids
 
 
 def chunks(columns: Sequence[Sequence[str]]) -> list[slice]:

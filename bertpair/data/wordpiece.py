@@ -7,7 +7,6 @@ BertTokenizer does so, and a model trained there saw those ids.
 
 import contextlib
 import itertools
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,45 +15,75 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from bertpair.data.pipeline import (
+    GENERIC_CLASSES,
+    SUPPORTED,
+    Pipeline,
+    check_added_tokens,
+    drop_padding_and_cut,
+    foreign_settings,
+    named_class,
+    read_if_there,
+    read_tokenizer_json,
+    with_special_tokens,
+)
+from bertpair.data.template import read_templates
 from bertpair.errors import CheckpointError, list_faults, show
-from bertpair.settings.files import read_json
 
 logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 MASK_TOKEN = "[MASK]"  # not needed for classification, kept special where the vocabulary has it
 RESERVED = (*SPECIAL_TOKENS, MASK_TOKEN)
+ROLE_OF = {token: f"{token[1:-1].lower()}_token" for token in RESERVED}
 NORMALIZER_SETTINGS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
-BERT_CLASSES = tuple(  # one pipeline in transformers; DistilBert's has no token types
-    f"{name}Tokenizer{fast}" for name in ("Bert", "Electra", "MobileBert") for fast in ("", "Fast")
+BERT_CLASSES = tuple(  # one pipeline in transformers
+    f"{name}Tokenizer{fast}"
+    for name in ("Bert", "Electra", "MobileBert", "DistilBert")
+    for fast in ("", "Fast")
 )
-NETWORKS = ("bert", "electra", "mobilebert")  # whose tokenizer it is where no class is named
+NETWORKS = ("bert", "electra", "mobilebert", "distilbert")  # whose tokenizer it is where no class is named
+UNTYPED_NETWORKS = ("distilbert", "roberta", "xlm-roberta", "camembert", "modernbert")
 STANDARD = {  # what the folder may say of the pipeline; anything else would change ids
     "do_basic_tokenize": (True,),
     "never_split": ([],),
-    "word_tokenizer_type": ("basic", "wordpiece"),
-    "subword_tokenizer_type": ("wordpiece",),
     "clean_text": (True,),
     "wordpieces_prefix": ("##",),
-    "truncation_side": ("right",),
-    "fast_tokenizer_files": (["tokenizer.json"],),
-    **{f"{token[1:-1].lower()}_token": (token,) for token in RESERVED},
+    **SUPPORTED,
+    **{role: (token,) for token, role in ROLE_OF.items()},
 }
-GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # there tokenizer.json alone rules
 MOJIBAKE_SHARE = 0.1  # of the entries that are not ASCII; 0 in Google's vocabularies, 0.98 in a broken copy
 
 
-def read_wordpiece(
-    folder: Path, do_lower_case: bool | None = None
-) -> tuple[tokenizers.Tokenizer, bool, dict[str, Any]]:
-    """The folder's pipeline, whether it lower-cases, and its tokenizer_config.json; raises CheckpointError.
+def is_wordpiece(folder: Path) -> bool:
+    """Whether the folder's tokenizer is BERT's: its class or network says so, or else what is there."""
+    declared, network, _ = named_class(folder)
+    if declared is not None and declared not in GENERIC_CLASSES:
+        return declared in BERT_CLASSES
+    if declared is None and network is not None:
+        return network in NETWORKS
+    if not (path := folder / "tokenizer.json").is_file():
+        return declared is None and not ((folder / "vocab.json").is_file() or any(folder.glob("*.model")))
+    backend = read_tokenizer_json(path)
+    backend.no_padding()
+    backend.no_truncation()
+    row = backend.encode("a", "a")
+    marks = zip(row.tokens, row.type_ids, row.sequence_ids, strict=True)
+    added = [(token, kind) for token, kind, text in marks if text is None]
+    is_bert = added == [("[CLS]", 0), ("[SEP]", 0), ("[SEP]", 1)]
+    is_bert &= None not in map(backend.token_to_id, SPECIAL_TOKENS)
+    return isinstance(backend.model, models.WordPiece) and (is_bert or not added)
+
+
+def read_wordpiece(folder: Path, do_lower_case: bool | None = None) -> Pipeline:
+    """The folder's pipeline, which is BERT's; raises CheckpointError.
 
     `do_lower_case` None follows tokenizer_config.json, then tokenizer.json's normalizer, then the vocabulary:
     cased if an entry outside brackets has an upper-case letter.
     """
-    settings = _read_if_there(folder / "tokenizer_config.json")
+    settings = read_if_there(folder / "tokenizer_config.json")
     path = folder / "tokenizer.json"
-    declared = _check_declared(settings, folder, has_json=path.is_file())
+    declared, input_names = _check_declared(settings, folder)
     if path.is_file():
         backend = _read_tokenizer_json(path)
         if (folder / "vocab.txt").is_file():
@@ -68,13 +97,8 @@ def read_wordpiece(
         backend.normalizer = normalizers.BertNormalizer()
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece(prefix="##")
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    if missing := sorted(_added_tokens(folder, settings) - known):
-        raise CheckpointError(
-            f"{folder}: {len(missing)} tokens are added to {path.name} ({show(missing[0])}, …) by other "
-            "files; save_pretrained of transformers' AutoTokenizer writes a tokenizer.json that has them"
-        )
-    if declared in BERT_CLASSES and not is_standard(backend):
+    check_added_tokens(backend, path, settings, RESERVED)
+    if declared in BERT_CLASSES and not _is_standard(backend):
         raise CheckpointError(
             f"{path}: its pipeline is another than that of {declared}, which the folder names as "
             "tokenizer_class; PreTrainedTokenizerFast there means tokenizer.json as it stands"
@@ -82,77 +106,51 @@ def read_wordpiece(
     if declared in GENERIC_CLASSES:
         settings = {name: value for name, value in settings.items() if name not in NORMALIZER_SETTINGS}
     lower_case = _set_casing(backend, path, settings, do_lower_case)
+    drop_padding_and_cut(backend, path, settings)
     _finish_backend(backend, path)
-    return backend, lower_case, settings
+    config: dict[str, Any] = {
+        "model_max_length": settings.get("model_max_length"),
+        "truncation": settings.get("truncation"),
+        "tokenizer_class": "BertTokenizer" if _is_standard(backend) else "PreTrainedTokenizerFast",
+        "model_input_names": input_names,
+        "do_lower_case": lower_case,
+        **{ROLE_OF[token]: token for token in SPECIAL_TOKENS},
+        # Left out, transformers would add a [MASK] beyond the vocabulary.
+        "mask_token": MASK_TOKEN if backend.token_to_id(MASK_TOKEN) is not None else None,
+    }
+    normalizer = backend.normalizer
+    if isinstance(normalizer, normalizers.BertNormalizer):
+        config["strip_accents"] = normalizer.strip_accents
+        config["tokenize_chinese_chars"] = normalizer.handle_chinese_chars
+    templates = read_templates(backend, path, input_names)
+    return Pipeline(backend, backend.to_str(), config, lower_case, templates)
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
-def _check_declared(settings: Mapping[str, Any], folder: Path, *, has_json: bool) -> str | None:
-    """The tokenizer class that the folder names, if any; CheckpointError for another than BERT's pipeline."""
-    place, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
-    faults = _other_pipeline(settings, place) + _other_pipeline(_read_if_there(special), special)
+def _check_declared(settings: Mapping[str, Any], folder: Path) -> tuple[str | None, list[str]]:
+    """The tokenizer class that the folder names, if any, and what it gives a network; or CheckpointError."""
+    place = folder / "tokenizer_config.json"
+    declared, network, found = named_class(folder)
+    files = ["tokenizer_config.json", "special_tokens_map.json"]
+    files += [] if settings.get("tokenizer_class") else ["config.json"]
+    faults = [
+        fault
+        for name in files
+        for fault in foreign_settings(read_if_there(folder / name), folder / name, STANDARD)
+    ]
     for name in NORMALIZER_SETTINGS:
         if not isinstance(settings.get(name), bool | None):
             faults.append(f"{place}: {name} is {show(settings[name])}; true, false or null is allowed")
-    declared = settings.get("tokenizer_class")
-    if declared is None:
-        place = folder / "config.json"
-        config = _read_if_there(place)
-        declared, network = config.get("tokenizer_class"), config.get("model_type")
-        faults += _other_pipeline(config, place)
-        if declared is None and network not in (None, *NETWORKS):
-            faults.append(
-                f"{place}: model_type: found {show(network)}, whose tokenizer is not BERT's WordPiece"
-            )
-    allowed = (*BERT_CLASSES, *GENERIC_CLASSES) if has_json else BERT_CLASSES
-    if declared is not None and declared not in allowed:
-        needs = ", which needs a tokenizer.json" if declared in GENERIC_CLASSES else ""
-        faults.append(
-            f"{place}: tokenizer_class: found {show(declared)}{needs}; only BERT's WordPiece is supported "
-            f"({', '.join(allowed)})"
-        )
+    has_types = network not in UNTYPED_NETWORKS and not (declared or "").startswith("DistilBert")
+    usual = ["input_ids", *["token_type_ids"] * has_types, "attention_mask"]
+    inputs = settings.get("model_input_names") or usual
+    if not isinstance(inputs, list) or (
+        "token_type_ids" not in inputs and network not in (None, *UNTYPED_NETWORKS)
+    ):
+        said = found if inputs is usual else f"{place}: model_input_names: found {show(inputs)}"
+        faults.append(f"{said}; only a model that was trained with token_type_ids is supported")
     if faults:
         raise CheckpointError(list_faults(faults))
-    return declared
-
-
-def _other_pipeline(said: Mapping[str, Any], place: Path) -> list[str]:
-    """What a settings file of the folder says that is not BERT's WordPiece."""
-    faults = []
-    own = said.get("auto_map")
-    if own and not (isinstance(own, dict) and "AutoTokenizer" not in own):
-        faults.append(f"{place}: auto_map: names a tokenizer in code of its own, which is never run")
-    for name, usual in STANDARD.items():
-        value = said.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if value is not None and value not in usual:
-            faults.append(f"{place}: {name}: found {show(value)}; only {usual[0]!r} is supported")
-    inputs = said.get("model_input_names")
-    if inputs is not None and not (isinstance(inputs, list) and "token_type_ids" in inputs):
-        faults.append(
-            f"{place}: model_input_names: found {show(inputs)}; only a model that was trained with "
-            "token_type_ids is supported"
-        )
-    return faults
-
-
-def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> set[str]:
-    """Tokens beside BERT's own five that the folder's small files say texts may hold whole."""
-    is_ours = (folder / "manifest.json").is_file()  # which never names such a file, so it is not read
-    found = set() if is_ours else set(_read_if_there(folder / "added_tokens.json"))
-    try:
-        found |= {token["content"] for token in settings.get("added_tokens_decoder", {}).values()}
-        for said in (settings, _read_if_there(folder / "special_tokens_map.json")):
-            for name in ("additional_special_tokens", "extra_special_tokens"):
-                extra = said.get(name) or []
-                tokens = extra.values() if isinstance(extra, dict) else extra
-                found |= {token if isinstance(token, str) else token["content"] for token in tokens}
-    except (AttributeError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{folder}: its added tokens cannot be read ({e!r})") from e
-    return found - set(RESERVED)
+    return declared, inputs
 
 
 def _read_vocabulary(path: Path) -> list[str]:
@@ -204,15 +202,7 @@ def _check_vocabulary(entries: Sequence[str], path: Path) -> None:
 
 def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     """Its pipeline; the folder's own special tokens (<e1>) become plain added ones: texts may hold them."""
-    try:
-        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-        content = json.loads(backend.to_str())
-        own = [t for t in content["added_tokens"] if t["special"] and t["content"] not in RESERVED]
-        for token in own:
-            token["special"] = False
-        backend = tokenizers.Tokenizer.from_str(json.dumps(content)) if own else backend
-    except Exception as e:  # the library raises bare Exception for whatever it cannot parse
-        raise CheckpointError(f"{path}: not a tokenizer: {e}") from e
+    backend = with_special_tokens(read_tokenizer_json(path), RESERVED)
     if not isinstance(backend.model, models.WordPiece) or backend.model.unk_token != "[UNK]":
         kind = type(backend.model).__name__
         raise CheckpointError(f"{path}: a {kind} model; WordPiece with the unknown token [UNK] is expected")
@@ -280,11 +270,7 @@ def _set_casing(
 
 
 def _finish_backend(backend: tokenizers.Tokenizer, path: Path) -> None:
-    """No padding, no truncation, BERT's template, and user text that stays text."""
-    if (backend.truncation or {}).get("direction", "right") != "right":
-        raise CheckpointError(f"{path}: its truncation cuts texts at the left; only right is supported")
-    backend.no_padding()
-    backend.no_truncation()
+    """BERT's template, and user text that stays text."""
     has_template = backend.post_processor is not None
     theirs = backend.encode("a", "b"), backend.encode("a")
     numbers = {token: backend.token_to_id(token) for token in RESERVED}
@@ -313,7 +299,7 @@ def _finish_backend(backend: tokenizers.Tokenizer, path: Path) -> None:
         )
 
 
-def is_standard(backend: tokenizers.Tokenizer) -> bool:
+def _is_standard(backend: tokenizers.Tokenizer) -> bool:
     """Whether transformers' BertTokenizer, which builds its own pipeline, gives the same ids."""
     normalizer, model = backend.normalizer, backend.model
     return (

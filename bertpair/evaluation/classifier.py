@@ -222,6 +222,7 @@ class PairClassifier:
         cache_dir: str | Path | None = None,
         labels: Sequence[str] | None = None,
         max_seq_length: int | None = None,
+        truncation: str | None = None,
         device: str = "auto",
         amp: str = "off",
         num_threads: int | None = None,
@@ -232,19 +233,20 @@ class PairClassifier:
         """Open a folder that training wrote, a checkpoint in it, or a fine-tuned model of Hugging Face's.
 
         `labels` names the labels of a folder without names, in id order.
-        Texts are cut at `max_seq_length`: by default where training cut them, never beyond the model's
-        positions. `num_threads` sets PyTorch's threads for the whole process; None leaves them alone. A
-        folder with a manifest of ours is verified first. `max_batch_tokens` bounds a batch, padding included.
-        On a CPU a BERT is prepared for answering (`packed.py`) unless `optimize` is false: then it computes
-        as training's evaluation did, bit for bit. `quantize="int8"` (BERT, CPU, amp off) trades a little
-        accuracy for speed.
+        Texts are cut at `max_seq_length`, as `truncation` says: by default where and as training cut them,
+        never beyond the model's positions. `num_threads` sets PyTorch's threads for the whole process; None
+        leaves them alone. A folder with a manifest of ours is verified first. `max_batch_tokens` bounds a
+        batch, padding included. On a CPU a BERT is prepared for answering (`packed.py`) unless `optimize` is
+        false: then it computes as training's evaluation did, bit for bit. `quantize="int8"` (BERT, CPU, amp
+        off) trades a little accuracy for speed.
         Raises CheckpointError where the folder cannot be used, ConfigError for a bad argument.
         """
         survive_fork()
         if num_threads is not None:
             set_threads(num_threads)
         folder = open_model(name_or_path, revision=revision, cache_dir=cache_dir)
-        tokenizer = Tokenizer.from_folder(folder.path, word_table=folder.config.vocab_size)
+        words = folder.config.vocab_size
+        tokenizer = Tokenizer.from_folder(folder.path, word_table=words, truncation=truncation)
         takes_pairs = stored_takes_pairs(folder)
         if takes_pairs:
             check_pairs(folder)

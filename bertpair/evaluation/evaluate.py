@@ -322,6 +322,7 @@ def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> P
         candidate.path,
         labels=config.labels if candidate.is_own or "labels" in explicit else None,
         max_seq_length=cut,
+        truncation=config.truncation if "truncation" in explicit else None,
         device=config.device,
         amp=amp,
         max_batch_tokens=budget,

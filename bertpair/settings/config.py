@@ -161,6 +161,11 @@ class DataSettings(Group):
         ge=5,
         le=65_535,
     )
+    truncation: Literal["longest_first", "only_second"] = _model(
+        "longest_first",
+        "How a pair that is too long is cut. longest_first: the longer text loses tokens. only_second: the "
+        "second text does, unless the first leaves no room for any of it.",
+    )
     max_train_samples: Whole | None = setting(
         None, "Train only on this many rows, the first ones. Not given: on all rows.", ge=1
     )

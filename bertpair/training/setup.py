@@ -183,7 +183,9 @@ def _read_tokenizer(config: Config, folder: ModelFolder, *, is_new: bool) -> Tok
     if config.tokenizer_name is not None and is_new:
         path = resolve_folder(config.tokenizer_name, revision=config.revision, cache_dir=config.cache_dir)
     words, lower = folder.config.vocab_size, config.do_lower_case
-    tokenizer = Tokenizer.from_folder(path, do_lower_case=lower, word_table=words)
+    tokenizer = Tokenizer.from_folder(
+        path, do_lower_case=lower, word_table=words, truncation=config.truncation
+    )
     if cut > positions:
         raise ConfigError(f"max_seq_length: found {cut}; {folder.path} has {positions} positions")
     return tokenizer

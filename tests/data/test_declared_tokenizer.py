@@ -126,6 +126,37 @@ def test_what_is_taken_gives_the_ids_of_transformers(folder: Path, network: str,
     assert_ids_of_transformers(folder, WORDS)
 
 
+NO_TYPES = ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("names", [{}, {"model_input_names": NO_TYPES}])
+@pytest.mark.parametrize(
+    ("network", "declared"),
+    [
+        ("distilbert", {}),
+        ("distilbert", {"tokenizer_class": "DistilBertTokenizer"}),
+        ("distilbert", {"tokenizer_class": "DistilBertTokenizerFast"}),
+        ("roberta", {"tokenizer_class": "BertTokenizer", "bos_token": "[CLS]", "eos_token": "[SEP]"}),
+    ],
+)
+def test_networks_without_token_types_have_the_ids_of_bert(
+    folder: Path, network: str, declared: dict[str, str], names: dict[str, list[str]]
+) -> None:
+    bert = Tokenizer.from_folder(folder).encode(WORDS, WORDS, 64)
+    declare(declare(folder, **declared, **names), "config.json", model_type=network)
+    ours = Tokenizer.from_folder(folder)
+    tokens = ours.encode(WORDS, WORDS, 64)
+    np.testing.assert_array_equal(tokens.ids, bert.ids)
+    np.testing.assert_array_equal(tokens.first_lengths, tokens.lengths)  # all of type 0
+    save_tokenizer(ours, folder, 64)
+    saved = AutoTokenizer.from_pretrained(folder)
+    assert saved.model_input_names == NO_TYPES
+    assert saved(WORDS, WORDS)["input_ids"] == [
+        ids.tolist() for ids in np.split(bert.ids, bert.offsets[1:-1])
+    ]
+    assert Tokenizer.from_folder(folder).files(64) == ours.files(64)
+
+
 def rewrite(folder: Path, **parts: object) -> Path:
     """tokenizer.json with other parts."""
     path = folder / "tokenizer.json"

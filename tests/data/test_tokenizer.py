@@ -140,22 +140,22 @@ def test_truncation_equals_transformers_at_every_length_and_tie(both) -> None:
 @given(rows=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=6), max_length=st.integers(5, 16))
 def test_heads_of_long_texts_give_the_same_rows(both, rows, max_length) -> None:
     ours, reference = both
-    longer = [(a * 9, b * 9) for a, b in rows] + [(a * 9, b) for a, b in rows] + [(a, b * 9) for a, b in rows]
-    text_a, text_b = zip(*longer, strict=True)
+    longer = [*((a * 30, b * 30) for a, b in rows), *((a * 30, b) for a, b in rows)]
+    text_a, text_b = zip(*longer, *((b, a) for a, b in longer), strict=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "LONG_BYTES", 1)
+        patch.setattr(module, "LONG_CHARS", 1)
         for column in (text_b, None):
             tokens = ours.encode(text_a, column, max_length)
             assert_equal(tokens, reference, text_a, column, max_length, typed=True)
 
 
-def test_a_long_text_gives_way_to_a_head_of_whole_words(both, tmp_path: Path) -> None:
+def test_of_a_long_text_whole_words_of_a_head_are_read(both, tmp_path: Path) -> None:
     ours, _ = both
-    (row,) = ours._heads([["ab " * 10_000], ["ab"]], 20)
-    assert row[0] == ("ab " * len(row[0].split())).strip() and 20 < len(row[0]) < 200 and row[1] == "ab"
-    first, second = ours._heads([["中" * 10_000], ["中" * 10_001]], 20)[0]
-    assert 17 < len(first) < len(second) < 30  # the longer text has the longer head
-    assert ours._heads([["a" * 10_000]], 20) == [("a" * 10_000,)]  # one word
+    ((first,), (second,)) = ours._text_ids([["ab " * 10_000], ["ab"]], 17)
+    assert 17 < len(first) < 300 and first[: len(second)] == second
+    ((first,), (second,)) = ours._text_ids([["中" * 10_000], ["中" * 10_001]], 17)
+    assert (len(first), len(second)) == (10_000, 10_001)  # which is the longer, only their ends can tell
+    assert ours._text_ids([["a" * 10_000]], 17) == [[[ours.unk_id]]]  # one word
     backend = json.loads(ours.files(40)["tokenizer.json"])
     added = {"id": ours.vocab_size, "content": "ab ab ab", "special": False, "normalized": False}
     backend["added_tokens"].append(added | {"single_word": False, "lstrip": False, "rstrip": False})
@@ -202,15 +202,15 @@ def test_the_stop_flag_is_seen_between_chunks(both, monkeypatch: pytest.MonkeyPa
     ours, _ = both
     monkeypatch.setattr(module, "CHUNK_ROWS", 2)
     calls = []
-    heads = ours._heads
+    text_ids = ours._text_ids
 
-    def stop_after_two(columns: Sequence[Sequence[str]], max_length: int) -> list[tuple[str, ...]]:
+    def stop_after_two(columns: Sequence[Sequence[str]], room: int) -> Sequence[Sequence[list[int]]]:
         calls.append(len(columns[0]))
         if len(calls) == 2:
             stop_flag.request(15)
-        return heads(columns, max_length)
+        return text_ids(columns, room)
 
-    monkeypatch.setattr(ours, "_heads", stop_after_two)
+    monkeypatch.setattr(ours, "_text_ids", stop_after_two)
     try:
         with pytest.raises(StoppedError):
             ours.encode(["a"] * 9, None, 8)

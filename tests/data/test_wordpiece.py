@@ -247,6 +247,8 @@ def test_pipelines_that_no_bert_has_are_refused(tmp_path: Path) -> None:
     assert "keeps a typed [SEP] whole" in refusal(tmp_path)
     assert "is no BertNormalizer" in refusal(tmp_path, do_lower_case=True)
     Backend(models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    assert "no padding token" in refusal(tmp_path)  # it is read as what it is
+    write_settings(tmp_path, tokenizer_class="BertTokenizer")
     assert "a BPE model; WordPiece" in refusal(tmp_path)
     Backend(models.WordPiece({"<unk>": 0}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
     assert "WordPiece with the unknown token [UNK] is expected" in refusal(tmp_path)

@@ -22,7 +22,7 @@ from bertpair.settings.tasks import CLASS_METRICS, SCORE_METRICS
 DESIGNED = {
     "Data": """data_dir train_file dev_file test_file task_name text_a_column text_b_column
         label_column has_header quoting labels positive_label problem_type on_bad_row max_seq_length
-        max_train_samples max_eval_samples""",
+        truncation max_train_samples max_eval_samples""",
     "Model": """model_name_or_path model_type pooling revision cache_dir config_name tokenizer_name
         do_lower_case from_scratch new_head compact_vocabulary""",
     "Training": """learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
@@ -59,6 +59,7 @@ RUN_GLUE_DEFAULTS = {
 OWN_DEFAULTS = {
     "quoting": "none",
     "on_bad_row": "error",
+    "truncation": "longest_first",
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
     "lr_scheduler_type": "linear",
@@ -226,7 +227,7 @@ def test_a_resume_knows_what_may_change() -> None:
     rules = {name: item.resume for name, item in SETTINGS.items()}
     anyway = """learning_rate weight_decay lr_scheduler_type warmup_steps warmup_ratio
         num_train_epochs max_steps amp""".split()
-    never = """labels label_column max_seq_length task_name model_name_or_path do_lower_case
+    never = """labels label_column max_seq_length truncation task_name model_name_or_path do_lower_case
         compact_vocabulary seed per_device_train_batch_size gradient_accumulation_steps max_train_samples
         group_by_length""".split()
     free = """output_dir train_file logging_steps save_steps save_total_limit per_device_eval_batch_size
