@@ -32,7 +32,7 @@ RUN_FILE = ".run.json"
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
-SMALL_FILES = 4 << 20  # bytes of a folder's tokenizer files and JSON, block sizes included
+SMALL_FILES = 4 << 20  # bytes of a folder's settings and JSON, block sizes included
 STARTED_RUN = {LOCK_NAME, RUN_FILE, METRICS_FILE}
 WriteCheckpoint = Callable[[Staging, int], None]  # how long metrics.jsonl is comes with it
 

@@ -55,8 +55,9 @@ _Encoder = Annotated[Literal[False] | None, said("false: only encoders are suppo
 def _not_quantised(config: object) -> None:
     """A ValueError where weights are not numbers of a float type."""
     if config:
-        method = config.get("quant_method") if isinstance(config, dict) else config
-        raise ValueError(f"found weights quantised by {show(method)}; only the original ones are supported")
+        method = config.get("quant_method") if isinstance(config, dict) else None
+        by = f" by {show(method)}" if method else ""
+        raise ValueError(f"found weights quantised{by}; only the original ones are supported")
 
 
 class _Layout(BaseModel, frozen=True):
@@ -126,20 +127,7 @@ def read_folder(path: Path, *, config_name: str | Path | None = None) -> ModelFo
     values, wrong = typed(_ConfigJson, raw)
     said = _ConfigJson.model_construct(**values)  # those are sound; the others have their defaults
     family = _family(said, raw, file)
-    fields = {name: each.alias or name for name, each in family.config.model_fields.items()}
-    read = {fields[name] for name, each in family.config.model_fields.items() if not each.exclude}
-    shape, misshapen = typed(family.config, {key: raw[key] for key in raw if key in read - {"num_labels"}})
-    wrong = {key: fault for key, fault in wrong.items() if key not in family.unchecked} | misshapen
-    faults = [f"{name}: {wrong[name]}" for name in raw if name in wrong]
-    config = family.config(**shape)
-    width, heads, padding = config.hidden_size, config.num_attention_heads, config.pad_token_id or 0
-    sizes = fields["hidden_size"], fields["num_attention_heads"]
-    if not {*sizes} & wrong.keys() and width % heads:
-        faults.append(f"{sizes[0]}: expected a multiple of {sizes[1]} ({heads}), found {width}")
-    if "vocab_size" not in wrong and padding >= config.vocab_size:
-        under = f"expected a whole number under vocab_size ({config.vocab_size})"
-        faults.append(f"pad_token_id: {under}, found {padding}")
-    faults += () if misshapen else family.faults(config)
+    config, faults = _read_shape(family, raw, wrong)
     names, count, regression = _read_labels(said, faults)
     if faults:
         raise CheckpointError(list_faults([f"{file}: {fault}" for fault in faults]))
@@ -148,6 +136,26 @@ def read_folder(path: Path, *, config_name: str | Path | None = None) -> ModelFo
     pooling = (layout and layout.pooling) or config.pooling
     config = config.model_copy(update={"num_labels": count, "pooling": pooling})
     return ModelFolder(path, config, family, names, regression, pairs, header, raw)
+
+
+def _read_shape(
+    family: Family, raw: Mapping[str, Any], wrong: Mapping[str, str]
+) -> tuple[BertConfig, list[str]]:
+    """The network's shape, as far as it is sound, and the faults of all fields, those of `wrong` included."""
+    fields = {name: each.alias or name for name, each in family.config.model_fields.items()}
+    unread = {fields[name] for name, each in family.config.model_fields.items() if each.exclude}
+    read = {*fields.values()} - unread - {"num_labels"}
+    shape, misshapen = typed(family.config, {key: raw[key] for key in raw if key in read})
+    wrong = {key: fault for key, fault in wrong.items() if key not in family.unchecked} | misshapen
+    faults, config = [f"{name}: {wrong[name]}" for name in raw if name in wrong], family.config(**shape)
+    width, heads, padding = config.hidden_size, config.num_attention_heads, config.pad_token_id or 0
+    sizes = fields["hidden_size"], fields["num_attention_heads"]
+    if not {*sizes} & wrong.keys() and width % heads:
+        faults.append(f"{sizes[0]}: expected a multiple of {sizes[1]} ({heads}), found {width}")
+    if "vocab_size" not in wrong and padding >= config.vocab_size:
+        under = f"expected a whole number under vocab_size ({config.vocab_size})"
+        faults.append(f"pad_token_id: {under}, found {padding}")
+    return config, [*faults, *(() if misshapen else family.faults(config))]
 
 
 def _family(said: _ConfigJson, raw: Mapping[str, Any], file: Path) -> Family:

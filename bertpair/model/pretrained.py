@@ -153,7 +153,7 @@ def load_model(
             why = "config.json does not fit the weights" if require_head else advice
             found = f"its classifier has {weight.shape[-2]} outputs, needed are {num_labels}"
             raise CheckpointError(f"{file}: {found}; {why}")
-        if weight.numel() == own[name].numel():  # trained with another pooling
+        if not require_head and weight.numel() == own[name].numel():  # it may be trained with another pooling
             stored[name] = weight.reshape(own[name].shape)
     fresh = tuple(heads[module] for module in new)
     _check_alike({name: each for name, each in own.items() if not name.startswith(fresh)}, stored, str(file))

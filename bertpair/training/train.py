@@ -153,7 +153,9 @@ class _Run:
         trained = sum(p.numel() * p.element_size() for p in self.names.values())
         table, limit = self.job.table, self.job.config.save_total_limit
         left_out = 0 if table is None else (len(table.full) - len(table.used)) * table.full[0].nbytes
-        sizes = {"weights_bytes": trained + left_out, "optimizer_bytes": 2 * trained}
+        files = self.job.tokenizer.files(self.job.config.max_seq_length)  # up to 40 MB
+        weights = trained + left_out + sum(map(len, files.values()))
+        sizes = {"weights_bytes": weights, "optimizer_bytes": 2 * trained}
         kept = self.loop.plan.checkpoints_kept(limit)
         self.folder.begin(self.start, num_kept=kept, save_total_limit=limit, **sizes)
         try:

@@ -371,7 +371,13 @@ def test_transformers_refuses_a_pooling_that_it_does_not_know(
     if pooling in FAMILIES[model_type].poolings:
         check_logits(model, AutoModelForSequenceClassification.from_pretrained(folder).eval())
         return
-    assert json.loads((folder / "config.json").read_text())["bertpair"]["pooling"] == pooling
+    config = json.loads((folder / "config.json").read_text())
+    assert config["bertpair"]["pooling"] == pooling
+    other = write(model, tmp_path / "other", model_type)
+    (other / "config.json").write_text(json.dumps({**config, "bertpair": {"takes_pairs": True}}))
+    with pytest.raises(CheckpointError, match="has the shape"):  # answers would be those of another model
+        load(other, require_head=True)
+    assert load(other).config.pooling == read_folder(tmp_path / "theirs").config.pooling
     with pytest.raises(Exception, match=r"(?s)size mismatch|mismatch|shape"):
         AutoModelForSequenceClassification.from_pretrained(folder)
     encoder = AutoModel.from_pretrained(folder)  # which has no classifier, is another matter
