@@ -93,6 +93,8 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
         )
         for line in (*source.notes, *notes):
             logger.info("%s", line)
+        if (pooling := folder.config.pooling) != "cls":
+            logger.info("pooling: %s, over all tokens of a row", pooling)
         precision = resolve_precision(config.amp, device, hidden_size=folder.config.hidden_size)
         threads, name = torch.get_num_threads(), {"off": "float32"}.get(precision.name, precision.name)
         said = "device: %s, %d thread%s; precision: %s (amp %s: %s)"
