@@ -33,6 +33,8 @@ from bertpair.data.batching import Batch
 from bertpair.data.tokenizer import Tokens, offsets_of
 from bertpair.evaluation.classifier import Scorer
 from bertpair.model.bert import BertClassifier, BertConfig
+from bertpair.model.families import FAMILIES
+from bertpair.model.pooling import Pooling
 from bertpair.runtime import (
     LossScaler,
     Precision,
@@ -594,3 +596,37 @@ def test_a_device_assert_ends_the_server(device: torch.device, tmp_path: Path) -
         finally:
             process.kill()
     assert len(lost) == 1 and "device-side assert" in lost[0]
+
+
+@on_each
+@pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_gives_the_same_logits_and_gradients_on_a_device(
+    device: torch.device, model_type: str, pooling: Pooling
+) -> None:
+    family, sizes = FAMILIES[model_type], {"vocab_size": 200, "pad_token_id": 0}
+    config = family.config(**sizes).model_copy(
+        update={
+            **{"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96},
+            **{"num_labels": 3, "pooling": pooling, "local_attention": 8, "embedding_size": 32},
+            **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0},
+        }
+    )
+    torch.manual_seed(3)
+    model = family.network(config)
+    twin = family.network(config).to(device)
+    twin.load_state_dict(model.state_dict())
+    batch = make_batch()
+    results = []
+    for network, here in ((model, batch), (twin, batch.to(device))):
+        if device.type == "cuda":
+            watch_for_waits("error" if network is twin else "default")
+        logits = network(here.input_ids, here.token_type_ids, here.attention_mask)
+        logits.square().sum().backward()
+        if device.type == "cuda":
+            watch_for_waits("default")
+        results.append([logits, *(each.grad for each in network.parameters() if each.grad is not None)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(
+            theirs.cpu(), ours, rtol=1e-4, atol=1e-4 * float(ours.detach().abs().max())
+        )
