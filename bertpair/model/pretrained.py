@@ -47,7 +47,7 @@ HUB_WEIGHTS = (
 )
 HUB_NAME = re.compile(r"(?![.-])(?!.*(\.\.|--))([\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-_FILLING = {"normal_", "uniform_", "kaiming_uniform_", "zero_", "zeros_", "ones_", "fill_"}
+_FILLING = {"normal_", "uniform_", "kaiming_uniform_", "erfinv_", "mul_", "zero_", "zeros_", "ones_", "fill_"}
 
 
 class _Unfilled(TorchFunctionMode):
