@@ -128,7 +128,12 @@ def run_script(main: Callable[[], int]) -> int:
 
 def is_command() -> bool:
     """Whether this program is one of ours; otherwise somebody's own uses the library."""
-    return Path(sys.argv[0]).name in (*SCRIPTS, "bertpair", "__main__.py")
+    return Path(sys.argv[0]).name in (*SCRIPTS, "bertpair") or _is_module()
+
+
+def _is_module() -> bool:
+    """Whether it was started by `python -m bertpair`; somebody's own may be a __main__.py too."""
+    return Path(sys.argv[0]).parts[-2:] == ("bertpair", "__main__.py")
 
 
 def program(command: str) -> str:
@@ -136,7 +141,7 @@ def program(command: str) -> str:
     own = Path(sys.argv[0])
     if own.name in SCRIPTS:
         return f"python {shlex.quote(str(own.with_name(f'{command}.py')))}"
-    return f"{'python -m ' * (own.name == '__main__.py')}bertpair {command}"
+    return f"{'python -m ' * _is_module()}bertpair {command}"
 
 
 def say(text: str) -> None:

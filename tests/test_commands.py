@@ -17,7 +17,7 @@ from conftest import write_hf_folder
 import bertpair
 from bertpair import Config, train
 from bertpair.checkpoints.checkpoint import list_checkpoints
-from bertpair.console import interruptible, lines_shown, program, stop_flag
+from bertpair.console import interruptible, is_command, lines_shown, program, stop_flag
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train", "evaluate", "serve")
@@ -93,6 +93,7 @@ def test_the_command_alone_says_what_there_is() -> None:
         ("/usr/bin/bertpair", "bertpair evaluate"),
         ("/usr/lib/bertpair/__main__.py", "python -m bertpair evaluate"),
         ("my_program.py", "bertpair evaluate"),
+        ("/usr/lib/my_program/__main__.py", "bertpair evaluate"),
     ],
 )
 def test_advice_names_the_command_as_it_was_started(
@@ -100,6 +101,7 @@ def test_advice_names_the_command_as_it_was_started(
 ) -> None:
     monkeypatch.setattr(sys, "argv", [started])
     assert program("evaluate") == command
+    assert is_command() is ("my_program" not in started)
 
 
 def test_a_run_tells_its_data_its_plan_and_its_classes(
