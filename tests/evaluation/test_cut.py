@@ -31,7 +31,7 @@ NUM_TOKENS = [12, 12, 12, 6]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
 
 
-@pytest.fixture(scope="module", params=["longest_first", "only_second"])
+@pytest.fixture(scope="module", params=["only_second"])
 def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A run of two steps at CUT."""
     place = tmp_path_factory.mktemp("cut")
