@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bertpair.model.bert import ACTIVATIONS, Attention, BertConfig, Embeddings, Share, init_module
+from bertpair.model.bert import BertConfig, Embeddings, Layer, Share, init_module
 from bertpair.model.family import Family
 from bertpair.model.pooling import pool, positions_read
 from bertpair.settings.fields import Whole
@@ -33,19 +33,8 @@ class AlbertConfig(BertConfig):
     classifier_dropout: Share = Field(0.1, alias="classifier_dropout_prob")
 
 
-class Layer(nn.Module):
+class AlbertLayer(Layer):
     """BERT's encoder layer with a single dropout, after the attention."""
-
-    def __init__(self, config: AlbertConfig) -> None:
-        super().__init__()
-        D, eps = config.hidden_size, config.layer_norm_eps
-        self.attention = Attention(config)
-        self.attention_norm = nn.LayerNorm(D, eps=eps)
-        self.up = nn.Linear(D, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, D)
-        self.output_norm = nn.LayerNorm(D, eps=eps)
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         x = self.attention_norm(self.dropout(self.attention(x, context, mask)) + x)  # (B, Q, D)
@@ -65,7 +54,7 @@ class AlbertClassifier(nn.Module):
         self.map_in = nn.Linear(E, D)
         self.groups = nn.ModuleList(
             [
-                nn.ModuleList([Layer(config) for _ in range(num_inner)])
+                nn.ModuleList([AlbertLayer(config) for _ in range(num_inner)])
                 for _ in range(config.num_hidden_groups)
             ]
         )

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from bertpair.model.bert import ACTIVATIONS, Attention, BertConfig, Share, init_module
+from bertpair.model.bert import BertConfig, Layer, Share, init_module
 from bertpair.model.family import Family
 from bertpair.model.pooling import pool, positions_read
 from bertpair.settings.fields import Finite, Switch, Whole
@@ -48,19 +48,8 @@ class Embeddings(nn.Module):
         return out
 
 
-class Layer(nn.Module):
+class DistilBertLayer(Layer):
     """BERT's encoder layer with a single dropout, after the second linear map."""
-
-    def __init__(self, config: DistilBertConfig) -> None:
-        super().__init__()
-        D, eps = config.hidden_size, config.layer_norm_eps
-        self.attention = Attention(config)
-        self.attention_norm = nn.LayerNorm(D, eps=eps)
-        self.up = nn.Linear(D, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, D)
-        self.output_norm = nn.LayerNorm(D, eps=eps)
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         x = self.attention_norm(self.attention(x, context, mask) + x)  # (B, Q, D)
@@ -77,7 +66,7 @@ class DistilBertClassifier(nn.Module):
         self.config = config
         D = config.hidden_size
         self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([DistilBertLayer(config) for _ in range(config.num_hidden_layers)])
         self.pre_classifier = nn.Linear(D, D)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(D, config.num_labels)
