@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bertpair.data.batching import Batch
 from bertpair.model.bert import BertClassifier, BertConfig
-from bertpair.model.packed import PackedClassifier, choose_linear
+from bertpair.model.packed import PackedClassifier
 from bertpair.runtime import Precision, cpu_bf16_flag, keep_freed_memory
 from bertpair.training.optim import AdamW, parameter_groups
 from bertpair.training.step import Objective, Stepper
@@ -88,9 +88,7 @@ def training_step(config: BertConfig, precision: Precision) -> Callable[[], obje
 
 def served(num_rows: int, config: BertConfig, precision: Precision) -> Callable[[], object]:
     torch.manual_seed(1)
-    model = PackedClassifier(
-        BertClassifier(config).eval(), choose_linear(precision.dtype), precision.dtype
-    ).eval()
+    model = PackedClassifier(BertClassifier(config).eval(), precision.dtype).eval()
     ids = torch.randint(5, config.vocab_size, (num_rows, LENGTH))
 
     def answer() -> None:

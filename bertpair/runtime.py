@@ -28,6 +28,13 @@ logger = logging.getLogger(__name__)
 PrecisionName = Literal["off", "bf16", "fp16"]
 BF16_HIDDEN_SIZE = 256  # bf16 pays on a CPU from this size on: see benchmarks/precision.py and LOG.md
 BF16_FLAGS = ("amx_bf16", "avx512_bf16", "svebf16", "bf16")  # as /proc/cpuinfo names them on x86 and Arm
+VNNI_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")  # products of bytes, added in 32 bits
+ONEDNN_LEVELS = {  # what is left of those flags where ONEDNN_MAX_CPU_ISA is set to a lower level
+    **dict.fromkeys(("SSE41", "AVX", "AVX2", "AVX512_CORE"), ()),
+    **dict.fromkeys(("AVX2_VNNI", "AVX2_VNNI_2"), ("avx_vnni",)),
+    "AVX512_CORE_VNNI": ("avx_vnni", "avx512_vnni"),
+    **dict.fromkeys(("AVX512_CORE_BF16", "AVX512_CORE_FP16"), ("avx_vnni", "avx512_vnni", "avx512_bf16")),
+}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -264,6 +271,8 @@ def resolve_precision(amp: str, device: torch.device, *, hidden_size: int) -> Pr
         raise ConfigError(f"amp: found {amp!r}; allowed: auto, off, bf16, fp16")
     allowed = allowed_precisions(device)
     if amp in allowed:
+        if amp == "bf16" and device.type == "cpu" and cpu_bf16_flag() is None:
+            logger.warning("amp bf16: this processor has no bf16 instructions; float32 is faster here")
         return Precision(amp, "as set")
     if amp != "auto":
         raise ConfigError(f"amp: {amp} does not run on {device}; allowed here: auto, {', '.join(allowed)}")
@@ -288,9 +297,14 @@ def allowed_precisions(device: torch.device) -> list[PrecisionName]:
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """What the processor says it can do, in the words of Linux; nothing elsewhere."""
+    """What the processor says it can do, in the words of Linux; nothing elsewhere.
+
+    Less what oneDNN, which computes the products, is told not to use by ONEDNN_MAX_CPU_ISA.
+    """
     lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", _read_text(cpuinfo), re.MULTILINE)  # x86, Arm
-    return set(" ".join(lines).split())
+    flags = set(" ".join(lines).split())
+    kept = ONEDNN_LEVELS.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper())
+    return flags if kept is None else flags - {*BF16_FLAGS, *VNNI_FLAGS} | (flags & {*kept})
 
 
 def cpu_bf16_flag(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:

@@ -31,7 +31,7 @@ from bertpair.checkpoints.manifest import verify_folder
 from bertpair.console import stop_flag
 from bertpair.data.batching import Batch
 from bertpair.data.tokenizer import Tokens, offsets_of
-from bertpair.evaluation.classifier import Scorer
+from bertpair.evaluation.scorer import Scorer
 from bertpair.model.bert import BertClassifier, BertConfig
 from bertpair.model.families import FAMILIES
 from bertpair.model.pooling import Pooling

@@ -5,13 +5,13 @@ A failed fsync is not repeated: the kernel may have dropped the pages, and would
 """
 
 import errno
+import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
     """Write a file that must not exist yet, durably; what a manifest is to say of it."""
-    digest, size = sha256(), 0
+    digest, size = hashlib.sha256(), 0
     with _opened(path, _NEW_FILE) as descriptor:
         if hasattr(os, "fchmod"):
             os.fchmod(descriptor, FILE_MODE)
@@ -182,6 +182,17 @@ class Staging:
     ) -> None:
         """Write a safetensors file, one tensor at a time: only one that must come from a device is copied."""
         self._write(name, encode_tensors(tensors, metadata))
+
+    def adopt(self, name: str) -> None:
+        """Take in a file that a library wrote into the folder: durable, and readable by others."""
+        path = self.folder / name
+        with _opened(path, os.O_RDWR | getattr(os, "O_BINARY", 0)) as descriptor:
+            if hasattr(os, "fchmod"):
+                os.fchmod(descriptor, FILE_MODE)
+            os.fsync(descriptor)
+            with open(descriptor, "rb", closefd=False) as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.entries.append(FileEntry(name, path.stat().st_size, digest))
 
     def _write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         assert is_plain_name(name) and name != MANIFEST_NAME, name

@@ -31,12 +31,12 @@ class RunLock:
     def is_held(self) -> bool:
         return self._lock is not None
 
-    def acquire(self) -> None:
-        """Take the lock; the CheckpointError says who has it."""
+    def acquire(self, *, wait: bool = False) -> None:
+        """Take the lock, or `wait` for it; the CheckpointError says who has it."""
         assert self._lock is None, "the lock is already held"
         common: dict[str, Any] = {"mode": 0o644, "thread_local": False}
         lock: BaseFileLock = FileLock(
-            self.path, blocking=False, preserve_lock_file=True, on_acquired=_write_holder, **common
+            self.path, blocking=wait, preserve_lock_file=True, on_acquired=_write_holder, **common
         )
         advice = "stop it or use another output_dir"
         try:
@@ -48,7 +48,8 @@ class RunLock:
                 if self.path.lstat().st_size == 0:
                     self.path.unlink()  # made by the attempt, or given back: the soft lock would wait for it
                 advice += f" (if no run of bertpair is left there, delete {self.path})"
-                lock = SoftFileLock(self.path, timeout=3, **common)  # damaged files are watched for 2 seconds
+                # damaged files are watched for 2 seconds
+                lock = SoftFileLock(self.path, timeout=-1 if wait else 3, **common)
                 lock.acquire()
         except Timeout:
             holder = self._holder()

@@ -56,6 +56,12 @@ def padded_lengths(lengths: Lengths, pad_to_multiple_of: int, max_length: int | 
     return rounded if max_length is None else np.maximum(lengths, np.minimum(rounded, max_length))
 
 
+def fill_up(count: int) -> int:
+    """The next of a few counts: steps of 4 up to 64, then of at most an eighth."""
+    step = max(4, 2 ** ((count - 1).bit_length() - 4)) if count > 1 else 4
+    return -(-count // step) * step
+
+
 def slice_batch(rows: Rows, *, rank: int, world_size: int, micro_batch_size: int) -> list[Rows]:
     """The micro-batches that process `rank` runs of one global batch: maybe unequal, maybe none at all.
 

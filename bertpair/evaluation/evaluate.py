@@ -36,7 +36,7 @@ from bertpair.console import Progress
 from bertpair.data.dataset import Pairs, Split, Targets, make_split, report_labels
 from bertpair.data.source import Source, resolve_source
 from bertpair.errors import CheckpointError, ConfigError
-from bertpair.evaluation.classifier import PairClassifier, Scorer, make_predictions
+from bertpair.evaluation.classifier import PairClassifier, make_predictions
 from bertpair.evaluation.metrics import (
     Ids,
     classification_metrics,
@@ -45,6 +45,7 @@ from bertpair.evaluation.metrics import (
     per_class,
     regression_metrics,
 )
+from bertpair.evaluation.openvino import OpenVINOScorer
 from bertpair.evaluation.plots import draw_confusion
 from bertpair.evaluation.report import (
     class_table,
@@ -53,6 +54,7 @@ from bertpair.evaluation.report import (
     format_eval_results,
     format_predictions,
 )
+from bertpair.evaluation.scorer import Scorer
 from bertpair.model.config import check_model_type, read_folder
 from bertpair.model.pretrained import resolve_folder
 from bertpair.runtime import allowed_precisions, resolve_device, set_deterministic, set_threads
@@ -82,7 +84,7 @@ class Evaluation:
 
 
 def evaluate_split(
-    scorer: Scorer,
+    scorer: Scorer | OpenVINOScorer,
     split: Split,
     labels: Sequence[str] | None,
     *,
@@ -312,10 +314,10 @@ def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> P
     if "model_type" in explicit and candidate.is_own:
         check_model_type(read_folder(candidate.path), config.model_type)
     budget = config.per_device_eval_batch_size * config.max_seq_length
-    amp = config.amp
+    amp, device = config.amp, "cpu" if config.runs_openvino else config.device
     if "amp" not in explicit and amp == "auto":
         amp = "off"  # nothing says what it was trained in
-    if "amp" not in explicit and amp not in allowed_precisions(resolve_device(config.device)):
+    if "amp" not in explicit and amp not in allowed_precisions(resolve_device(device)):
         logger.warning("trained with amp %s, which this machine does not have: evaluated in float32", amp)
         amp = "off"
     return PairClassifier.from_pretrained(
@@ -323,8 +325,12 @@ def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> P
         labels=config.labels if candidate.is_own or "labels" in explicit else None,
         max_seq_length=cut,
         truncation=config.truncation if "truncation" in explicit else None,
-        device=config.device,
+        device=device,
         amp=amp,
+        engine=config.engine,
+        quantize=config.quantize,
+        calibration_pairs=config.calibration_file,
+        quantize_check=config.quantize_check,
         max_batch_tokens=budget,
         optimize=False,  # the figures are those of training's own evaluation, bit for bit
     )

@@ -143,10 +143,10 @@ class ModernBertClassifier(nn.Module):
         """Logits, (B, C)."""
         config, L = self.config, input_ids.shape[1]
         H = config.hidden_size // config.num_attention_heads
-        at = torch.arange(max(L, H), device=input_ids.device)
-        positions, exponents = at[:L].view(L, 1, 1, 1), at[:H:2] / H
+        at, even = (torch.arange(*n, device=input_ids.device) for n in ((L,), (0, H, 2)))
+        positions, exponents = at[:, None, None, None], even / H
         is_token = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, L)
-        is_near = (at[:L, None] - at[:L]).abs() <= config.local_attention // 2  # (L, L)
+        is_near = (at[:, None] - at).abs() <= config.local_attention // 2  # (L, L)
         if is_token is not None:  # padding looks at all tokens: with none in sight, some kernels give NaN
             is_near = (is_near | ~is_token.transpose(2, 3)) & is_token  # (B, 1, L, L)
         x = self.embeddings(input_ids)  # (B, L, D)

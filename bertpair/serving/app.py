@@ -193,6 +193,7 @@ class Service:
             labels=None if predictor.labels is None else list(predictor.labels),
             takes_pairs=predictor.takes_pairs,
             max_seq_length=predictor.cut,
+            engine=predictor.engine,
             precision=predictor.precision,
             device=str(predictor.classifier.scorer.device),
             num_threads=predictor.num_threads,

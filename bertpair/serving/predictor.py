@@ -9,27 +9,25 @@ import math
 import timeit
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from bertpair.checkpoints.checkpoint import open_model, weights_digest
-from bertpair.data.source import resolve_source
+from bertpair.data.batching import fill_up
 from bertpair.data.tokenizer import Tokens, offsets_of
-from bertpair.errors import ConfigError, DataError, first_line
+from bertpair.errors import ConfigError
+from bertpair.evaluation.agreement import CHECK_ROWS, Agreement, compare, read_texts
 from bertpair.evaluation.classifier import PairClassifier, Prediction
-from bertpair.model.packed import fill_up
+from bertpair.evaluation.scorer import softmax
 from bertpair.runtime import set_threads
 from bertpair.serving.batcher import ROUND_UP
 from bertpair.serving.requests import RequestError
-from bertpair.settings.config import DataSettings
 from bertpair.settings.serve import RequestLimits, ServeConfig, settle_limits
 from bertpair.settings.stored import model_settings
 
 logger = logging.getLogger(__name__)
-
-CHECK_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +42,6 @@ class TokenRow:
         return len(self.ids)
 
 
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-    """How predictions compare with float32's on `num_rows` rows of a file."""
-
-    num_rows: int
-    agreement: float  # part of the rows with the same label; for a regression, 1 within rounding of 0.01
-    largest_change: float  # of a probability, or of the value
-
-    @property
-    def is_enough(self) -> bool:
-        return self.agreement >= 0.98
-
-
 @dataclasses.dataclass
 class Predictor:
     """A loaded model."""
@@ -66,10 +51,15 @@ class Predictor:
     version: str  # the first 12 hex digits of the weights' sha256
     takes_pairs: bool
     limits: RequestLimits
-    precision: str  # float32, bf16, fp16 or int8
+    engine: Literal["torch", "openvino"]
+    precision: str  # float32, bf16, fp16, int8, or int8 and bf16
     settings: Mapping[str, Any]  # those it was trained with
     num_threads: int
-    agreement: Agreement | None = None  # as `check_agreement` finds it
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """With float32, where it was measured."""
+        return self.classifier.agreement
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -98,7 +88,11 @@ class Predictor:
         return min(timeit.repeat(lambda: self.classifier.predict_tokens(tokens), number=1, repeat=2))
 
     def warm_shapes(self, max_tokens: int, max_rows: int) -> Iterator[list[int]]:
-        """Lengths of batches that bring every number of tokens and of rows that a kernel is kept for."""
+        """Lengths of batches that bring what a kernel is kept for: each length of a row alone with OpenVINO,
+        which takes little time for other shapes; with PyTorch every number of tokens and of rows."""
+        if self.engine == "openvino":
+            yield from ([n] for n in sorted({min(fill_up(n), self.cut) for n in range(1, self.cut + 1)}))
+            return
         for count in sorted({fill_up(count) for count in range(1, max_tokens + 1)}):
             whole, rest = divmod(count, self.cut)
             yield [self.cut] * whole + [rest] * (rest > 0)
@@ -106,32 +100,27 @@ class Predictor:
         for count in sorted({fill_up(count) for count in range(1, most + 1)}):
             yield [ROUND_UP] * min(count, max_rows)
 
-    def check_agreement(self, path: str, folder: str | Path) -> Agreement:
-        """Compare with float32 on the first CHECK_ROWS rows of a file; it is kept in `agreement` and told."""
-        rows = self.read_rows(path)
+    def check_agreement(self, folder: str | Path, texts: list[Any]) -> Agreement:
+        """Compare with float32 on these texts; it is kept in `agreement` and told."""
         exact = PairClassifier.from_pretrained(folder, max_seq_length=self.cut, device="cpu", optimize=False)
-        self.agreement = found = compare(self.classifier.predict(rows), exact.predict(rows))
-        level, part = logging.INFO if found.is_enough else logging.WARNING, 100 * found.agreement
-        message = f"agrees with float32 on {part:.1f} % of {found.num_rows} rows"
-        logger.log(level, "%s %s; largest change %.4f", self.precision, message, found.largest_change)
+        both = [model.logits(texts) for model in (self.classifier, exact)]
+        is_regression = self.labels is None
+        found = compare(*(both if is_regression else map(softmax, both)), regression=is_regression)
+        self.classifier.agreement = found
+        found.tell(self.precision)
         return found
 
-    def read_rows(self, path: str) -> list[Any]:
-        """The first texts of a file laid out like the training data; labels are not looked at."""
-        known = {name: value for name, value in self.settings.items() if name in DataSettings.model_fields}
-        settings = DataSettings(**{**known, "dev_file": [path], "max_eval_samples": CHECK_ROWS})
-        source = resolve_source(settings, needs=("dev",))
-        columns = source.columns_for(path, with_labels=False, header=self.classifier.header)
-        try:
-            pairs = source.read([path], columns, self.labels)
-        except DataError as error:  # whose advice is for scripts that can be told another layout
-            reason = first_line(error).partition("; ")[0]
-            message = f"quantize_check: {reason}; it must be laid out like the training data"
-            raise DataError(message) from error
-        if not len(pairs):
-            raise ConfigError(f"quantize_check: {path} holds no rows")
-        texts = pairs.text_b or [""] * len(pairs)
-        return list(zip(pairs.text_a, texts, strict=True)) if self.takes_pairs else list(pairs.text_a)
+    def read_check(self, path: str) -> list[Any]:
+        """The first texts of a file laid out like the training data."""
+        return read_texts(
+            path,
+            "quantize_check",
+            self.settings,
+            header=self.classifier.header,
+            labels=self.labels,
+            takes_pairs=self.takes_pairs,
+            limit=CHECK_ROWS,
+        )
 
 
 def join_rows(rows: Sequence[TokenRow]) -> Tokens:
@@ -141,16 +130,6 @@ def join_rows(rows: Sequence[TokenRow]) -> Tokens:
         first_lengths=np.array([row.first_length for row in rows], np.int32),
         truncated=np.array([row.truncated for row in rows], np.bool_),
     )
-
-
-def compare(found: Sequence[Prediction], exact: Sequence[Prediction]) -> Agreement:
-    same, largest = 0, 0.0
-    for ours, theirs in zip(found, exact, strict=True):
-        changes = [abs(ours.probabilities[label] - p) for label, p in theirs.probabilities.items()]
-        change = max(changes or [abs(ours.score - theirs.score)])
-        same += change <= 0.01 if theirs.label is None else ours.label == theirs.label
-        largest = max(largest, change)
-    return Agreement(len(exact), same / max(1, len(exact)), largest)
 
 
 def load_predictor(config: ServeConfig) -> Predictor:
@@ -167,8 +146,11 @@ def load_predictor(config: ServeConfig) -> Predictor:
         labels=config.labels,
         max_seq_length=cut,
         device=config.device,
-        amp="off" if config.quantize else config.amp,
+        amp=config.amp,
+        engine=config.engine,
         quantize=config.quantize,
+        calibration_pairs=config.calibration_file,
+        quantize_check=config.quantize_check if config.quantize else None,
         max_batch_tokens=2**31,  # the queue cuts batches, not the scorer
     )
     takes_pairs = classifier.takes_pairs = classifier.takes_pairs is not False  # where nothing says so, pairs
@@ -178,14 +160,19 @@ def load_predictor(config: ServeConfig) -> Predictor:
     most = config.max_batch_tokens
     if most is not None and most < cut:
         raise ConfigError(f"max_batch_tokens {most} is below the cut of {cut} tokens: a row must fit")
+    if config.quantize and classifier.agreement is None:
+        place = f"the int8 network in {folder.path}"
+        raise ConfigError(f"quantize_check must be set: {place} was not compared with float32 yet")
     scorer, name = classifier.scorer, Path(config.model_dir).resolve().name
-    kind = config.quantize or {"off": "float32"}.get(scorer.precision.name, scorer.precision.name)
+    kinds = (config.quantize, scorer.precision.name if scorer.precision.name != "off" else None)
+    kind = " and ".join(each for each in kinds if each) or "float32"
+    engine: Literal["torch", "openvino"] = "openvino" if config.runs_openvino else "torch"
     version = weights_digest(folder.path)[:12]
-    predictor = Predictor(classifier, name, version, takes_pairs, limits, kind, settings, threads)
-    if config.quantize_check is not None:
-        predictor.read_rows(config.quantize_check)  # a wrong file is said at once
+    predictor = Predictor(classifier, name, version, takes_pairs, limits, engine, kind, settings, threads)
+    if config.quantize_check is not None and not config.quantize:
+        predictor.read_check(config.quantize_check)  # a wrong file is said at once
     kind += f" ({'as set' if config.quantize else scorer.precision.reason})"
     labels = f"{len(classifier.labels)} labels" if classifier.labels else "regression"
-    facts = f"{labels}, device {scorer.device}, {threads} threads, {kind}, cut at {cut} tokens"
+    facts = f"{labels}, {engine} on {scorer.device}, {threads} threads, {kind}, cut at {cut} tokens"
     logger.info("%s: %s", config.model_dir, facts)
     return predictor

@@ -37,6 +37,7 @@ class Info(Strict):
     labels: list[str] | None
     takes_pairs: bool
     max_seq_length: int
+    engine: Literal["torch", "openvino"]
     precision: str
     device: str
     num_threads: int

@@ -89,8 +89,9 @@ async def _run(config: ServeConfig, predictor: Predictor, key: bytes | None, lis
 
 async def _warm(service: Service) -> None:
     config, batcher, predictor = service.config, service.batcher, service.predictor
-    if config.quantize_check and config.model_dir:
-        await asyncio.to_thread(predictor.check_agreement, config.quantize_check, config.model_dir)
+    if config.quantize_check and config.model_dir and not config.quantize:  # int8 was compared when made
+        texts = predictor.read_check(config.quantize_check)
+        await asyncio.to_thread(predictor.check_agreement, config.model_dir, texts)
     await warm_up(predictor, batcher, config.max_batch_tokens)
     service.is_warm = True
     logger.info("ready: batches of up to %d tokens", batcher.limits.max_batch_tokens)

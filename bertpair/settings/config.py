@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, Field, PlainValidator
 
 from bertpair.errors import ConfigError
+from bertpair.settings.engine import EngineSettings
 from bertpair.settings.fields import (
     NO,
     ONE_OR_MORE,
@@ -388,7 +389,7 @@ class RunSettings(Group):
     report_to: Reports = _free(["none"], "Other programs that metrics are sent to.")
 
 
-class EvaluateSettings(Group):
+class EvaluateSettings(EngineSettings):
     """What evaluate.py scores."""
 
     model_dir: Path = _free(

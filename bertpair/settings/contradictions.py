@@ -5,6 +5,7 @@ from typing import Any
 
 from bertpair.errors import listed, raise_faults, show
 from bertpair.settings.config import SETTINGS, Config
+from bertpair.settings.engine import engine_faults
 from bertpair.settings.tasks import CLASS_METRICS, SCORE_METRICS
 
 
@@ -76,6 +77,9 @@ def _clashes(c: Config) -> Iterator[str]:
         yield "resume_anyway has no effect without resume"
     if c.amp == "fp16" and c.device == "cpu":
         yield "amp fp16 needs a GPU, found device cpu; on a CPU use auto, off or bf16"
+    yield from engine_faults(c, c.device)
+    if c.quantize_check and not c.quantize:
+        yield "quantize_check has no effect without quantize int8"
 
 
 def _column_faults(config: Config) -> Iterator[str]:

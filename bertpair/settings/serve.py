@@ -4,7 +4,7 @@ import ipaddress
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
@@ -18,6 +18,7 @@ from bertpair.settings.command_line import (
     flag_layer,
     sample_output_dir,
 )
+from bertpair.settings.engine import EngineSettings, engine_faults
 from bertpair.settings.fields import (
     ONE_OR_MORE,
     Amp,
@@ -72,7 +73,7 @@ _Tokens = Annotated[
 ]
 
 
-class ModelChoice(Group):
+class ModelChoice(EngineSettings):
     """What is served, and how it computes."""
 
     model_dir: Path = setting(
@@ -105,14 +106,6 @@ class ModelChoice(Group):
         ge=1,
         le=1024,
         example="4",
-    )
-    quantize: Literal["int8"] | None = setting(
-        None, "int8: compute the linear layers in 8-bit integers, on a CPU only. Not given: as amp says."
-    )
-    quantize_check: Path = setting(
-        None,
-        "File laid out like the training data. Before the server is ready, the answers for its first 256 "
-        "rows are compared with those in float32. Not given: nothing is compared.",
     )
 
 
@@ -320,10 +313,7 @@ def _clashes(c: ServeConfig) -> Iterator[str]:
         yield f"uds {c.uds} and host {c.host} are both given: give only one of them"
     if c.uds is None and c.uds_mode is not None:
         yield f"uds_mode {c.uds_mode} is given without uds: it is the mode of that socket"
-    if c.quantize is not None and c.amp in ("bf16", "fp16"):
-        yield f"quantize {c.quantize} and amp {c.amp} are both given: int8 goes with float32"
-    if c.quantize is not None and c.device not in ("auto", "cpu"):
-        yield f"quantize {c.quantize} runs on the CPU only, found device {c.device}"
+    yield from engine_faults(c, c.device)
     try:
         settle_limits(c, cut=1, num_texts=1)  # the model is not known yet: what no model could change
     except ConfigError as error:

@@ -21,10 +21,10 @@ from bertpair.checkpoints.atomic import Staging
 from bertpair.checkpoints.run_folder import OPTIMIZER_FILE, STATE_FILE, RunFolder, RunState
 from bertpair.console import interruptible, lines_shown, stop_flag
 from bertpair.errors import CheckpointError, ConfigError, StoppedError, TrainingError, first_line
-from bertpair.evaluation.classifier import Scorer
 from bertpair.evaluation.evaluate import Evaluation, class_figures, evaluate_split, result_files
 from bertpair.evaluation.metrics import finite_or_null
 from bertpair.evaluation.plots import draw_curves
+from bertpair.evaluation.scorer import Scorer
 from bertpair.model.config import config_json
 from bertpair.model.pretrained import load_state, state_tensors, word_table_name
 from bertpair.runtime import (

@@ -20,7 +20,7 @@ from bertpair.checkpoints.checkpoint import FINAL_READY, newest_whole
 from bertpair.checkpoints.lock import RunLock
 from bertpair.checkpoints.manifest import verify_folder
 from bertpair.console import stop_flag
-from bertpair.evaluation.classifier import Scorer
+from bertpair.evaluation.scorer import Scorer
 from bertpair.training.loop import Loop
 from bertpair.training.setup import Plan
 from bertpair.training.step import Stepper

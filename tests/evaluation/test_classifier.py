@@ -15,7 +15,8 @@ from conftest import write_tiny_bert
 from bertpair import CheckpointError, Config, ConfigError, DataError, PairClassifier, StoppedError, train
 from bertpair.console import stop_flag
 from bertpair.data.tokenizer import Tokens
-from bertpair.evaluation.classifier import make_predictions, softmax
+from bertpair.evaluation.classifier import make_predictions
+from bertpair.evaluation.scorer import softmax
 from bertpair.model.bert import BertClassifier
 from bertpair.runtime import allowed_precisions
 
@@ -272,7 +273,7 @@ def test_softmax_and_predictions_of_extreme_logits() -> None:
 TYPED = [("a [SEP] b", "c"), ("the cat", "[CLS] sat 中文")]
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimize": False}, {"amp": "bf16"}, {"quantize": "int8"}])
+@pytest.mark.parametrize("settings", [{}, {"optimize": False}, {"amp": "bf16"}, {"engine": "openvino"}])
 def test_copies_and_pickles_answer_alike(hf_folder: Path, settings: dict[str, object]) -> None:
     model = PairClassifier.from_pretrained(hf_folder, **settings)
     expected = model.logits(TYPED)

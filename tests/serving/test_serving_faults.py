@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_hf_folder
@@ -24,9 +25,10 @@ from server_process import Process, ask
 from bertpair.checkpoints.checkpoint import weights_digest
 from bertpair.checkpoints.manifest import FileEntry, Manifest, encode_manifest
 from bertpair.errors import BertpairError, ConfigError
+from bertpair.evaluation.agreement import Agreement, compare
 from bertpair.evaluation.classifier import Prediction
 from bertpair.serving.listening import SPARE_DESCRIPTORS, check_descriptors, read_key
-from bertpair.serving.predictor import Agreement, Predictor, TokenRow, compare
+from bertpair.serving.predictor import Predictor, TokenRow
 from bertpair.settings.serve import ServeConfig
 
 
@@ -396,14 +398,15 @@ def test_quantize_check_compares_with_float32(folder: Path, tmp_path: Path) -> N
     rows = "".join(f"{i}\tthe cat {i % 7}\tfood {i % 5}\tx\n" for i in range(300))
     file = tmp_path / "check.tsv"
     file.write_text("index\tsentence1\tsentence2\tlabel\n" + rows)
-    predictor, _ = make_predictor(folder, quantize="int8", quantize_check=str(file))
-    found = predictor.check_agreement(str(file), folder)
+    predictor, _ = make_predictor(folder, amp="bf16", quantize_check=str(file))
+    found = predictor.check_agreement(folder, predictor.read_check(str(file)))
     assert found.num_rows == 256 and found.is_enough and 0 < found.largest_change < 0.1
     exact, _ = make_predictor(folder)
-    assert exact.check_agreement(str(file), folder).largest_change < 1e-5
-    near = Prediction("a", 0.6, {"a": 0.6, "b": 0.4}, False, 5)
-    far = Prediction("b", 0.9, {"a": 0.1, "b": 0.9}, False, 5)
-    assert compare([near, near], [near, far]) == Agreement(2, 0.5, 0.5)
+    assert exact.check_agreement(folder, exact.read_check(str(file))).largest_change < 1e-5
+    near, far = np.array([[0.6, 0.4], [0.6, 0.4]]), np.array([[0.6, 0.4], [0.1, 0.9]])
+    assert compare(near, far, regression=False) == Agreement(2, 0.5, 0.5)
+    values = np.array([[1.0], [2.0]]), np.array([[1.009], [2.25]])
+    assert compare(*values, regression=True) == Agreement(2, 0.5, 0.25)
     assert not Agreement(256, 0.97, 0.1).is_enough
 
 

@@ -33,7 +33,8 @@ DESIGNED = {
     "Output, checkpoints and evaluations": """do_train do_eval output_dir overwrite_output_dir resume
         resume_anyway logging_steps save_steps eval_strategy eval_steps evaluate_during_training
         save_total_limit metric_for_best_model load_best_model_at_end early_stopping_patience report_to""",
-    "Evaluating a trained model": "model_dir data_file predict all_checkpoints compare eval_output_dir",
+    "Evaluating a trained model": """engine quantize calibration_file quantize_check model_dir data_file
+        predict all_checkpoints compare eval_output_dir""",
 }
 RUN_GLUE_DEFAULTS = {
     "adam_epsilon": 1e-8,

@@ -17,7 +17,7 @@ from conftest import write_tiny_bert
 
 from bertpair import Config, ConfigError, TrainingError, train
 from bertpair.data.batching import Batch
-from bertpair.evaluation.classifier import Scorer
+from bertpair.evaluation.scorer import Scorer
 from bertpair.model.bert import BertClassifier, BertConfig
 from bertpair.runtime import Precision, restore_random_state
 from bertpair.training import loop

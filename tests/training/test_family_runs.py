@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bertpair import CheckpointError, Config, ConfigError, PairClassifier, Prediction, train
 from bertpair.evaluation.evaluate import evaluate, evaluate_models
+from bertpair.evaluation.scorer import softmax
 from bertpair.model.config import read_folder
 from bertpair.model.families import FAMILIES
 from bertpair.serving.predictor import load_predictor
@@ -123,13 +124,14 @@ def test_the_service_answers(settings: dict[str, Any]) -> None:
     assert answer["score"] == pytest.approx(expected.score, abs=1e-5)
 
 
-def test_int8_is_refused_for_all_but_bert(settings: dict[str, Any]) -> None:
-    folder = out(settings)
-    if read_folder(folder).raw["model_type"] == "bert":
-        PairClassifier.from_pretrained(folder, quantize="int8")
-        return
-    with pytest.raises(ConfigError, match="quantize int8 is for BERT with pooling cls only"):
-        PairClassifier.from_pretrained(folder, quantize="int8")
+def test_openvino_answers_alike(settings: dict[str, Any]) -> None:
+    rows = [("数据库", "a database"), ("进程", "线程 thread"), ("x", "y " * 50)]
+    exact, other = (
+        PairClassifier.from_pretrained(out(settings), engine=name) for name in ("torch", "openvino")
+    )
+    for given in (rows, rows[:1], rows * 30):
+        change = np.abs(softmax(exact.logits(given)) - softmax(other.logits(given))).max()
+        assert change < 1e-5
 
 
 @pytest.mark.parametrize("settings", ["modernbert", "albert"], indirect=True)

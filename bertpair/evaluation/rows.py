@@ -1,0 +1,92 @@
+"""What a caller of `PairClassifier` may give as pairs of texts, and what of it are the texts."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bertpair.errors import DataError
+
+NAMES = (("text_a", "text_b"), ("sentence1", "sentence2"))  # of the service's routes, the new and the old
+_SINGLE = "this model takes pairs of texts, found single texts"
+_EXPECTED_NAMES = "text_a and text_b, or sentence1 and sentence2 (the first alone for a single text)"
+
+Pairs = Iterable[Any]  # (text_a, text_b) each, or single texts, or mappings with `NAMES`; or a table
+
+
+def as_rows(pairs: Pairs, takes_pairs: bool | None) -> list[Any]:
+    """What a caller gave as a list of rows: each a text, two texts, or a mapping with the service's names.
+
+    One pair alone is one row: two texts given to a model of pairs, or, where `takes_pairs` is not known, a
+    tuple of two texts. Raises DataError for what holds no rows.
+    """
+    if hasattr(pairs, "columns"):  # a data frame
+        return _rows_of_table(pairs, list(pairs.columns), takes_pairs)
+    is_one_value = isinstance(pairs, np.ndarray) and not pairs.ndim
+    if isinstance(pairs, str | bytes) or is_one_value or not isinstance(pairs, Iterable):
+        raise DataError(f"pairs: found {pairs!r:.60}; expected a list of pairs, or of single texts")
+    if isinstance(pairs, Mapping):
+        is_row = any(isinstance(pairs.get(name), str) for names in NAMES for name in names)
+        has_columns = any(isinstance(value, Iterable) for value in pairs.values())
+        return [pairs] if is_row or not has_columns else _rows_of_table(pairs, list(pairs), takes_pairs)
+    rows = list(pairs)
+    is_bare = takes_pairs or (takes_pairs is None and isinstance(pairs, tuple))
+    return [rows] if is_bare and len(rows) == 2 and all(isinstance(row, str) for row in rows) else rows
+
+
+def _rows_of_table(table: Any, columns: Sequence[Any], takes_pairs: bool | None) -> list[Any]:
+    """The columns by the service's names; other names only where the table has nothing but the texts."""
+    names = next((names for names in NAMES if names[0] in columns), None)
+    found = [name for name in names or columns if name in columns and table[name] is not None]
+    said = ", ".join(map(str, columns))
+    if (names is None and len(columns) > 2) or not found:
+        raise DataError(f"pairs: found a table with the columns {said}; expected {_EXPECTED_NAMES}")
+    if names is not None and takes_pairs and len(found) < 2:
+        raise DataError(f"pairs: {_SINGLE}; {names[1]} is missing (found the columns {said})")
+    for name in found:
+        if columns.count(name) > 1 or isinstance(table[name], str) or not isinstance(table[name], Iterable):
+            raise DataError(f"pairs: expected one column {name} with a text for each row")
+    texts = [list(table[name]) for name in found]
+    if len({*map(len, texts)}) > 1:
+        counts = ", ".join(f"{name} has {len(column)}" for name, column in zip(found, texts, strict=True))
+        raise DataError(f"pairs: expected columns with equally many rows; {counts}")
+    return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
+
+
+def split_pairs(rows: Sequence[Any], takes_pairs: bool | None = None) -> tuple[list[str], list[str] | None]:
+    """Rows as two columns; the second is None for single texts.
+
+    Raises DataError naming the row where the two are mixed, something is not a text, or, for a model that
+    takes pairs, a mapping holds one text.
+    """
+    found = [_texts_of(number, row, takes_pairs) for number, row in enumerate(rows)]
+    count = len(found[0]) if found else 2
+    for number, texts in enumerate(found):
+        if len(texts) != count:
+            expected = "a single text" if count == 1 else "two texts"
+            raise DataError(
+                f"pairs[{number}]: expected {expected} like the first row, found {rows[number]!r:.80}"
+            )
+    return [texts[0] for texts in found], None if count == 1 else [texts[1] for texts in found]
+
+
+def _texts_of(number: int, row: Any, takes_pairs: bool | None) -> list[str]:
+    """The one or two texts of a row."""
+    if isinstance(row, str):
+        return [row]
+    if isinstance(row, Mapping):
+        names = next((names for names in NAMES if names[0] in row), None)
+        keys = ", ".join(map(str, row)) or "none"
+        if names is None:
+            raise DataError(f"pairs[{number}]: found the keys {keys}; expected {_EXPECTED_NAMES}")
+        texts = [row[name] for name in names if row.get(name) is not None]
+        if takes_pairs and len(texts) < 2:
+            raise DataError(f"pairs[{number}]: {_SINGLE}; {names[1]} is missing (found the keys {keys})")
+    else:
+        texts = list(row) if isinstance(row, list | tuple | np.ndarray) else []
+    if not 1 <= len(texts) <= 2 or (len(texts) == 1 and not isinstance(row, Mapping)):
+        raise DataError(f"pairs[{number}]: expected two texts, found {row!r:.80}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"pairs[{number}]: expected texts, found {text!r:.80} ({type(text).__name__})")
+    return texts
