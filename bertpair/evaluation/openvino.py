@@ -9,6 +9,7 @@ tokens, so there are some 200 shapes; more tokens are no faster.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import io
 import logging
@@ -29,7 +30,7 @@ import torch
 from bertpair.console import stop_flag
 from bertpair.data.batching import fill_up, pad_batch
 from bertpair.data.tokenizer import Tokens
-from bertpair.errors import ConfigError
+from bertpair.errors import ConfigError, first_line
 from bertpair.model.families import Network
 from bertpair.runtime import Precision
 
@@ -138,12 +139,12 @@ class OpenVINOScorer:
         `on_rows(n)` is called after each n rows. Raises StoppedError when the stop flag is set.
         """
         requests = self._one
-        pieces = list(self._pieces(tokens.lengths, 1))
+        pieces = self._pieces(tokens.lengths, 1)
         if len(pieces) > 1 and os.getpid() == self._owner:  # a forked child has none of the parent's threads
             if self._many is None:
                 self._many = _Requests(self.model, "THROUGHPUT", self.precision, self.num_threads)
             requests = self._many
-            pieces = list(self._pieces(tokens.lengths, requests.num_parallel))
+            pieces = self._pieces(tokens.lengths, requests.num_parallel)
         out = np.empty((len(tokens), self.num_labels), np.float32)
         for rows, logits in requests.run(
             pieces, lambda rows: batch_inputs(tokens, rows, self.pad_id, self.max_length)
@@ -153,17 +154,18 @@ class OpenVINOScorer:
                 on_rows(len(rows))
         return out
 
-    def _pieces(self, lengths: npt.NDArray[Any], num_parallel: int) -> Iterator[npt.NDArray[np.int64]]:
-        """Row numbers, longest first, in a multiple of `num_parallel` pieces of about equally many tokens."""
-        if not len(lengths):
-            return iter(())
-        filled = np.array([fill_up(n) for n in range(int(lengths.max()) + 1)])[lengths]
-        order = np.argsort(-filled, kind="stable")
-        ends = filled[order].cumsum()
+    def _pieces(self, lengths: npt.NDArray[Any], num_parallel: int) -> list[npt.NDArray[np.int64]]:
+        """Row numbers, longest first, in one piece or some for each request, of about equally many tokens."""
+        filled = np.array([fill_up(n) for n in range(int(lengths.max(initial=0)) + 1)])[lengths]
+        order, total = np.argsort(-filled, kind="stable"), int(filled.sum())
         most = min(REQUEST_TOKENS, self.max_batch_tokens)
-        count = -(-int(ends[-1]) // (most * num_parallel)) * num_parallel
-        cuts = np.searchsorted(ends, [ends[-1] * i / count for i in range(1, count)])
-        return (piece for piece in np.split(order, cuts) if len(piece))
+        count = max(1, -(-total // (most * num_parallel)) * num_parallel)
+        pieces, start = [], 0
+        while start < len(order):
+            end = start + -(-total // (count * int(filled[order[start]])))
+            pieces.append(order[start:end])
+            start = end
+        return pieces
 
     def __reduce__(self) -> tuple[object, ...]:
         settings = {
@@ -234,8 +236,12 @@ class _Requests:
 
 
 def write(model: Any, folder: Path) -> None:
-    """MODEL and WEIGHTS of a network, in float32 where it is not quantised."""
-    load_library("openvino", "engine openvino").save_model(model, folder / MODEL, compress_to_fp16=False)
+    """MODEL and WEIGHTS of a network; float32 stays float32. OSError where they cannot be written."""
+    openvino = load_library("openvino", "engine openvino")
+    try:
+        openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
+    except RuntimeError as error:  # all that the library says of a failed write
+        raise OSError(errno.EIO, f"{first_line(error)}; is the disk full?", str(folder)) from error
 
 
 def read(folder: Path) -> Any:
