@@ -313,6 +313,11 @@ def cpu_bf16_flag(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
     return next((flag for flag in BF16_FLAGS if flag in flags), None)
 
 
+def has_vnni() -> bool:
+    """Whether the processor multiplies and adds bytes in one instruction."""
+    return not cpu_flags().isdisjoint(VNNI_FLAGS)
+
+
 class LossScaler:
     """fp16's loss scale, as torch.amp.GradScaler has it, kept on the device: no step waits to read it.
 

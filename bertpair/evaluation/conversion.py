@@ -30,7 +30,7 @@ from bertpair.evaluation.rows import Pairs, as_rows, split_pairs
 from bertpair.evaluation.scorer import Scorer, softmax
 from bertpair.model.config import ModelFolder
 from bertpair.model.pretrained import load_model
-from bertpair.runtime import VNNI_FLAGS, Precision, cpu_flags
+from bertpair.runtime import Precision, has_vnni
 from bertpair.settings.stored import model_settings
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,7 @@ class Conversion:
         Raises ConfigError without the library or the pairs, CheckpointError where nothing can be written.
         """
         openvino.load_library("openvino", "engine openvino")
-        has_vnni = not cpu_flags().isdisjoint(VNNI_FLAGS)
-        if self.quantize and not has_vnni:
+        if self.quantize and not has_vnni():
             reason = "this processor has no instructions for it (VNNI)"
             logger.warning("quantize int8: %s; float32 is about as fast here", reason)
         made_of: dict[str, Any] = {
@@ -80,7 +79,7 @@ class Conversion:
         name = "openvino"
         if self.quantize:
             name = f"openvino-{self.quantize}" + ("-bf16" if self.precision.name == "bf16" else "")
-            made_of |= {"max_seq_length": self.max_length, "vnni": has_vnni, **self._digests()}
+            made_of |= {"max_seq_length": self.max_length, "vnni": has_vnni(), **self._digests()}
             with suppress(PackageNotFoundError):  # who only serves what is there does not need it
                 made_of["nncf"] = version("nncf")
         path, manifest = derive(self.folder.path, name, made_of, self._make)
@@ -157,13 +156,14 @@ class Conversion:
         network, _ = load_model(self.folder, num_labels=self.folder.config.num_labels, require_head=True)
         exact = Scorer(network.eval(), self.tokenizer.pad_id, torch.device("cpu"), EXACT, self.max_length)
         model = openvino.convert(network)
-        self._check(model, exact)
+        said: dict[str, Any] = {"float32_change": self._check(model, exact)}
         if self.quantize:
-            model = openvino.quantise(model, self._encode(calibration), self.tokenizer.pad_id)
+            tokens = self._encode(calibration)
+            model = openvino.quantise(model, tokens, self.tokenizer.pad_id, has_vnni=has_vnni())
         openvino.write(model, staging.folder)
         for name in (MODEL, WEIGHTS):
             staging.adopt(name)
-        said: dict[str, Any] = {"calibration_rows": len(calibration), "agreement": None}
+        said |= {"calibration_rows": len(calibration), "agreement": None}
         if check:
             tokens, is_regression = self._encode(check), self.folder.regression
             both = [each.logits(tokens) for each in (self._scorer(model, 4096), exact)]
@@ -175,8 +175,8 @@ class Conversion:
         text_a, *text_b = ([*column] for column in zip(*rows, strict=True))
         return self.tokenizer.encode(text_a, text_b[0] if text_b else None, self.max_length)
 
-    def _check(self, model: Any, exact: Scorer) -> None:
-        """ConfigError where the converted network does not compute what the network computes."""
+    def _check(self, model: Any, exact: Scorer) -> float:
+        """The largest change of a logit; ConfigError where that is more than rounding."""
         generator, longest = np.random.default_rng(0), min(self.max_length, 40)
         lengths = np.array([longest, 3, longest, -(-longest // 2), 1])
         ids = generator.integers(0, self.folder.config.vocab_size, lengths.sum(), np.int32)
@@ -188,5 +188,7 @@ class Conversion:
             raise ConfigError(
                 f"engine openvino: {WRONG} ({first_line(error):.160}); use engine torch"
             ) from error
-        if not np.abs(found - wanted).max() <= TOLERANCE * max(1, np.abs(wanted).max()):
+        change = float(np.abs(found - wanted).max())
+        if not change <= TOLERANCE * max(1, np.abs(wanted).max()):
             raise ConfigError(f"engine openvino: {WRONG}; use engine torch")
+        return change

@@ -73,8 +73,11 @@ def convert(network: Network) -> Any:
     return model
 
 
-def quantise(model: Any, tokens: Tokens, pad_id: int) -> Any:
-    """The network with 8-bit weights and inputs in its linear layers, calibrated on rows of token ids."""
+def quantise(model: Any, tokens: Tokens, pad_id: int, *, has_vnni: bool) -> Any:
+    """The network with 8-bit weights and inputs in its linear layers, calibrated on rows of token ids.
+
+    Without VNNI weights get 7 bits: sums of two products would overflow their 16 bits.
+    """
     nncf = load_library("nncf", "quantize int8")
 
     def row(number: int) -> dict[str, npt.NDArray[Any]]:
@@ -82,6 +85,7 @@ def quantise(model: Any, tokens: Tokens, pad_id: int) -> Any:
         values = batch_inputs(tokens, np.array([number]), pad_id, max_length=None)
         return {name: values[name] for name in input_names(model)}
 
+    narrow = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return nncf.quantize(
@@ -89,6 +93,7 @@ def quantise(model: Any, tokens: Tokens, pad_id: int) -> Any:
             nncf.Dataset(range(len(tokens)), row),
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(tokens),
+            advanced_parameters=None if has_vnni else narrow,
         )
 
 

@@ -173,6 +173,7 @@ def load_predictor(config: ServeConfig) -> Predictor:
         predictor.read_check(config.quantize_check)  # a wrong file is said at once
     kind += f" ({'as set' if config.quantize else scorer.precision.reason})"
     labels = f"{len(classifier.labels)} labels" if classifier.labels else "regression"
-    facts = f"{labels}, {engine} on {scorer.device}, {threads} threads, {kind}, cut at {cut} tokens"
+    kind = f"OpenVINO {kind}" if config.runs_openvino else kind
+    facts = f"{labels}, device {scorer.device}, {threads} threads, {kind}, cut at {cut} tokens"
     logger.info("%s: %s", config.model_dir, facts)
     return predictor

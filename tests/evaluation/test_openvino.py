@@ -29,6 +29,7 @@ from bertpair.evaluation import conversion, openvino
 from bertpair.evaluation.openvino import REQUEST_TOKENS, OpenVINOScorer
 from bertpair.evaluation.scorer import softmax
 from bertpair.model.config import read_folder
+from bertpair.runtime import has_vnni
 
 WORDS = "the The cat sat mat good bad food service 中 文 数 据 库 进 程 мир hello".split()
 PAIRS = [
@@ -142,7 +143,7 @@ def test_the_agreement_is_that_of_pairs_that_int8_was_not_calibrated_with(
 
     real = conversion.Conversion._choose
     monkeypatch.setattr(conversion.Conversion, "_choose", choose)
-    monkeypatch.setattr(openvino, "quantise", lambda model, tokens, pad_id: model)  # float32: exact
+    monkeypatch.setattr(openvino, "quantise", lambda model, *given, **more: model)  # float32: exact
     folder = copied(float32, tmp_path)
     for given in (
         {"calibration_pairs": file},
@@ -158,7 +159,7 @@ def test_it_is_made_anew_where_anything_differs(
     int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    monkeypatch.setattr(openvino, "quantise", lambda model, tokens, pad_id: made.append("x") or model)
+    monkeypatch.setattr(openvino, "quantise", lambda model, *given, **more: made.append("x") or model)
     folder = copied(int8, tmp_path)
 
     def again(**given: Any) -> bool:
@@ -182,7 +183,8 @@ def test_it_is_made_anew_where_anything_differs(
     monkeypatch.setattr(conversion, "version", lambda name: "2030.1")
     assert again(max_seq_length=32, calibration_pairs=PAIRS)
     assert not again(max_seq_length=32)
-    monkeypatch.setattr(conversion, "cpu_flags", lambda: {"avx_vnni"})
+    there = has_vnni()
+    monkeypatch.setattr(conversion, "has_vnni", lambda: not there)
     assert again(max_seq_length=32, calibration_pairs=PAIRS)
     (folder / DERIVED / "openvino-int8" / "model.bin").write_bytes(b"damaged")
     assert again(max_seq_length=32, calibration_pairs=PAIRS)
