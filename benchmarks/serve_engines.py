@@ -101,12 +101,15 @@ def main() -> None:
     if "openvino" not in versions():
         arguments.engines = [name for name in arguments.engines if ENGINES[name]["engine"] == "torch"]
         print('\nThe openvino engines are left out. To add them: pip install "bertpair[openvino]"')
-    arguments.peers = [peer for peer, packages in PEERS.items() if packages <= theirs.keys()]
-    for peer in PEERS.keys() - arguments.peers:
-        print(f"\n{peer} is left out. {arguments.peer_python} lacks", *sorted(PEERS[peer] - theirs.keys()))
+    lacks = {peer: packages - theirs.keys() for peer, packages in PEERS.items()}
+    arguments.peers = [peer for peer in PEERS if not lacks[peer]]
+    for peer, packages in lacks.items():
+        if packages:
+            print(f"\n{peer} is left out: {arguments.peer_python} lacks", *sorted(packages))
     marks = measure_library(arguments) if arguments.part != "service" else []
     marks += measure_service(arguments) if arguments.part != "library" else []
-    print("\n| mark | at least | measured | held |\n|---|---|---|---|")
+    if marks:
+        print("\n| mark | at least | measured | held |\n|---|---|---|---|")
     for what, least, found in marks:
         print(f"| {what} | {least} | {found:.2f} | {'yes' if found >= least else 'no'} |")
 
@@ -258,7 +261,7 @@ def print_table(title: str, columns: list[tuple[str, Any]]) -> None:
     print("|---" * (1 + len(columns)) + "|")
     for name in columns[0][1]:
         cells = [values[name] for _, values in columns]
-        texts = [f"{x:{'.3g' if x < 100 else '.0f'}}" if isinstance(x, float) else str(x) for x in cells]
+        texts = [f"{x:{'.2f' if x < 100 else '.0f'}}" if isinstance(x, float) else str(x) for x in cells]
         print(f"| {name} | {' | '.join(texts)} |", flush=True)
 
 
@@ -447,7 +450,8 @@ def read_tokenizer(folder: Path, cut: int) -> Any:
     else:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         lowercase = config.get("do_lower_case", True)
-        tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=lowercase)
+        made = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=lowercase)
+        tokenizer = Tokenizer.from_str(made.to_str())
     tokenizer.no_padding()
     tokenizer.enable_truncation(cut)
     return tokenizer
