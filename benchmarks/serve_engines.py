@@ -165,6 +165,7 @@ class Contender:
         return self.fail()
 
     def fail(self) -> Any:
+        self.process.wait(30)
         last = self.log.read_text(errors="replace").strip().rpartition("\n")[2]
         sys.exit(f"{self.name} ended too early: {last} (its log: {self.log})")
 
