@@ -1,6 +1,6 @@
 """The CPU engines beside their peers: one pair, many pairs, and HTTP under load. For BERT with labels.
 
-    pip install "bertpair[openvino]" nncf transformers flask gunicorn
+    pip install "bertpair[openvino]" transformers flask gunicorn
     python benchmarks/serve_engines.py --model_dir DIR --pairs FILE --calibration_file FILE
 
 Both files: index, sentence1, sentence2, … with a header. Every contender is a process of its own, with the
@@ -269,13 +269,11 @@ def print_table(title: str, columns: list[tuple[str, Any]]) -> None:
 def start_servers(stack: ExitStack, arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """Their names and addresses, once they are ready."""
     model, threads, cut = str(arguments.model_dir.resolve()), arguments.num_threads, arguments.max_seq_length
-    calibration = arguments.work / "calibration.tsv"
-    lines = arguments.calibration_file.read_text(encoding="utf-8").splitlines(keepends=True)
-    calibration.write_text("".join(lines[: 1 + CALIBRATION_ROWS]), encoding="utf-8")
+    int8 = {"calibration_file": calibration_of(arguments), "quantize_check": arguments.pairs.resolve()}
     common = {"model_dir": model, "num_threads": threads, "max_seq_length": cut, "port": 0}
     commands = {}
     for name in arguments.engines:
-        settings = common | ENGINES[name] | ({"calibration_file": calibration} if name == INT8 else {})
+        settings = common | ENGINES[name] | (int8 if name == INT8 else {})
         flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
         commands[name] = [sys.executable, str(ROOT / "serve.py"), *flags]
     if "flask" in arguments.peers:
@@ -287,6 +285,14 @@ def start_servers(stack: ExitStack, arguments: argparse.Namespace) -> list[tuple
         server = Contender(stack, name, command, arguments, subprocess.DEVNULL)
         servers.append((name, f"http://127.0.0.1:{server.find_port()}"))
     return servers
+
+
+def calibration_of(arguments: argparse.Namespace) -> Path:
+    """A file with the rows that the bare loop is calibrated with."""
+    path: Path = arguments.work / "calibration.tsv"
+    lines = arguments.calibration_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[: 1 + CALIBRATION_ROWS]), encoding="utf-8")
+    return path
 
 
 def ask_server(name: str, url: str, bodies: list[bytes], clients: int, seconds: float) -> Seen:
@@ -335,7 +341,7 @@ def prepare_bertpair(arguments: argparse.Namespace) -> dict[str, Callable[[], di
 
     options: dict[str, Any] = {**ENGINES[arguments.run], "num_threads": arguments.num_threads}
     if arguments.run == INT8:
-        options["calibration_pairs"] = read_pairs(arguments.calibration_file, CALIBRATION_ROWS)
+        options |= {"calibration_pairs": calibration_of(arguments), "quantize_check": arguments.pairs}
     cut, pairs = arguments.max_seq_length, read_pairs(arguments.pairs, arguments.num_pairs)
     classifier = PairClassifier.from_pretrained(arguments.model_dir, max_seq_length=cut, **options)
     predict, parts = classifier.predict, [[pair] for pair in pairs] + [pairs]
