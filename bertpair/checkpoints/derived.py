@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bertpair.checkpoints import atomic
-from bertpair.checkpoints.lock import RunLock
-from bertpair.checkpoints.manifest import Manifest, verify_folder
+from bertpair.checkpoints.lock import LOCK_NAME, RunLock
+from bertpair.checkpoints.manifest import MANIFEST_NAME, Manifest, verify_folder
 from bertpair.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,14 @@ def cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bertpair"
     except RuntimeError as error:
         raise CheckpointError(f"no folder for a cache: {error}; name one in XDG_CACHE_HOME") from error
+
+
+def holds_only_parts(folder: Path) -> bool:
+    """Whether nothing lies in a derived/ but what can be made again."""
+    return folder.is_dir() and all(
+        path.name == LOCK_NAME or ".tmp-" in path.name or (path / MANIFEST_NAME).is_file()
+        for path in folder.iterdir()
+    )
 
 
 def _name_of(model: Path) -> str:
