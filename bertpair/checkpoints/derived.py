@@ -45,7 +45,7 @@ def derive(model: Path, name: str, made_of: Mapping[str, Any], make: Make) -> tu
         finally:
             lock.release()
     except OSError as error:
-        reason = f"{error.filename or place}: cannot be written: {error.strerror or error}"
+        reason = f"{place}: cannot be written: {error.strerror or error}"
         where = "in the model folder or, where that cannot be written, in XDG_CACHE_HOME"
         raise CheckpointError(f"{reason}; {name} is kept {where}") from error
     return part, found
