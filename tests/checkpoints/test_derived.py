@@ -5,6 +5,7 @@ import fcntl
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from bertpair.checkpoints.atomic import Staging
 from bertpair.checkpoints.derived import derive
 from bertpair.checkpoints.lock import RunLock
 from bertpair.checkpoints.manifest import Manifest, verify_folder
-from bertpair.errors import CheckpointError
+from bertpair.console import stop_flag
+from bertpair.errors import CheckpointError, StoppedError
 
 MADE_OF = {"weights": "ab12", "version": 1, "flags": ["a", None]}
 FILES = {"one.bin": b"1" * 5000, "two.txt": b"2", "three.bin": b"3" * 300}
@@ -251,6 +253,24 @@ def test_two_threads_at_once_make_it_once(model: Path) -> None:
     for thread in both:
         thread.join(60)
     check_made_once(model, results)
+
+
+def test_a_stop_ends_the_wait_for_another_process(model: Path) -> None:
+    (model / "derived").mkdir()
+    other = RunLock(model / "derived")
+    holder = threading.Thread(target=other.acquire)  # a thread that waited for itself would be told so
+    holder.start()
+    holder.join()
+    timer = threading.Timer(0.2, stop_flag.request, [signal.SIGTERM])
+    timer.start()
+    try:
+        with pytest.raises(StoppedError):
+            derive_part(model)
+    finally:
+        timer.join()
+        stop_flag.clear()
+        other.release()
+    assert_whole(derive_part(model)[0])
 
 
 def test_a_model_folder_that_cannot_be_written_has_its_parts_in_the_cache(
