@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import bertpair.checkpoints.checkpoint
-import bertpair.evaluation.classifier
+import bertpair.evaluation.scorer
 import bertpair.training.train
 from bertpair import Config
 from bertpair.checkpoints.checkpoint import list_checkpoints
@@ -88,7 +88,7 @@ class Watch:
 def watch_events(watch: Watch) -> None:
     """From now on every system call that changes the disk, and every piece of computing, is an event."""
     targets: list[tuple[Any, str]] = [(os, name) for name in CALLS]
-    targets += [(Objective, "loss_sum"), (AdamW, "step"), (bertpair.evaluation.classifier, "pad_batch")]
+    targets += [(Objective, "loss_sum"), (AdamW, "step"), (bertpair.evaluation.scorer, "pad_batch")]
     for owner, name in targets:
         real = getattr(owner, name)
         label = name if owner is os else {"loss_sum": "micro-batch", "step": "update"}.get(name, "batch")

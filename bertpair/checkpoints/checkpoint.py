@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bertpair.checkpoints import atomic
+from bertpair.checkpoints.derived import DERIVED, holds_only_parts
 from bertpair.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest, read_verified, verify_folder
 from bertpair.checkpoints.tensor_file import parse_tensors
 from bertpair.errors import CheckpointError, ConfigError, list_faults
@@ -245,13 +246,15 @@ def run_of(folder: Path) -> str | None:
 def _retire(folder: Path) -> bool:
     """Delete a checkpoint; what somebody added to it stays, in a folder whose name is no checkpoint's."""
     ours = {entry.name for entry in read_manifest(folder).files} | {MANIFEST_NAME}
+    if holds_only_parts(folder / DERIVED):
+        ours.add(DERIVED)
     added = sorted(name for name in os.listdir(folder) if name not in ours and name[0] != ".")
     if not added:
         return atomic.remove(folder, is_whole=True)
     kept = folder.with_name(f"{folder.name}.kept-{os.getpid()}")
     os.rename(folder, kept)
-    for name in ours:
-        (kept / name).unlink(missing_ok=True)
+    for name in ours.intersection(os.listdir(kept)):
+        atomic.remove(kept / name)
     logger.warning("%s is deleted; %s, which bertpair did not write, is now in %s", folder, added[0], kept)
     return True
 

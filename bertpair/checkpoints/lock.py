@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from bertpair.console import stop_flag
 from bertpair.errors import CheckpointError, show
 
 LOCK_NAME = ".lock"
@@ -32,7 +33,7 @@ class RunLock:
         return self._lock is not None
 
     def acquire(self, *, wait: bool = False) -> None:
-        """Take the lock, or `wait` for it; the CheckpointError says who has it."""
+        """Take the lock, or `wait` for it; the CheckpointError says who has it. A stop ends the wait."""
         assert self._lock is None, "the lock is already held"
         common: dict[str, Any] = {"mode": 0o644, "thread_local": False}
         lock: BaseFileLock = FileLock(
@@ -41,7 +42,7 @@ class RunLock:
         advice = "stop it or use another output_dir"
         try:
             try:
-                lock.acquire()
+                lock.acquire(cancel_check=stop_flag.__bool__)
             except OSError as error:
                 if error.errno not in _NO_FLOCK:
                     raise
@@ -50,8 +51,9 @@ class RunLock:
                 advice += f" (if no run of bertpair is left there, delete {self.path})"
                 # damaged files are watched for 2 seconds
                 lock = SoftFileLock(self.path, timeout=-1 if wait else 3, **common)
-                lock.acquire()
+                lock.acquire(cancel_check=stop_flag.__bool__)
         except Timeout:
+            stop_flag.raise_if_set()
             holder = self._holder()
             raise CheckpointError(f"{self.path}: {holder} is running in this folder; {advice}") from None
         except OSError as error:

@@ -4,23 +4,26 @@ import errno
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_tiny_bert
 from disk_faults import durability_events, failing_at, files_below, killed_at, run_with_fault
 
-from bertpair.checkpoints.atomic import staged_folder
+from bertpair.checkpoints.atomic import Staging, staged_folder
 from bertpair.checkpoints.checkpoint import (
     checkpoint_folder,
     final_folder,
     list_checkpoints,
     load_tensors,
     newest_whole,
+    open_model,
     publish_final,
     remove_leftovers,
 )
+from bertpair.checkpoints.derived import derive
 from bertpair.checkpoints.manifest import verify_folder
 from bertpair.errors import CheckpointError
 from bertpair.settings.files import read_json
@@ -172,6 +175,32 @@ def test_what_the_manifest_does_not_name_is_no_damage(tmp_path: Path) -> None:
         load_tensors(path, "pytorch_model.bin")
 
 
+def test_what_was_derived_from_a_model_is_none_of_it(tmp_path: Path) -> None:
+    def make(staging: Staging) -> dict[str, object]:
+        staging.write_bytes("model.safetensors", b"another network's")
+        staging.write_json("config.json", {})
+        return {}
+
+    plain = write_tiny_bert(tmp_path / "plain")
+    stage_final(tmp_path, "first", {path.name: path.read_bytes() for path in plain.iterdir()})
+    publish_final(tmp_path)
+    before, manifest = open_model(tmp_path), verify_folder(tmp_path)
+    part, _ = derive(tmp_path, "part", {}, make)
+    for _ in range(2):
+        assert open_model(tmp_path) == before and verify_folder(tmp_path) == manifest
+        (part / "model.safetensors").write_bytes(b"damaged")
+
+
+def test_what_was_derived_from_a_staged_model_does_not_hinder_the_move(tmp_path: Path) -> None:
+    for word in ("first", "second"):
+        stage_final(tmp_path, word)
+        for folder in (tmp_path / "final.ready", tmp_path):
+            derive(folder, "part", {"weights": word}, lambda staging: {})
+        assert publish_final(tmp_path) and model_in(tmp_path) == word
+        assert set(files_below(tmp_path / "derived")) == {".lock", "part/manifest.json"}
+        assert not (tmp_path / "final.ready").exists()
+
+
 def test_only_named_files_are_read_and_only_with_sense(tmp_path: Path) -> None:
     with staged_folder(tmp_path / "x") as folder:
         folder.write_bytes("bad.json", b"{")
@@ -192,10 +221,10 @@ def test_only_named_files_are_read_and_only_with_sense(tmp_path: Path) -> None:
 MODEL = ("config.json", "model.safetensors", "vocab.txt")
 
 
-def stage_final(output_dir: Path, word: str) -> None:
+def stage_final(output_dir: Path, word: str, files: Mapping[str, bytes] | None = None) -> None:
     with staged_folder(output_dir / "final.ready", meta={"run_id": word}) as folder:
-        for name in MODEL:
-            folder.write_bytes(name, f"{word} {name}".encode())
+        for name, data in (files or {name: f"{word} {name}".encode() for name in MODEL}).items():
+            folder.write_bytes(name, data)
 
 
 def model_in(output_dir: Path) -> str:

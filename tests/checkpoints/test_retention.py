@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from disk_faults import failing_at, files_below, killed_at, run_with_fault
 
-from bertpair.checkpoints.atomic import staged_folder
+from bertpair.checkpoints.atomic import Staging, staged_folder
 from bertpair.checkpoints.checkpoint import (
     checkpoint_folder,
     discard_evaluations,
@@ -19,6 +19,7 @@ from bertpair.checkpoints.checkpoint import (
     prune,
     remove_leftovers,
 )
+from bertpair.checkpoints.derived import derive
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,35 @@ def test_what_somebody_added_to_a_pruned_checkpoint_stays_without_it(
     assert (kept / "notes" / "mine.txt").read_text() == "mine"
 
 
+def derive_part(model: Path) -> Path:
+    def make(staging: Staging) -> dict[str, object]:
+        staging.write_bytes("part.bin", b"p" * 100)
+        return {}
+
+    return derive(model, "part", {"weights": "ab12"}, make)[0]
+
+
+def test_what_was_derived_from_a_pruned_checkpoint_goes_with_it(tmp_path: Path) -> None:
+    part = derive_part(save(tmp_path, 3))
+    part.with_name("part.tmp-12").mkdir()  # a crash left it
+    save(tmp_path, 6)
+    assert prune(tmp_path, 1, last=6, run_id="a") == [tmp_path / "checkpoint-3"]
+    assert os.listdir(tmp_path) == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "derived/notes.txt", "derived"])
+def test_what_somebody_added_beside_it_stays(tmp_path: Path, name: str) -> None:
+    added = save(tmp_path, 3) / name
+    if name != "derived":
+        derive_part(added.parents[name.count("/")])
+    added.write_text("mine")
+    save(tmp_path, 6)
+    assert prune(tmp_path, 1, last=6, run_id="a") == [tmp_path / "checkpoint-3"]
+    kept = files_below(tmp_path / f"checkpoint-3.kept-{os.getpid()}")
+    assert kept[name] == b"mine" and "model.safetensors" not in kept
+    assert len(kept) == 1 or name == "derived/notes.txt"  # the parts in that folder stay with it
+
+
 def test_a_kill_while_pruning_leaves_no_half_checkpoint(tmp_path: Path) -> None:
     for k in range(1, 50):
         output = tmp_path / f"{k}"
@@ -129,6 +159,13 @@ def test_an_old_run_goes_only_once_the_new_one_has_a_whole_checkpoint(tmp_path: 
     save(tmp_path, 2, run_id="new")
     assert discard_others(tmp_path, "new") == [tmp_path / "checkpoint-50"]
     assert steps(tmp_path) == [1, 2, 60]
+
+
+def test_what_was_derived_from_an_old_runs_checkpoint_goes_with_it(tmp_path: Path) -> None:
+    derive_part(save(tmp_path, 50, run_id="old"))
+    derive_part(save(tmp_path, 2, run_id="new"))
+    assert discard_others(tmp_path, "new") == [tmp_path / "checkpoint-50"]
+    assert os.listdir(tmp_path) == ["checkpoint-2"] and newest_whole(tmp_path, "new").path
 
 
 def test_leftovers_go_and_nothing_else(tmp_path: Path, dead_pid: int) -> None:

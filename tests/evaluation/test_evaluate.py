@@ -11,6 +11,8 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from bertpair import CheckpointError, Config, ConfigError, DataError, PairClassifier, evaluate, train
+from bertpair.checkpoints.atomic import Staging
+from bertpair.checkpoints.derived import derive
 from bertpair.checkpoints.manifest import verify_folder
 from bertpair.evaluation.evaluate import EvaluationResult, evaluate_models, measure
 from bertpair.settings.command_line import parse_command_line
@@ -89,6 +91,26 @@ def test_all_checkpoints_in_numeric_order_each_kept(hf_folder: Path, dev: Path) 
         assert folder.parent == hf_folder / "eval" and folder.name.startswith(f"{name}-some.tsv-")
         assert (folder / "eval_results.txt").is_file()
     assert len(set(result.folders.values())) == 4
+
+
+def test_what_was_derived_from_a_model_is_not_evaluated(tmp_path: Path) -> None:
+    def make(staging: Staging) -> dict[str, object]:
+        for path in Path("finished").iterdir():  # another model, to all appearances
+            if path.is_file() and path.name != "manifest.json":
+                staging.write_bytes(path.name, path.read_bytes())
+        return {}
+
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    shutil.copytree("stopped/checkpoint-16", "finished/checkpoint-16", dirs_exist_ok=True)
+    words = ("--model_dir", "finished", "--data_file", "dev.tsv", "--all_checkpoints")
+    before = run(*words)
+    parts = [derive(Path(folder), "part", {}, make)[0] for folder in ("finished", "finished/checkpoint-16")]
+    digests = [verify_folder(part) for part in parts]
+    after = run(*words)
+    assert (after.by_model, after.folders, after.text) == (before.by_model, before.folders, before.text)
+    assert [verify_folder(part) for part in parts] == digests
+    with pytest.raises(ConfigError, match="is a model folder; name another one"):
+        run("--model_dir", "finished", "--data_file", "dev.tsv", "--output_dir", parts[0])
 
 
 def test_predicting_a_file_without_labels(hf_folder: Path, dev: Path) -> None:

@@ -23,6 +23,9 @@ from bertpair import (
     TrainResult,
     train,
 )
+from bertpair.checkpoints.checkpoint import weights_digest
+from bertpair.checkpoints.derived import derive
+from bertpair.checkpoints.manifest import verify_folder
 from bertpair.console import stop_flag
 from bertpair.settings.command_line import parse_command_line
 from bertpair.training.step import Stepper
@@ -346,6 +349,33 @@ def test_overwriting_a_run_without_checkpoints_of_its_own_leaves_no_old_ones(
     assert (Path("out") / "checkpoint-4").is_dir()
     run(settings, max_steps=2, overwrite_output_dir=True, eval_strategy="no", save_steps=0)
     assert not list(Path("out").glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_what_was_derived_from_a_model_does_not_hinder_a_run(
+    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def derive_part(folder: str) -> Path:
+        made_of = {"weights": weights_digest(Path(folder))}
+        return derive(Path(folder), "part", made_of, lambda staging: {})[0]
+
+    quick = {"max_steps": 8, "eval_strategy": "no", "learning_rate": 1e-3}
+    run(settings, **quick, output_dir="whole")
+    run(settings, max_steps=4, eval_strategy="no")
+    old = [derive_part(folder) for folder in ("out", "out/checkpoint-4")]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(StoppedError):
+            run(settings, **quick, overwrite_output_dir=True)
+    stop_flag.clear()
+    assert old[0].is_dir() and not old[1].exists()
+    derive_part("out/checkpoint-2")
+    run(settings, **quick, resume="auto", save_total_limit=1)
+    assert_same_run(Path("out"), Path("whole"), "checkpoint-8")
+    assert names(Path("out")) == {*names(Path("whole")) - {"checkpoint-4"}, "derived"}
+    before = verify_folder(old[0]).meta
+    assert verify_folder(derive_part("out")).meta != before
+    verify_folder(Path("out"))
 
 
 def test_a_resume_needs_the_same_rows(settings: dict[str, object]) -> None:
