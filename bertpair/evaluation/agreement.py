@@ -62,10 +62,7 @@ def read_texts(
     known = {name: value for name, value in settings.items() if name in DataSettings.model_fields}
     kind = "train" if path is None else "dev"
     given = {"max_eval_samples": limit} | ({} if path is None else {"dev_file": [path]})
-    try:
-        source = resolve_source(DataSettings(**{**known, **given}), needs=(kind,))
-    except DataError as error:
-        raise DataError(f"{name}: {error}; name a file with --{name}") from error
+    source = resolve_source(DataSettings(**{**known, **given}), needs=(kind,))
     files = source.train_files if path is None else source.dev_files
     columns = source.columns_for(files[0], with_labels=False, header=header)
     try:

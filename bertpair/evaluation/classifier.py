@@ -129,7 +129,7 @@ class PairClassifier:
         precision = resolve_precision(amp, target, hidden_size=folder.config.hidden_size)
         names = name_labels(folder, labels)
         if settings.runs_openvino:
-            samples = Samples(calibration_pairs, quantize_check, takes_pairs)
+            samples = Samples.read(calibration_pairs, quantize_check, takes_pairs)
             conversion = Conversion(folder, tokenizer, precision, cut, quantize, samples)
             with explain_memory(target):
                 converted, agreement = conversion.open(max_batch_tokens)

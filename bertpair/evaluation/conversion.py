@@ -43,11 +43,25 @@ TOLERANCE = 1e-3  # of logits in float32, times the largest: a rounding is some 
 
 
 class Samples(NamedTuple):
-    """Pairs that int8 needs, each a file or the pairs themselves; None: see `_choose`."""
+    """Pairs that int8 needs, each a file or rows of texts; None: see `_choose`."""
 
-    calibration: Pairs | str | Path | None
-    check: Pairs | str | Path | None
+    calibration: list[Any] | str | Path | None
+    check: list[Any] | str | Path | None
     takes_pairs: bool | None
+
+    @classmethod
+    def read(
+        cls,
+        calibration: Pairs | str | Path | None,
+        check: Pairs | str | Path | None,
+        takes_pairs: bool | None,
+    ) -> "Samples":
+        """From what a caller gave: an iterator gives its pairs once."""
+        rows, others = (
+            each if each is None or isinstance(each, str | Path) else as_rows(each, takes_pairs)
+            for each in (calibration, check)
+        )
+        return cls(rows, others, takes_pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,16 +133,22 @@ class Conversion:
         """The texts of each row of a file, or of pairs; of the training file where the value is None."""
         takes_pairs = self.samples.takes_pairs
         if value is None or isinstance(value, str | Path):
-            settings = model_settings(self.folder.path)
-            value = read_texts(
-                value,
-                FLAGS[name],
-                settings,
-                header=self.folder.header,
-                labels=self.folder.labels,
-                takes_pairs=takes_pairs is not False,
-                limit=CHECK_ROWS if name == "check" else None,
-            )
+            try:
+                value = read_texts(
+                    value,
+                    FLAGS[name],
+                    model_settings(self.folder.path),
+                    header=self.folder.header,
+                    labels=self.folder.labels,
+                    takes_pairs=takes_pairs is not False,
+                )
+            except DataError as error:
+                if value is not None:
+                    raise
+                advice = "name a file with --calibration_file, or give calibration_pairs in Python"
+                raise DataError(
+                    f"quantize int8 needs pairs to be calibrated with: {error}; {advice}"
+                ) from error
         text_a, text_b = split_pairs(as_rows(value, takes_pairs), takes_pairs)
         return [(a,) for a in text_a] if text_b is None else list(zip(text_a, text_b, strict=True))
 

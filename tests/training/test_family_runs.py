@@ -134,6 +134,21 @@ def test_openvino_answers_alike(settings: dict[str, Any]) -> None:
         assert change < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", ["modernbert", "roberta"], indirect=True)
+def test_int8_answers_nearly_alike(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder, words = (
+        shutil.copytree(out(settings), tmp_path / "model"),
+        "数据库 database 进程 thread x y".split(),
+    )
+    generator = np.random.default_rng(1)
+    rows = [tuple(" ".join(generator.choice(words, 4)) for _ in range(2)) for _ in range(600)]
+    exact = PairClassifier.from_pretrained(folder)
+    model = PairClassifier.from_pretrained(folder, quantize="int8", calibration_pairs=rows)
+    assert model.agreement is not None and model.agreement.agreement > 0.95
+    assert 0 < np.abs(softmax(exact.logits(rows)) - softmax(model.logits(rows))).max() < 0.2
+
+
 @pytest.mark.parametrize("settings", ["modernbert", "albert"], indirect=True)
 def test_bf16_trains_and_answers(settings: dict[str, Any], tmp_path: Path) -> None:
     train(Config(**{**settings, "amp": "bf16", "max_steps": 3}, output_dir=str(tmp_path / "out")))
