@@ -271,6 +271,7 @@ def start_servers(stack: ExitStack, arguments: argparse.Namespace) -> list[tuple
     model, threads, cut = str(arguments.model_dir.resolve()), arguments.num_threads, arguments.max_seq_length
     int8 = {"calibration_file": calibration_of(arguments), "quantize_check": arguments.pairs.resolve()}
     common = {"model_dir": model, "num_threads": threads, "max_seq_length": cut, "port": 0}
+    common |= {"queue_deadline": 60, "grace_seconds": 61}  # as Flask, which lets everybody wait
     commands = {}
     for name in arguments.engines:
         settings = common | ENGINES[name] | (int8 if name == INT8 else {})

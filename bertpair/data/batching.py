@@ -56,9 +56,9 @@ def padded_lengths(lengths: Lengths, pad_to_multiple_of: int, max_length: int | 
     return rounded if max_length is None else np.maximum(lengths, np.minimum(rounded, max_length))
 
 
-def fill_up(count: int) -> int:
-    """The next of a few counts: steps of 4 up to 64, then of at most an eighth."""
-    step = max(4, 2 ** ((count - 1).bit_length() - 4)) if count > 1 else 4
+def fill_up(count: int, finest: int = 4) -> int:
+    """The next of a few counts: steps of `finest` up to 64, then twice as large for twice the count."""
+    step = max(finest, finest * 2 ** (count - 1).bit_length() // 64) if count > 1 else finest
     return -(-count // step) * step
 
 

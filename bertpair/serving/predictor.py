@@ -91,7 +91,7 @@ class Predictor:
         """Lengths of batches that bring what a kernel is kept for: each length of a row alone with OpenVINO,
         which takes little time for other shapes; with PyTorch every number of tokens and of rows."""
         if self.engine == "openvino":
-            yield from ([n] for n in sorted({min(fill_up(n), self.cut) for n in range(1, self.cut + 1)}))
+            yield from ([n] for n in sorted({min(fill_up(n, 2), self.cut) for n in range(1, self.cut + 1)}))
             return
         for count in sorted({fill_up(count) for count in range(1, max_tokens + 1)}):
             whole, rest = divmod(count, self.cut)

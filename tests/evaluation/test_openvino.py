@@ -113,12 +113,12 @@ def test_requests_have_few_shapes_and_little_padding(float32: Path) -> None:
         pieces = scorer._pieces(lengths, num_parallel=2)
         assert sorted(np.concatenate(pieces)) == [*range(len(lengths))]
         for rows in pieces:
-            length = openvino.fill_up(int(lengths[rows].max()))
+            length = openvino.fill_up(int(lengths[rows].max()), 2)
             shapes.add((len(rows), length))
             assert (len(rows) - 1) * length < REQUEST_TOKENS
             padded, used = padded + len(rows) * length, used + lengths[rows].sum()
-    assert len(shapes) < 250
-    assert padded / used < 1.25
+    assert len(shapes) < 450
+    assert padded / used < 1.2
 
 
 def test_int8_agrees_with_float32_and_says_how_well(int8: Path, no_conversion: None) -> None:
