@@ -159,6 +159,11 @@ class OpenVINOScorer:
                 on_rows(len(rows))
         return out
 
+    @property
+    def full_tokens(self) -> int:
+        """Padded tokens that keep all requests busy; fewer are answered more slowly each."""
+        return REQUEST_TOKENS * (self._many or self._one).num_parallel
+
     def _pieces(self, lengths: npt.NDArray[Any], num_parallel: int) -> list[npt.NDArray[np.int64]]:
         """Row numbers, longest first, in one piece or some for each request, of about equally many tokens."""
         filled = np.array([fill_up(n, 2) for n in range(int(lengths.max(initial=0)) + 1)])[lengths]

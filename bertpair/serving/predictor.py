@@ -20,6 +20,7 @@ from bertpair.data.tokenizer import Tokens, offsets_of
 from bertpair.errors import ConfigError
 from bertpair.evaluation.agreement import CHECK_ROWS, Agreement, compare, read_texts
 from bertpair.evaluation.classifier import PairClassifier, Prediction
+from bertpair.evaluation.openvino import OpenVINOScorer
 from bertpair.evaluation.scorer import softmax
 from bertpair.runtime import set_threads
 from bertpair.serving.batcher import ROUND_UP
@@ -86,6 +87,12 @@ class Predictor:
         pad_id = self.classifier.tokenizer.pad_id
         tokens = join_rows([TokenRow(np.full(n, pad_id, np.int32), n, False) for n in lengths])
         return min(timeit.repeat(lambda: self.classifier.predict_tokens(tokens), number=1, repeat=2))
+
+    @property
+    def full_batch_tokens(self) -> int:
+        """Of a batch that should be allowed whatever its time: what keeps OpenVINO's requests busy."""
+        scorer = self.classifier.scorer
+        return scorer.full_tokens if isinstance(scorer, OpenVINOScorer) else 0
 
     def warm_shapes(self, max_tokens: int, max_rows: int) -> Iterator[list[int]]:
         """Lengths of batches that bring what a kernel is kept for: each length of a row alone with OpenVINO,

@@ -200,7 +200,8 @@ async def warm_up(
         if seconds < math.inf:
             batcher.pace.note(num_rows * cut, seconds)
         good, bad = (num_rows, bad) if seconds <= TARGET_SECONDS else (good, num_rows)
-    limits.max_batch_tokens = min(max_batch_tokens or max(1, good) * cut, most_rows * cut)
+    good = max(1, good, predictor.full_batch_tokens // cut)
+    limits.max_batch_tokens = min(max_batch_tokens or good * cut, most_rows * cut)
     for lengths in predictor.warm_shapes(limits.max_batch_tokens, most_rows):
         tokens = sum(lengths)
         if tokens <= limits.max_batch_tokens and await time_batch(lengths) == math.inf:

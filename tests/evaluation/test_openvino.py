@@ -323,6 +323,17 @@ def test_the_service_shows_what_computes_and_how_well(int8: Path, tmp_path: Path
     assert answer["label"] == expected.label and answer["score"] == pytest.approx(expected.score, abs=1e-6)
 
 
+def test_a_slow_machine_still_batches_enough_to_keep_openvino_busy(
+    float32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bertpair.serving.server.TARGET_SECONDS", 0.0)  # as if every batch took too long
+    for engine, least in (("openvino", 256), ("torch", 64)):
+        predictor, config = make_predictor(float32, engine=engine, max_seq_length=64)
+        assert predictor.full_batch_tokens == (256 if engine == "openvino" else 0)
+        with serving(predictor, config) as live:
+            assert live.ask("GET", "/info").json["limits"]["max_batch_tokens"] == least
+
+
 def test_the_service_wants_int8_compared(float32: Path, tmp_path: Path, file: Path) -> None:
     folder = copied(float32, tmp_path)
     few = PairClassifier.from_pretrained(folder, quantize="int8", calibration_pairs=PAIRS[:200])
