@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from bertpair.data.source import resolve_source
 from bertpair.errors import ConfigError, DataError, first_line
+from bertpair.evaluation.scorer import softmax
 from bertpair.settings.config import DataSettings
 
 logger = logging.getLogger(__name__)
@@ -37,9 +38,10 @@ class Agreement:
         logger.log(level, "%s %s; largest change %.4f", what, message, self.largest_change)
 
 
-def compare(found: npt.NDArray[Any], exact: npt.NDArray[Any], *, regression: bool) -> Agreement:
-    """Probabilities (rows, C), or values (rows, 1), beside float32's."""
-    change = np.abs(found - exact).max(axis=1)
+def compare(found: npt.NDArray[np.float32], exact: npt.NDArray[np.float32], *, regression: bool) -> Agreement:
+    """Logits (rows, C) beside float32's; of a regression, values (rows, 1)."""
+    ours, theirs = (found, exact) if regression else (softmax(found), softmax(exact))
+    change = np.abs(ours - theirs).max(axis=1)
     same = change <= 0.01 if regression else found.argmax(axis=1) == exact.argmax(axis=1)
     return Agreement(len(exact), float(same.mean()), float(change.max()))
 

@@ -27,7 +27,7 @@ from bertpair.evaluation import openvino
 from bertpair.evaluation.agreement import CHECK_ROWS, Agreement, compare, read_texts
 from bertpair.evaluation.openvino import MODEL, WEIGHTS, OpenVINOScorer
 from bertpair.evaluation.rows import Pairs, as_rows, split_pairs
-from bertpair.evaluation.scorer import Scorer, softmax
+from bertpair.evaluation.scorer import Scorer
 from bertpair.model.config import ModelFolder
 from bertpair.model.pretrained import load_model
 from bertpair.runtime import Precision, has_vnni
@@ -164,7 +164,7 @@ class Conversion:
             return rows[:CALIBRATION_ROWS], rest
         needs = f"at least {CHECK_ROWS} pairs besides those it is calibrated with, found {len(rest)}"
         if check is None and not (calibration is None or isinstance(calibration, str | Path)):
-            logger.warning("int8 is not compared with float32: that needs %s; give check_pairs", needs)
+            logger.warning("int8 is not compared with float32: that needs %s; give quantize_check", needs)
             return rows[:CALIBRATION_ROWS], []
         raise ConfigError(f"quantize_check: to compare int8 with float32 takes {needs}; name a larger file")
 
@@ -185,9 +185,9 @@ class Conversion:
             staging.adopt(name)
         said |= {"calibration_rows": len(calibration), "agreement": None}
         if check:
-            tokens, is_regression = self._encode(check), self.folder.regression
-            both = [each.logits(tokens) for each in (self._scorer(model, 4096), exact)]
-            agreement = compare(*(both if is_regression else map(softmax, both)), regression=is_regression)
+            tokens = self._encode(check)
+            found, wanted = (each.logits(tokens) for each in (self._scorer(model, 4096), exact))
+            agreement = compare(found, wanted, regression=self.folder.regression)
             said["agreement"] = dataclasses.asdict(agreement)
         return said
 

@@ -21,7 +21,6 @@ from bertpair.errors import ConfigError
 from bertpair.evaluation.agreement import CHECK_ROWS, Agreement, compare, read_texts
 from bertpair.evaluation.classifier import PairClassifier, Prediction
 from bertpair.evaluation.openvino import OpenVINOScorer
-from bertpair.evaluation.scorer import softmax
 from bertpair.runtime import set_threads
 from bertpair.serving.batcher import ROUND_UP
 from bertpair.serving.requests import RequestError
@@ -110,9 +109,8 @@ class Predictor:
     def check_agreement(self, folder: str | Path, texts: list[Any]) -> Agreement:
         """Compare with float32 on these texts; it is kept in `agreement` and told."""
         exact = PairClassifier.from_pretrained(folder, max_seq_length=self.cut, device="cpu", optimize=False)
-        both = [model.logits(texts) for model in (self.classifier, exact)]
-        is_regression = self.labels is None
-        found = compare(*(both if is_regression else map(softmax, both)), regression=is_regression)
+        logits = (model.logits(texts) for model in (self.classifier, exact))
+        found = compare(*logits, regression=self.labels is None)
         self.classifier.agreement = found
         found.tell(self.precision)
         return found
