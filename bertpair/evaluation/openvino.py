@@ -40,18 +40,33 @@ REQUEST_TOKENS = 256  # padded tokens of one request at most: more fall out of t
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
+@contextlib.contextmanager
+def kept_to_itself() -> Iterator[None]:
+    """Within, a library says nothing; what it changes of the process's logging is put back at the end.
+
+    Importing nncf changes the class of new loggers. A conversion by openvino silences the root logger below
+    errors, for good if it fails.
+    """
+    root, logger_class = logging.getLogger(), logging.getLoggerClass()
+    level, filters, handlers = root.level, list(root.filters), list(root.handlers)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.setLoggerClass(logger_class)
+        root.setLevel(level)
+        root.filters, root.handlers = filters, handlers
+
+
 def load_library(name: str, need: str) -> ModuleType:
     """`openvino` or `nncf`, without their reports to their maker; ConfigError where it is not installed."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as if not installed
-    logger_class = logging.getLoggerClass()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # nncf logs to it
-            warnings.simplefilter("ignore")
+        with kept_to_itself():
             return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(f"{need} needs the package {name}: {INSTALL} ({error})") from error
-    finally:
-        logging.setLoggerClass(logger_class)  # which nncf changes for the whole process
 
 
 def convert(network: Network) -> Any:
@@ -63,8 +78,7 @@ def convert(network: Network) -> Any:
     ids, mask = torch.ones(2, 8, dtype=torch.long), torch.arange(8) < torch.tensor([[8], [5]])
     example = dict(zip(INPUTS, (ids, torch.zeros_like(ids), mask), strict=True))
     try:
-        with warnings.catch_warnings(), torch.no_grad():  # of tracing, about sizes that do not change here
-            warnings.simplefilter("ignore")
+        with kept_to_itself(), torch.no_grad():  # tracing warns of sizes that do not change here
             model = openvino.convert_model(network.eval(), example_input=example)
     except Exception as error:  # which one differs between the networks
         kind = type(network).__name__
@@ -86,8 +100,7 @@ def quantise(model: Any, tokens: Tokens, pad_id: int, *, has_vnni: bool) -> Any:
         return {name: values[name] for name in input_names(model)}
 
     narrow = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with kept_to_itself():
         return nncf.quantize(
             model,
             nncf.Dataset(range(len(tokens)), row),

@@ -248,8 +248,11 @@ def test_a_network_that_does_not_convert_says_so(
         raise RuntimeError("no such operation")
 
     monkeypatch.setattr(network, "forward", failing)
+    root = logging.getLogger()
+    before = root.level, list(root.filters), list(root.handlers)
     with pytest.raises(ConfigError, match="OpenVINO cannot convert BertClassifier; use engine torch"):
         PairClassifier.from_pretrained(folder, engine="openvino")
+    assert (root.level, root.filters, root.handlers) == before  # a failed conversion left it at ERROR
     assert [each.name for each in (folder / DERIVED).iterdir()] == [".lock"]
 
 
