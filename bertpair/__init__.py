@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     )
     from bertpair.evaluation.classifier import PairClassifier, Prediction
     from bertpair.evaluation.evaluate import EvaluationResult, evaluate
+    from bertpair.search.folds import cross_validate
+    from bertpair.search.seeds import run_seeds
+    from bertpair.search.sweep import SweepResult, sweep
     from bertpair.settings.config import Config
     from bertpair.training.train import TrainResult, train
 
@@ -28,15 +31,22 @@ __all__ = [
     "PairClassifier",
     "Prediction",
     "StoppedError",
+    "SweepResult",
     "TrainResult",
     "TrainingError",
+    "cross_validate",
     "evaluate",
+    "run_seeds",
+    "sweep",
     "train",
 ]
 _HOMES = {  # each is imported when it is first used: torch takes seconds, and --help needs none of it
     "settings.config": ("Config",),
     "evaluation.classifier": ("PairClassifier", "Prediction"),
     "evaluation.evaluate": ("EvaluationResult", "evaluate"),
+    "search.folds": ("cross_validate",),
+    "search.seeds": ("run_seeds",),
+    "search.sweep": ("SweepResult", "sweep"),
     "training.train": ("TrainResult", "train"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

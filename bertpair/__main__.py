@@ -12,7 +12,11 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from bertpair.settings.config import Config
+    from bertpair.settings.several import SeveralRuns
 
 USAGE = """usage: bertpair train | evaluate | serve [--name value …]
 
@@ -41,6 +45,8 @@ def train(argv: Sequence[str]) -> int:
         say(result.text)
         say(json.dumps(result.summary(), ensure_ascii=False))
         return 0
+    if parsed.several.is_asked:
+        return _several(parsed.config, parsed.several)
     trained = train(parsed.config, explicit=parsed.explicit)
     if not trained.save_failed:
         folder = shlex.quote(trained.output_dir)
@@ -48,6 +54,31 @@ def train(argv: Sequence[str]) -> int:
         _log([f"the model is in {folder}; next: {measure}, or: {serve}"])
     say(json.dumps(trained.summary(), ensure_ascii=False))
     return 1 if trained.save_failed else 0
+
+
+def _several(config: "Config", several: "SeveralRuns") -> int:
+    from bertpair.console import program, say
+    from bertpair.search.folds import cross_validate
+    from bertpair.search.seeds import run_seeds
+
+    keep = several.keep_all_weights
+    result: Any
+    if several.sweep:
+        from bertpair.search.sweep import sweep
+
+        result = sweep(config, several.sweep, keep_all_weights=keep)
+    elif several.seeds:
+        result = run_seeds(config, several.seeds, keep_all_weights=keep)
+    else:
+        assert several.folds
+        group = several.group_column
+        result = cross_validate(config, several.folds, group_column=group, keep_all_weights=keep)
+    if result.best_model:
+        folder = shlex.quote(result.best_model)
+        _log([f"the best model is in {folder}; next: {program('serve')} --model_dir {folder}"])
+    say(result.table)
+    say(json.dumps(result.summary(), ensure_ascii=False))
+    return 0
 
 
 def evaluate(argv: Sequence[str]) -> int:

@@ -15,7 +15,8 @@ IMPORTS_FROM = {  # each wing, and the wings before it that it may import from
     "evaluation": ("settings", "data", "model", "checkpoints"),
     "training": ("settings", "data", "model", "checkpoints", "evaluation"),
     "serving": ("settings", "data", "model", "checkpoints", "evaluation"),
-    "__main__": ("settings", "checkpoints", "evaluation", "training", "serving"),
+    "search": ("settings", "data", "model", "checkpoints", "evaluation", "training"),
+    "__main__": ("settings", "checkpoints", "evaluation", "training", "search", "serving"),
 }
 SHARED = ("errors", "runtime", "console")
 MODULES = {
@@ -82,8 +83,12 @@ def test_public_names() -> None:
         "PairClassifier",
         "Prediction",
         "StoppedError",
+        "SweepResult",
         "TrainResult",
         "TrainingError",
+        "cross_validate",
         "evaluate",
+        "run_seeds",
+        "sweep",
         "train",
     }

@@ -21,6 +21,7 @@ from torch import Tensor
 from bertpair.checkpoints import atomic, checkpoint
 from bertpair.checkpoints.atomic import Staging, check_free_space, staged_folder
 from bertpair.checkpoints.checkpoint import FINAL_READY, checkpoint_folder, load_tensors
+from bertpair.checkpoints.derived import DERIVED, holds_only_parts
 from bertpair.checkpoints.lock import LOCK_NAME, RunLock
 from bertpair.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest, read_verified, verify_folder
 from bertpair.errors import CheckpointError, ConfigError, list_faults
@@ -33,6 +34,14 @@ METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 SMALL_FILES = 4 << 20  # bytes of a folder's settings and JSON, block sizes included
+RESULT_FILES = {
+    "predictions.tsv",
+    "eval_results.json",
+    "eval_results.txt",
+    "training_args.yaml",
+    METRICS_FILE,
+}
+RESULT_FILES |= {"curves.png", "confusion_matrix.png"}
 STARTED_RUN = {LOCK_NAME, RUN_FILE, METRICS_FILE}
 WriteCheckpoint = Callable[[Staging, int], None]  # how long metrics.jsonl is comes with it
 
@@ -311,3 +320,15 @@ def _forgiving(consequence: str) -> Iterator[None]:
 def versions() -> dict[str, str]:
     """What writes a folder, for its manifest."""
     return {"torch": torch.__version__, "python": platform.python_version()}
+
+
+def drop_weights(path: Path) -> None:
+    """Leave of a finished run its figures, predictions, pictures and settings, and what somebody added."""
+    with _forgiving("weights that are no longer needed stay"):
+        ours = {folder.name for _, folder in checkpoint.list_checkpoints(path)}
+        if (path / MANIFEST_NAME).is_file():
+            ours |= {entry.name for entry in read_manifest(path).files} - RESULT_FILES
+        ours |= {DERIVED} if holds_only_parts(path / DERIVED) else set()
+        for name in [*sorted(ours), RUN_FILE, LOCK_NAME, MANIFEST_NAME]:  # the list of what is ours goes last
+            if os.path.lexists(path / name):
+                atomic.remove(path / name)

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 MANY_UNKNOWN = 0.1  # of the tokens; real text in a vocabulary's own languages stays under 0.01
 
+Rows = npt.NDArray[np.int64]
 Targets = npt.NDArray[np.int64] | npt.NDArray[np.float32]
 MAX_SHOWN = 20  # labels in one line
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?")
@@ -45,6 +46,16 @@ class Pairs:
         """`train.tsv:17`"""
         return f"{self.files[self.file_of_row[row]]}:{self.line_of_row[row]}"
 
+    def take(self, rows: Rows) -> Pairs:
+        """These rows, in this order."""
+        a, b, labels = (
+            None if column is None else [column[row] for row in rows]
+            for column in (self.text_a, self.text_b, self.labels)
+        )
+        assert a is not None
+        places = self.file_of_row[rows], self.line_of_row[rows]
+        return Pairs(a, b, labels, self.files, *places, self.header)
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -56,6 +67,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def take(self, rows: Rows) -> Split:
+        """These rows, in this order."""
+        targets = None if self.targets is None else self.targets[rows]
+        return Split(self.pairs.take(rows), self.tokens.take(rows), targets)
 
 
 def make_split(

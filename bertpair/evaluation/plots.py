@@ -60,7 +60,7 @@ def draw_confusion(matrix: ArrayLike, labels: Sequence[str]) -> bytes:
         axes.set_title("\n".join(notes), size=9, color=MUTED, pad=8, linespacing=1.5)
         above = (0, 13 + 13.5 * len(notes))
         axes.annotate("confusion matrix", (0, 1), above, "axes fraction", "offset points", size=12)
-        return _png(figure, bbox_inches="tight", pad_inches=0.2)  # as large as the names around it need
+        return png(figure, bbox_inches="tight", pad_inches=0.2)  # as large as the names around it need
 
 
 def _largest_classes(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[int]]:
@@ -140,7 +140,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], metric: str | None = None)
             _plot(panels[1], watched, GREEN, "dev", best=np.argmax)
         _plot(panels[-1], rate, VIOLET, "learning rate")
         _style_steps(panels[-1], records)
-        return _png(figure)
+        return png(figure)
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
@@ -183,7 +183,8 @@ def _style_steps(panel: "Axes", records: Sequence[Mapping[str, Any]]) -> None:
         panel.secondary_xaxis(-0.45, functions=turn).set_xlabel("epoch")
 
 
-def _png(figure: "Figure", **options: Any) -> bytes:
+def png(figure: "Figure", **options: Any) -> bytes:
+    """The picture's bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None}, **options)  # no version among the bytes
     return buffer.getvalue()

@@ -11,7 +11,7 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,14 @@ def load_model(
     new_head: bool = False,
     from_scratch: bool = False,
     require_head: bool = False,
+    read: Callable[[Path], Mapping[str, Tensor]] | None = None,
 ) -> tuple[Network, list[str]]:
     """The model of `folder`, in float32 on the CPU, and what its user should know, a line each.
 
     Weights that are there are always loaded; where there are none, `from_scratch` must be set. What is new
     (a pooler or classifier that the weights lack, or that `new_head` replaces) starts from torch's global
     generator; with `require_head` lacking one is an error: nobody wants a random model's answers.
+    `read` reads the weight file, by default `read_weights`.
     Raises CheckpointError listing all that is missing, surplus, of another shape or not finite.
     """
     path, file, family = folder.path, find_weights(folder.path), folder.family
@@ -132,7 +134,7 @@ def load_model(
             )
             raise CheckpointError(f"{path / 'config.json'}: {found}: is it damaged?")
         return family.network(config), [f"{path} has no weights: training starts from random ones"]
-    stored, notes = _translate(read_weights(file), file, family)
+    stored, notes = _translate((read or read_weights)(file), file, family)
     if from_scratch:
         notes.append(f"{file}: loaded; from_scratch is for folders without weights")
     classifier = _theirs(family, "classifier") + "."

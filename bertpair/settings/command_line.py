@@ -11,19 +11,20 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from bertpair.console import program, say
 from bertpair.errors import ConfigError, plain, raise_faults, show
-from bertpair.settings import fields
+from bertpair.settings import fields as kinds
 from bertpair.settings.config import GROUPS, SETTINGS, Config, EvaluateSettings
 from bertpair.settings.contradictions import contradictions, missing, settle
 from bertpair.settings.fields import Group, described, expected, from_words, placed, suggest, typed
 from bertpair.settings.files import Layer, read_settings
 from bertpair.settings.run_glue import OldNames, translate
+from bertpair.settings.several import SeveralRuns, several_faults
 from bertpair.settings.stored import TRAINING_ARGS, model_settings
 
 Script = Literal["train", "evaluate", "serve"]
@@ -70,7 +71,7 @@ Example, to be run in the project's folder, after the example of {train} --help:
   {program} --model_dir grades --data_file examples/answers_dev.tsv""",
 }
 NO_MODEL_DIR = "model_dir must be set: it is the folder of a trained model. Example: --model_dir my_model"
-FIRST = "The settings to know first"
+FIRST, SEVERAL = "The settings to know first", "Several runs, to choose the best"
 _FIRST = {
     "train": """model_name_or_path train_file dev_file text_a_column text_b_column label_column output_dir
         num_train_epochs learning_rate per_device_train_batch_size""",
@@ -98,7 +99,11 @@ class Names(OldNames, Config):
 class _Flags(Group):
     """What only a command line may say."""
 
-    config: fields.Path = None
+    config: kinds.Path = None
+
+
+class _TrainFlags(_Flags, SeveralRuns):
+    """The same of train.py."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ class Parsed:
     config: Config
     explicit: frozenset[str]
     notes: tuple[str, ...]
+    several: SeveralRuns = SeveralRuns()
 
 
 def _fill(layer: Layer, raw: Mapping[str, object], names: type[Group], script: Script) -> Layer:
@@ -139,8 +145,12 @@ def parse_command_line(
     if len(argv) == 1 and argv[0].lower().endswith(".json") and not argv[0].startswith("-"):
         argv = ["--config", *argv]
     usage = _USAGE[script].format(program=program(script), train=program("train"), how_to_set=HOW_TO_SET)
-    flags, path = flag_layer(argv, Names, script, _help_groups(script), usage)
-    return _train(flags, path) if script == "train" else _evaluate(flags, path, settings_folder)
+    shown = _help_groups(script)
+    if script == "train":
+        flags, own = flag_layer(argv, Names, script, shown, usage, only_flags=_TrainFlags)
+        return _train(flags, own.pop("config", None), SeveralRuns(**own))
+    flags, own = flag_layer(argv, Names, script, shown, usage)
+    return _evaluate(flags, own.get("config"), settings_folder)
 
 
 def _help_groups(script: Script) -> dict[str, list[str]]:
@@ -153,6 +163,8 @@ def _help_groups(script: Script) -> dict[str, list[str]]:
         batches = ["per_device_eval_batch_size", "pad_to_multiple_of"]
         hub = ["revision", "cache_dir"]
         names = {"Model": evaluating + hub, "Data": of_files, "Device": batches + names["Device"]}
+    else:
+        names[SEVERAL] = list(SeveralRuns.model_fields)
     return first_of_all(_FIRST[script], names)
 
 
@@ -163,7 +175,7 @@ def first_of_all(names: str, groups: Mapping[str, Iterable[str]]) -> dict[str, l
     return {FIRST: first, **rest}
 
 
-def _train(flags: Layer, path: str | None) -> Parsed:
+def _train(flags: Layer, path: str | None, several: SeveralRuns) -> Parsed:
     flags.faults += [
         f"--{name} is a flag of {program('evaluate')}, not of training"
         for name in flags.values
@@ -189,7 +201,8 @@ def _train(flags: Layer, path: str | None) -> Parsed:
         flags.faults.append(
             f"there is no {IMPLICIT} in this folder; the sample is trained from its own folder: {way}"
         )
-    return _finish("train", Layer(), yaml, flags, weak)
+    parsed = _finish("train", Layer(), yaml, flags, weak, lambda config: several_faults(several, config))
+    return replace(parsed, several=several)
 
 
 def _evaluate(flags: Layer, path: str | None, settings_folder: Callable[[Path], Path]) -> Parsed:
@@ -236,13 +249,20 @@ def sample_output_dir(layer: Layer) -> str | None:
     return folder
 
 
-def _finish(script: Script, stored: Layer, yaml: Layer, flags: Layer, weak: Collection[str] = ()) -> Parsed:
+def _finish(
+    script: Script,
+    stored: Layer,
+    yaml: Layer,
+    flags: Layer,
+    weak: Collection[str] = (),
+    more_faults: Callable[[Config], Iterable[str]] = lambda config: (),
+) -> Parsed:
     """The layers as one checked Config. On a resume the run's own settings go over those named in `weak`."""
     merged, set_aside = merge([stored, yaml, flags])
     values = settle(merged)
     config = Config(**values)
     bad = flags.bad | yaml.bad
-    faults = [*yaml.faults, *flags.faults, *contradictions(config)]
+    faults = [*yaml.faults, *flags.faults, *contradictions(config), *more_faults(config)]
     if script == "train" and not config.resume and config.runs_training and (lacking := missing(config, bad)):
         faults += lacking if faults else [*lacking, f"{program(script)} --help explains every setting"]
     if config.resume == "auto" and script == "train" and not config.output_dir and "output_dir" not in bad:
@@ -304,10 +324,16 @@ class _Help(argparse.HelpFormatter):
 
 
 def flag_layer(
-    argv: Sequence[str], names: type[Group], script: Script, shown: Mapping[str, Sequence[str]], usage: str
-) -> tuple[Layer, str | None]:
-    """What the flags say, and the settings file they name. `--help` shows some by group, and exits."""
-    parser = _parser(names, script, shown, usage)
+    argv: Sequence[str],
+    names: type[Group],
+    script: Script,
+    shown: Mapping[str, Sequence[str]],
+    usage: str,
+    *,
+    only_flags: type[Group] = _Flags,
+) -> tuple[Layer, dict[str, Any]]:
+    """What the flags say, and the values of `only_flags`. `--help` shows some by group, and exits."""
+    parser = _parser(names, only_flags, script, shown, usage)
     if "--help" in argv or "-h" in argv:
         say(parser.format_help().rstrip())
         raise SystemExit(0)
@@ -316,7 +342,7 @@ def flag_layer(
     for before, word in zip(["", *rest], rest, strict=False):
         if word[:1] in _DASHES and len(word) > 1:
             flag = word.partition("=")[0]
-            near = suggest(flag.strip(_DASHES), names.model_fields)
+            near = suggest(flag.strip(_DASHES), names.model_fields | only_flags.model_fields)
             said = "unknown setting" if flag.startswith("--") else "flags begin with two dashes, found"
             layer.faults.append(f"{said} {plain(flag)}{near}")
         elif not before or before[0] not in _DASHES:
@@ -327,7 +353,7 @@ def flag_layer(
     raw: dict[str, object] = {}
     for name, uses in vars(given).items():
         layer.where[name] = f"--{name}"
-        model = _Flags if name == "config" else names
+        model = only_flags if name in only_flags.model_fields else names
         try:
             found = [from_words(words, model.model_fields[name].annotation) for words in uses]
         except ValueError as error:
@@ -337,13 +363,17 @@ def flag_layer(
         raw[name] = found[-1]
         if any(value != found[-1] for value in found):
             layer.notes.append(f"--{name} is given more than once: the last, {show(found[-1])}, counts")
-    config, faults = typed(_Flags, {name: raw.pop(name) for name in _Flags.model_fields if name in raw})
+    own, faults = typed(only_flags, {name: raw.pop(name) for name in only_flags.model_fields if name in raw})
     layer.faults += placed(faults, layer.where)
-    return _fill(layer, raw, names, script), config.get("config")
+    return _fill(layer, raw, names, script), own
 
 
 def _parser(
-    names: type[Group], script: Script, shown: Mapping[str, Sequence[str]], usage: str
+    names: type[Group],
+    only_flags: type[Group],
+    script: Script,
+    shown: Mapping[str, Sequence[str]],
+    usage: str,
 ) -> argparse.ArgumentParser:
     old = ", ".join(sorted(OldNames.model_fields))
     epilog = f"Flags of run_glue.py, each obeyed or said to be ignored: {old}."
@@ -356,16 +386,16 @@ def _parser(
         argument_default=argparse.SUPPRESS,
         formatter_class=partial(_Help, max_help_position=34, width=100),
     )
-    texts = described(names)
+    fields, texts = only_flags.model_fields | names.model_fields, described(only_flags) | described(names)
     for title, members in shown.items():
         group = parser.add_argument_group(title)
         for name in members:
             meant = "eval_output_dir" if name == "output_dir" and script == "evaluate" else name
-            facts: Any = names.model_fields[meant].json_schema_extra or {}
+            facts: Any = fields[meant].json_schema_extra or {}
             example = f"\nExample: --{name} {facts['example']}".rstrip() if "example" in facts else ""
             group.add_argument(f"--{name}", action="append", nargs="*", help=texts[meant] + example)
     shown_names = {name for members in shown.values() for name in members}
-    for name in _Flags.model_fields | names.model_fields:
+    for name in fields:
         if name not in shown_names:
             parser.add_argument(f"--{name}", action="append", nargs="*", help=argparse.SUPPRESS)
     return parser

@@ -34,7 +34,7 @@ OTHER_NAMES = {
     "max_length": "max_seq_length",
     "validation_file": "dev_file",
     "model": "model_name_or_path",
-    "seeds": "seed",
+    "seeds": "several seeds are asked for by a flag of train.py: --seeds 5",
     "bf16": "mixed precision is set by amp: bf16",
     "gpu": _GPU,
     "cuda": _GPU,
@@ -289,8 +289,9 @@ Label = Annotated[str, PlainValidator(as_label), said("a label")] | None
 Labels = Annotated[list[str], PlainValidator(_as_labels), said("a list of at least two labels")] | None
 _WEIGHTS = "balanced, or a weight from 1e-6 to 1e6 by label (label=weight …)"
 Weights = Annotated[str | dict[str, float], PlainValidator(_as_weights), said(_WEIGHTS)] | None
-_COLUMN = "auto, a header name, or a column number (from 0; -1 is the last)"
-Column = Annotated[int | str, PlainValidator(_as_column), said(_COLUMN)]
+_COLUMN = "a header name, or a column number (from 0; -1 is the last)"
+NamedColumn = Annotated[int | str, PlainValidator(_as_column), said(_COLUMN)]
+Column = Annotated[int | str, PlainValidator(_as_column), said(f"auto, {_COLUMN}")]
 _DEVICES = "auto, cpu, mps, cuda or cuda:N"
 Device = Annotated[str, matching(r"auto|cpu|mps|cuda(:[0-9]{1,3})?"), said(_DEVICES)]
 Amp = Annotated[Literal["auto", "off", "bf16", "fp16"], OFF]

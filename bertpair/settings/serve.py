@@ -345,7 +345,8 @@ def parse_serve_command_line(argv: Sequence[str]) -> tuple[ServeConfig, list[str
     """
     shown = first_of_all(_FIRST, {title: group.model_fields for title, group in GROUPS.items()})
     usage = _USAGE.format(program=program("serve"), train=program("train"), how_to_set=HOW_TO_SET)
-    flags, path = flag_layer(argv, ServeConfig, "serve", shown, usage)
+    flags, own = flag_layer(argv, ServeConfig, "serve", shown, usage)
+    path = own.get("config")
     yaml = file_layer(path, _Names, "serve")
     values = {**yaml.values, **flags.values}
     output_dir = values.pop("output_dir", None)

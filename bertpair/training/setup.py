@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from bertpair.errors import ConfigError, plain
 from bertpair.model.compact_vocabulary import CompactTable, compact_model
 from bertpair.model.config import ModelFolder, check_model_type, check_pairs, label_order, read_folder
 from bertpair.model.families import Network
-from bertpair.model.pretrained import load_model, resolve_folder
+from bertpair.model.pretrained import load_model, read_weights, resolve_folder
 from bertpair.runtime import (
     Precision,
     explain_memory,
@@ -61,8 +63,40 @@ class Job:
     table: CompactTable | None  # with compact_vocabulary: ids count its rows in use, as does `pad_id`
 
 
-def prepare(config: Config, resumed_from: RunState | None) -> Job:
-    """Load data and model as `config` says; on a resume the model is the checkpoint's.
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What runs with the same data and the same pretrained model share: it is never changed."""
+
+    source: Source
+    folder: ModelFolder
+    tokenizer: Tokenizer
+    labels: tuple[str, ...] | None  # in id order; None: regression
+    train: Split
+    dev: Split | None
+    read_weights: Callable[[Path], Mapping[str, Tensor]]
+
+
+def read_material(config: Config, resumed_from: RunState | None = None) -> Material:
+    """Read and tokenize the data, and find the model; on a resume it is the checkpoint's.
+
+    Raises ConfigError, DataError or CheckpointError for whatever does not fit.
+    """
+    source = resolve_source(config)
+    folder = read_folder(resumed_from.folder) if resumed_from else _open_model(config)
+    check_model_type(folder, config.model_type)
+    train_pairs, dev_pairs, labels = _read_pairs(config, source, folder)
+    if train_pairs.text_b is not None:
+        check_pairs(folder, " (text_b_column: null)")
+    tokenizer, cut = _read_tokenizer(config, folder, is_new=resumed_from is None), config.max_seq_length
+    train = make_split(train_pairs, labels, tokenizer, cut, name="train")
+    dev = None if dev_pairs is None else make_split(dev_pairs, labels, tokenizer, cut, name="dev")
+    for line in source.notes:
+        logger.info("%s", line)
+    return Material(source, folder, tokenizer, labels, train, dev, functools.cache(read_weights))
+
+
+def prepare(config: Config, resumed_from: RunState | None, material: Material | None = None) -> Job:
+    """Data and model as `config` says, read now or shared as `material`; a resume has its checkpoint's model.
 
     Raises ConfigError, DataError or CheckpointError for whatever does not fit; writes nothing.
     """
@@ -71,27 +105,24 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
     set_deterministic(config.deterministic)
     device = resolve_device(config.device)
     reset_peak_memory(device)
-    source = resolve_source(config)
-    folder = read_folder(resumed_from.folder) if resumed_from else _open_model(config)
-    check_model_type(folder, config.model_type)
-    train_pairs, dev_pairs, labels = _read_pairs(config, source, folder)
-    if train_pairs.text_b is not None:
-        check_pairs(folder, " (text_b_column: null)")
+    if material is None:
+        material = read_material(config, resumed_from)
+    source, labels, train, dev = material.source, material.labels, material.train, material.dev
+    folder = read_folder(resumed_from.folder) if resumed_from else material.folder
     positive = source.positive_label(labels, config.positive_label)
-    _check_watched(config, labels, has_dev=dev_pairs is not None)
-    tokenizer = _read_tokenizer(config, folder, is_new=resumed_from is None)
-    cut = config.max_seq_length
-    train = make_split(train_pairs, labels, tokenizer, cut, name="train")
-    dev = None if dev_pairs is None else make_split(dev_pairs, labels, tokenizer, cut, name="dev")
+    _check_watched(config, labels, has_dev=dev is not None)
     seed_everything(config.seed)
-    digest, pad_id, table = digest_of(train), tokenizer.pad_id, None
+    digest, pad_id, table = digest_of(train), material.tokenizer.pad_id, None
     weights = class_weight_tensor(config.class_weights, labels, train)
     with explain_memory(device):
-        num_labels, new_head = 1 if labels is None else len(labels), config.new_head and resumed_from is None
         model, notes = load_model(
-            folder, num_labels=num_labels, new_head=new_head, from_scratch=config.from_scratch
+            folder,
+            num_labels=1 if labels is None else len(labels),
+            new_head=config.new_head and resumed_from is None,
+            from_scratch=config.from_scratch,
+            read=None if resumed_from else material.read_weights,
         )
-        for line in (*source.notes, *notes):
+        for line in notes:
             logger.info("%s", line)
         if (pooling := folder.config.pooling) != "cls":
             logger.info("pooling: %s, over all tokens of a row", pooling)
@@ -111,7 +142,7 @@ def prepare(config: Config, resumed_from: RunState | None) -> Job:
         config=config.model_copy(update=settled),
         model=model,
         folder=folder,
-        tokenizer=tokenizer,
+        tokenizer=material.tokenizer,
         labels=labels,
         train=train,
         dev=dev,

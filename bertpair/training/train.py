@@ -41,7 +41,7 @@ from bertpair.training.loop import Loop
 from bertpair.training.optim import AdamW, load_state_tensors, parameter_groups
 from bertpair.training.optim import state_tensors as optimizer_tensors
 from bertpair.training.resume import check_same_run, find_start
-from bertpair.training.setup import Job, prepare
+from bertpair.training.setup import Job, Material, prepare
 from bertpair.training.step import Stepper
 
 logger = logging.getLogger(__name__)
@@ -69,11 +69,14 @@ class TrainResult:
         return values
 
 
-def train(config: Config, *, explicit: Collection[str] | None = None) -> TrainResult:
+def train(
+    config: Config, *, explicit: Collection[str] | None = None, material: Material | None = None
+) -> TrainResult:
     """Fine-tune as `config` says and return what came out; the model is in `config.output_dir`.
 
     `explicit` names the settings that were given; by default those that `config` was made with. On a resume
-    they are compared with the run's own, which hold for all others.
+    they are compared with the run's own, which hold for all others. `material` is what `read_material` read
+    for these settings, where several runs share it.
     Raises ConfigError, DataError or CheckpointError before anything is written; later StoppedError after a
     checkpoint, or TrainingError.
     """
@@ -82,17 +85,17 @@ def train(config: Config, *, explicit: Collection[str] | None = None) -> TrainRe
     given = config.model_fields_set if explicit is None else explicit
     config = check_config(config, training=not config.resume)
     with lines_shown(), interruptible():
-        return _train(config, given)
+        return _train(config, given, material)
 
 
-def _train(config: Config, given: Collection[str]) -> TrainResult:
+def _train(config: Config, given: Collection[str], material: Material | None) -> TrainResult:
     if config.output_dir is None and config.resume != "auto":  # it names a checkpoint and nothing else
         config = config.model_copy(update={"output_dir": str(Path(str(config.resume)).absolute().parent)})
     with contextlib.closing(RunFolder(Path(str(config.output_dir)))) as folder:
         start = find_start(config, given, folder)
         if start.finished is not None and start.checkpoint is None:
             return _stored_result(start.finished)
-        job = prepare(start.config, start.checkpoint)
+        job = prepare(start.config, start.checkpoint, material)
         with explain_memory(job.device):
             run = _Run(job, start.checkpoint, folder)
         if start.finished is not None and run.loop.is_done:

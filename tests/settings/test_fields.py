@@ -218,7 +218,7 @@ def test_near_misses_are_suggested() -> None:
         ("validation_file", "; did you mean dev_file?"),
         ("gradient_checkpointing", ": there is none; a smaller per_device_train_batch_size with more "),
         ("model", "; did you mean model_name_or_path?"),
-        ("seeds", "; did you mean seed?"),
+        ("seeds", ": several seeds are asked for by a flag of train.py: --seeds 5"),
     ],
 )
 def test_the_fields_other_spellings_lead_to_a_setting_or_a_sentence(name: str, said: str) -> None:

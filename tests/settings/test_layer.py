@@ -1,6 +1,7 @@
 """Layers: flags and files become typed settings, and later layers go over earlier ones."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,11 +33,11 @@ def test_flags_and_files_give_the_same_settings() -> None:
 
 
 def test_the_settings_file_is_named_by_a_flag() -> None:
-    def read(*argv: str) -> tuple[Layer, str | None]:
+    def read(*argv: str) -> tuple[Layer, dict[str, Any]]:
         return flag_layer(argv, Names, "train", {}, "")
 
-    assert read("--config", "c.yaml")[1] == "c.yaml"
-    assert read()[1] is read("--config", "null")[1] is None
+    assert read("--config", "c.yaml")[1] == {"config": "c.yaml"}
+    assert read()[1] == {} and read("--config", "null")[1] == {"config": None}
     assert "--config: expected text without NUL" in read("--config", "a\0")[0].faults[0]
 
 

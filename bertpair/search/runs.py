@@ -1,0 +1,204 @@
+"""Several runs of one recipe, one after the other: what they share, what is known of them, what they leave.
+
+`runs.json` in their common folder has the figures of every run that is finished. A run that is not finished
+goes on from its newest checkpoint when it is asked for again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import socket
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bertpair.checkpoints.atomic import remove, replace_file
+from bertpair.checkpoints.run_folder import RunFolder, drop_weights
+from bertpair.errors import CheckpointError, ConfigError, list_faults
+from bertpair.evaluation.metrics import finite_or_null, is_better
+from bertpair.settings.config import SETTINGS, Config, DataSettings, ModelSettings
+from bertpair.settings.files import read_json
+from bertpair.settings.tasks import measured_metrics
+from bertpair.training.setup import Material, read_material
+from bertpair.training.train import train
+
+RUNS_FILE = "runs.json"
+# Whose lines are for a single run.
+_QUIET = ("checkpoints", "console", "data", "evaluation", "model", "training")
+_READ = {*DataSettings.model_fields, *ModelSettings.model_fields, "do_train", "do_eval"}
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What a finished run measured with its final weights."""
+
+    metrics: dict[str, Any]
+    seconds: float
+    host: str
+
+
+class Materials:
+    """Data and weights that runs share: read again only for a run that needs others."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._material: Material | None = None
+
+    def read(self, config: Config) -> Material:
+        """What a run with these settings needs. Raises what `read_material` raises."""
+        key = [getattr(config, name) for name in sorted(_READ)]
+        if self._material is None or key != self._key:
+            self._material = None  # before the next one is read: two may not fit
+            self._material, self._key = read_material(config), key
+        return self._material
+
+
+class RunsFolder:
+    """A folder with one folder for each run, named `seed-42` or `fold-1`, and `runs.json`."""
+
+    def __init__(
+        self,
+        path: Path,
+        recipe: Config,
+        metric: str,
+        *,
+        keep_all_weights: bool,
+        ours: Sequence[str] = (),
+        **more: object,
+    ) -> None:
+        """ConfigError where the folder has runs of another recipe, to which `more` belongs."""
+        self.path, self.metric, self.keep_all_weights = path, metric, keep_all_weights
+        self._recipe = {**recipe_of(recipe), **more}
+        overwrite = recipe.overwrite_output_dir
+        stored = claim_folder(path, RUNS_FILE, self._recipe, overwrite=overwrite, ours=ours)
+        self.done = {name: Figures(**figures) for name, figures in stored.get("runs", {}).items()}
+
+    @property
+    def best(self) -> str | None:
+        """The finished run with the best figure; of equals, the first."""
+        values = {name: figures.metrics.get(self.metric) for name, figures in self.done.items()}
+        return best_of(values, self.metric)
+
+    def run(self, name: str, config: Config, material: Material) -> Figures:
+        """The figures of one run, which is trained unless it is finished.
+
+        Raises what `train` raises, and CheckpointError where its last save failed.
+        """
+        if name in self.done:
+            return self.done[name]
+        folder, started = self.path / name, time.monotonic()
+        each = {"output_dir": str(folder), "overwrite_output_dir": False, "resume": "auto"}
+        own = config.model_copy(update=each)
+        with one_line_each():
+            result = train(own, explicit=set(SETTINGS), material=material)
+        if result.save_failed:
+            raise CheckpointError(f"{folder}: the model could not be saved; run the same command again")
+        seconds = round(time.monotonic() - started, 1)
+        self.done[name] = Figures(finite_or_null(result.metrics), seconds, socket.gethostname())
+        self._write()
+        self._tidy()
+        return self.done[name]
+
+    def _write(self) -> None:
+        runs = {name: dataclasses.asdict(figures) for name, figures in self.done.items()}
+        text = json.dumps({"recipe": self._recipe, "runs": runs}, ensure_ascii=False, indent=1)
+        replace_file(self.path / RUNS_FILE, f"{text}\n".encode())
+
+    def _tidy(self) -> None:
+        for name in self.done:
+            if not self.keep_all_weights and name != self.best:
+                drop_weights(self.path / name)
+
+
+def recipe_of(config: Config) -> dict[str, Any]:
+    """The settings that a run's figures depend on."""
+    values = config.model_dump(mode="json")
+    return {name: values[name] for name in SETTINGS if SETTINGS[name].resume != "free"}
+
+
+def claim_folder(
+    path: Path, mark: str, recipe: Mapping[str, Any], *, overwrite: bool, ours: Sequence[str]
+) -> dict[str, Any]:
+    """Make the folder of several runs, or find it: the file `mark` in it has the recipe, and is returned.
+
+    With `overwrite`, what `ours` (patterns) names is deleted first. ConfigError where the folder holds
+    something else, or runs of another recipe.
+    """
+    RunFolder(path).check_new(overwrite=True)
+    if overwrite and path.is_dir():
+        for each in [found for pattern in (mark, *ours) for found in path.glob(pattern)]:
+            remove(each)
+    if (path / mark).exists():
+        stored = read_json(path / mark)
+        check_recipe(stored.get("recipe"), recipe, path)
+        return stored
+    found = sorted(each.name for each in path.iterdir() if each.name[0] != ".") if path.is_dir() else []
+    if found and not overwrite:
+        shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+        advice = "--output_dir names another folder"
+        raise ConfigError(f"output_dir: {path} holds something else than these runs ({shown}); {advice}")
+    path.mkdir(parents=True, exist_ok=True)
+    made = {"recipe": dict(recipe)}
+    replace_file(path / mark, f"{json.dumps(made, ensure_ascii=False, indent=1)}\n".encode())
+    return made
+
+
+def check_metric(metric: str | None, material: Material) -> str:
+    """The metric to choose by, by default the task's first; ConfigError for one that is never measured."""
+    measured = measured_metrics(None if material.labels is None else len(material.labels))
+    chosen = metric or material.source.metrics[0]
+    if chosen not in measured:
+        kind = "a regression" if material.labels is None else f"{len(material.labels)} labels"
+        raise ConfigError(f"metric: {chosen} is not measured with {kind}; allowed: {', '.join(measured)}")
+    return chosen
+
+
+def check_recipe(stored: Any, recipe: Mapping[str, Any], where: object) -> None:
+    """ConfigError that lists the settings in which runs in `where` differ from the recipe."""
+    if stored == recipe:
+        return
+    before = stored if isinstance(stored, dict) else {}
+    faults = [
+        f"{name}: they have {before.get(name)!r}, found {recipe.get(name)!r}"
+        for name in {**before, **recipe}
+        if before.get(name) != recipe.get(name)
+    ]
+    advice = "--output_dir names another folder, --overwrite_output_dir starts anew in its place"
+    raise ConfigError(f"{where} has runs with other settings; {advice}\n{list_faults(faults)}")
+
+
+def best_of(values: Mapping[str, float | None], metric: str) -> str | None:
+    """The name with the best value; of equals, the first; None where there is no value."""
+    best, best_value = None, None
+    for name, value in values.items():
+        if value is not None and is_better(metric, value, best_value):
+            best, best_value = name, value
+    return best
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
+    """The mean, and the standard deviation of a sample; None for a single value."""
+    if not all(map(math.isfinite, values)):
+        return math.nan, None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+@contextmanager
+def one_line_each() -> Iterator[None]:
+    """Within, a run logs only its warnings."""
+    loggers = [logging.getLogger(f"bertpair.{wing}") for wing in _QUIET]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)

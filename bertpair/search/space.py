@@ -1,0 +1,220 @@
+"""sweep.yaml: which settings are tried, with which values, and how; all that is wrong with it at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainValidator
+
+from bertpair.errors import ConfigError, plain, raise_faults, show
+from bertpair.settings.command_line import REPLACES
+from bertpair.settings.config import SETTINGS, Config, EvaluateSettings, Metric
+from bertpair.settings.contradictions import contradictions
+from bertpair.settings.fields import Group, Real, Switch, Text, Whole, placed, said, setting, suggest, typed
+from bertpair.settings.files import Layer, read_settings
+
+MAX_POINTS = 10_000
+KINDS = ("log", "range", "int")
+# These name a run or say what it writes: every run of a sweep has its own.
+FIXED = {"seed", "output_dir", "overwrite_output_dir", "resume", "resume_anyway", "do_train", "do_eval"}
+FIXED |= EvaluateSettings.model_fields.keys()
+Params = dict[str, Any]
+
+
+def _as_mapping(value: object) -> Mapping[str, object]:
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f"expected the settings to try, found {show(value) if value else 'none'}")
+    return value
+
+
+Space = Annotated[dict[str, Any], PlainValidator(_as_mapping), said("a mapping of settings to values")]
+
+
+class SweepSettings(Group):
+    """What sweep.yaml may say."""
+
+    space: Space = Field(description="The settings to try, each with its values.")
+    sampler: Literal["grid", "random", "tpe"] = setting("grid", "How values are chosen.")
+    trials: Whole | None = setting(
+        None, "How many combinations to try. Not given: all of a grid.", ge=1, le=MAX_POINTS
+    )
+    seeds: Whole = setting(1, "How many seeds a trial is the mean of.", ge=1, le=1000)
+    metric: Metric | None = setting(None, "What to choose by. Not given: the task's first metric.")
+    prune: Switch = setting(False, "Whether to stop a trial that is clearly behind.")
+    timeout: Real | None = setting(None, "Start no run after this many seconds.", gt=0)
+    storage: Text = setting(None, "Where trials are kept. Not given: a SQLite file in output_dir.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dimension:
+    """One setting of a sweep: the values of a list, or a range of numbers."""
+
+    name: str
+    values: tuple[Any, ...] = ()  # of a list
+    low: float = 0
+    high: float = 0
+    kind: Literal["list", "range", "log", "int"] = "list"
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value lies within."""
+        if self.kind == "list":
+            return value in self.values
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+    def listed(self) -> tuple[Any, ...]:
+        """Its values, if they can be counted."""
+        return tuple(range(int(self.low), int(self.high) + 1)) if self.kind == "int" else self.values
+
+    @property
+    def edges(self) -> tuple[Any, ...]:
+        """All values of a list; both ends of a range."""
+        return self.values or (self.low, self.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep that has been checked against the settings that it starts from."""
+
+    settings: SweepSettings
+    base: Config
+    space: tuple[Dimension, ...]
+
+    @property
+    def num_points(self) -> int:
+        """How many combinations are tried."""
+        if self.settings.sampler != "grid":
+            return self.settings.trials or 0
+        combinations = math.prod(len(each.listed()) for each in self.space)
+        return min(combinations, self.settings.trials or combinations)
+
+    def grid(self) -> list[Params]:
+        """The combinations of a grid, the last setting changing fastest."""
+        names = [each.name for each in self.space]
+        combinations = itertools.product(*(each.listed() for each in self.space))
+        return [
+            dict(zip(names, each, strict=True)) for each in itertools.islice(combinations, self.num_points)
+        ]
+
+    def config(self, params: Params) -> Config:
+        """The settings of a trial, as far as they are the same for all seeds."""
+        return with_params(self.base, params)
+
+
+def with_params(base: Config, params: Params) -> Config:
+    """`base` with these values; what one of them replaces has its default again."""
+    void = {loser for winner, loser in REPLACES if params.get(winner) and loser not in params}
+    defaults = {name: SETTINGS[name].default for name in void & SETTINGS.keys()}
+    return base.model_copy(update={**defaults, **params})
+
+
+def read_sweep(file: str | os.PathLike[str] | Mapping[str, Any], base: Config) -> Sweep:
+    """The sweep that a file or a mapping describes; ConfigError with all that is wrong with it."""
+    if isinstance(file, Mapping):
+        layer = Layer(dict(file), {name: str(name) for name in file})
+    else:
+        layer = read_settings(Path(file))
+    values, faults = typed(SweepSettings, layer.values)
+    said = [*layer.faults, *placed(faults, layer.where)]
+    if "space" not in layer.where:
+        said.append(f"space must be set in {show_file(file)}: the settings to try, each with its values")
+    space = []
+    for name, raw in values.pop("space", {}).items():
+        try:
+            space.append(_dimension(str(name), raw))
+        except ConfigError as error:
+            said.append(f"{layer.where['space']}: {error}")
+    raise_faults(said)
+    sweep = Sweep(SweepSettings(space=layer.values["space"], **values), base, tuple(space))
+    raise_faults(list(_faults(sweep, layer.where)))
+    return sweep
+
+
+def show_file(file: object) -> str:
+    """How a message names where a sweep stands."""
+    return "the sweep" if isinstance(file, Mapping) else str(file)
+
+
+def _dimension(name: str, raw: object) -> Dimension:
+    if name not in SETTINGS:
+        raise ConfigError(f"unknown setting {plain(name)}{suggest(name, SETTINGS)}")
+    if name in FIXED:
+        hint = "; `seeds: 3` runs every trial with three" if name == "seed" else ""
+        raise ConfigError(f"{name} is not a setting that a sweep can try{hint}")
+    if isinstance(raw, Mapping):
+        return _range(name, raw)
+    if not isinstance(raw, list) or not raw:
+        found = "an empty list" if raw == [] else show(raw)
+        raise ConfigError(
+            f"{name}: expected a list of values, or log, range or int: [low, high]; found {found}"
+        )
+    values: list[Any] = []
+    for each in raw:
+        value = _typed(name, each)
+        if value in values:
+            raise ConfigError(f"{name}: {show(value)} is there twice")
+        values.append(value)
+    return Dimension(name, tuple(values))
+
+
+def _range(name: str, raw: Mapping[object, object]) -> Dimension:
+    kind, ends = next(iter(raw.items()), (None, None))
+    if len(raw) != 1 or kind not in KINDS or not isinstance(ends, list) or len(ends) != 2:
+        raise ConfigError(f"{name}: expected log, range or int with [low, high]; found {dict(raw)!r:.60}")
+    low, high = (_typed(name, end) for end in ends)
+    wanted = int if kind == "int" else float
+    if any(type(end) is not wanted for end in (low, high)):
+        use = {int: "int", float: "range or log"}.get(type(low), "a list of values")
+        raise ConfigError(f"{name}: {kind} does not suit this setting; use {use}")
+    if not low < high:
+        raise ConfigError(f"{name}: the range is upside down or empty: found [{low:g}, {high:g}]")
+    if kind == "log" and low <= 0:
+        raise ConfigError(f"{name}: log needs a low end above 0, found {low:g}")
+    return Dimension(name, low=low, high=high, kind=kind)  # type: ignore[arg-type]
+
+
+def _typed(name: str, value: object) -> Any:
+    values, faults = typed(Config, {name: value})
+    if faults:
+        raise ConfigError(f"{name}: {faults[name]}")
+    return values[name]
+
+
+def _faults(sweep: Sweep, where: Mapping[str, str]) -> Iterator[str]:
+    """What does not go together, in the file or with the settings that the sweep starts from."""
+    settings, base = sweep.settings, sweep.base
+    if settings.sampler == "grid":
+        for each in sweep.space:
+            if each.kind in ("range", "log"):
+                yield f"{where['space']}: {each.name}: a grid needs a list; random and tpe take ranges"
+    elif settings.trials is None:
+        yield f"trials must be set with sampler {settings.sampler}: it says how many combinations to try"
+    if not base.runs_evaluation or not (base.dev_file or base.data_dir):
+        yield "a sweep needs a dev file to choose by: set dev_file, or data_dir with a dev.tsv"
+    if base.seed + settings.seeds > 2**32:
+        yield f"seeds: {settings.seeds} seeds from {base.seed} on pass the greatest seed, {2**32 - 1}"
+    if settings.sampler == "grid" and sweep.num_points > MAX_POINTS:
+        found = f"the grid has {sweep.num_points:,} combinations"
+        yield f"{found}; at most {MAX_POINTS:,} can be tried: set trials"
+        return
+    clashes: dict[str, Params] = {}
+    for params in _corners(sweep):
+        for fault in contradictions(sweep.config(params)):
+            clashes.setdefault(fault, params)
+    known = set(contradictions(base))
+    for fault, params in clashes.items():
+        if fault not in known:
+            with_them = ", ".join(f"{name} {show(value)}" for name, value in params.items())
+            yield f"{where['space']}: with {with_them}: {fault}"
+
+
+def _corners(sweep: Sweep) -> Iterator[Params]:
+    """Combinations of the values of lists and the ends of ranges."""
+    names = [each.name for each in sweep.space]
+    for each in itertools.islice(itertools.product(*(each.edges for each in sweep.space)), MAX_POINTS):
+        yield dict(zip(names, each, strict=True))

@@ -1,0 +1,64 @@
+"""Several runs at once: flags of train.py that are no settings of a model."""
+
+from collections.abc import Iterator
+
+from bertpair.settings.config import Config
+from bertpair.settings.fields import Group, NamedColumn, Path, Switch, Whole, setting
+
+
+class SeveralRuns(Group):
+    """What makes many runs of one, and which weights they leave."""
+
+    sweep: Path = setting(
+        None,
+        "A file that says which settings to try and how. All are tried, and a table shows which is best. "
+        "Running the same command again goes on; so does another process of it, at the same time.",
+        example="sweep.yaml",
+    )
+    seeds: Whole | None = setting(
+        None,
+        "Run this many times with the seeds seed, seed + 1 and so on, and show the mean and the standard "
+        "deviation. Not given: once.",
+        ge=2,
+        le=1000,
+        example="5",
+    )
+    folds: Whole | None = setting(
+        None,
+        "Cut the training data into this many parts. Each is scored by a model that was trained on the "
+        "others. Not given: no folds.",
+        ge=2,
+        le=1000,
+        example="5",
+    )
+    group_column: NamedColumn | None = setting(
+        None,
+        "With folds: rows with the same text in this column, such as the question, are kept in one part.",
+        example="question_id",
+    )
+    keep_all_weights: Switch = setting(
+        False, "Keep the weights of every run. Without this, several runs leave those of the best only."
+    )
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether there is more than a single run."""
+        return bool(self.sweep or self.seeds or self.folds)
+
+
+def several_faults(several: SeveralRuns, config: Config) -> Iterator[str]:
+    """What does not go together, a line each."""
+    asked = [f"--{name}" for name in ("sweep", "seeds", "folds") if getattr(several, name)]
+    if len(asked) > 1:
+        hint = "; a sweep's file says how many seeds" if several.sweep and several.seeds else ""
+        yield f"{' and '.join(asked)} are different kinds of several runs: give only one{hint}"
+    if several.group_column is not None and not several.folds:
+        yield "--group_column has no effect without --folds"
+    if several.keep_all_weights and not asked:
+        yield "--keep_all_weights has no effect without --sweep, --seeds or --folds"
+    if asked and config.resume:
+        yield f"--resume: with {asked[0]}, running the same command again goes on; leave --resume out"
+    if asked and not config.runs_training:
+        yield f"do_eval alone trains nothing; {asked[0]} needs training"
+    if several.seeds and several.seeds + config.seed > 2**32:
+        yield f"--seeds: {several.seeds} seeds from {config.seed} on pass the greatest seed, {2**32 - 1}"
