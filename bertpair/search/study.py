@@ -15,6 +15,7 @@ import os
 import re
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -73,11 +74,10 @@ class Study:
             self.study = optuna.create_study(
                 storage=self.storage, study_name=self.name, direction=direction, load_if_exists=True
             )
-            self.study_id = self.storage.get_study_id_from_name(self.name)
 
     def trials(self) -> list[FrozenTrial]:
         """All of them, by number."""
-        return self.storage.get_all_trials(self.study_id)
+        return self.study.get_trials(deepcopy=False)
 
     def points(self) -> dict[int, FrozenTrial]:
         """For each point the trial that counts: it waits, runs or is over."""
@@ -115,7 +115,7 @@ class Study:
 
     def release_dead(self) -> None:
         """Mark trials whose worker has died: here its lock is free, elsewhere no sign of life has come."""
-        for trial in self.storage.get_all_trials(self.study_id, states=(TrialState.RUNNING,)):
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if trial.user_attrs.get("place") != self.place:
                 continue
             lock = RunLock(self.trial_folder(trial.user_attrs["point"]))
@@ -140,7 +140,7 @@ class Study:
         self.release_dead()
         self.enqueue()
         counting = self.points()
-        for trial in self.storage.get_all_trials(self.study_id, states=(TrialState.WAITING,)):
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             point = trial.user_attrs["point"]
             if counting[point].number != trial.number:
                 self._end(trial._trial_id, TrialState.FAIL)
@@ -263,7 +263,7 @@ def _open_storage(folder: Path, url: str | None) -> optuna.storages.RDBStorage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if url is not None:
-            return optuna.storages.RDBStorage(url, {"pool_pre_ping": True}, **options)
+            return _connect(url, options)
         path = folder.absolute() / SQLITE_FILE
         with FileLock(folder / f".{SQLITE_FILE}.lock", timeout=SQLITE_WAIT_SECONDS):
             connect = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}}
@@ -272,6 +272,17 @@ def _open_storage(folder: Path, url: str | None) -> optuna.storages.RDBStorage:
     sqlalchemy.event.listen(storage.engine, "connect", _no_implicit_transactions)
     sqlalchemy.event.listen(storage.engine, "begin", _begin_immediate)
     return storage
+
+
+def _connect(url: str, options: dict[str, Any], attempts: int = 5) -> optuna.storages.RDBStorage:
+    """The tables of a database are made by the first worker; one that tries at the same time tries again."""
+    try:
+        return optuna.storages.RDBStorage(url, {"pool_pre_ping": True}, **options)
+    except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+        if attempts == 1:
+            raise
+    time.sleep(1)
+    return _connect(url, options, attempts - 1)
 
 
 def _no_implicit_transactions(connection: Any, record: Any) -> None:
