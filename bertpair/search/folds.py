@@ -176,4 +176,4 @@ def suspicious_labels(train: Split, labels: tuple[str, ...], probabilities: npt.
         cells = [pairs.files[pairs.file_of_row[row]].translate(ESCAPES), str(pairs.line_of_row[row])]
         cells += [names[gold[row]], f"{own[row]:.6f}", names[said[row]], f"{probabilities[row].max():.6f}"]
         lines.append([*cells, *(text[row].translate(ESCAPES) for text in texts)])
-    return "".join("\t".join(line) + "\n" for line in lines).encode(errors="surrogateescape")
+    return "".join("\t".join(line) + "\n" for line in lines).encode()
