@@ -20,15 +20,15 @@ from bertpair.checkpoints.atomic import replace_file
 from bertpair.checkpoints.lock import RunLock
 from bertpair.console import interruptible, lines_shown, stop_flag
 from bertpair.data.columns import Places, locate_columns
-from bertpair.data.dataset import Split
+from bertpair.data.dataset import Pairs
 from bertpair.data.records import is_blank, read_records
-from bertpair.errors import ConfigError, DataError, StoppedError, list_faults, show
+from bertpair.errors import ConfigError, DataError, StoppedError, list_faults, listed
 from bertpair.evaluation.report import ESCAPES
 from bertpair.search.runs import Materials, RunsFolder, check_metric
 from bertpair.search.seeds import Summary, summarise
 from bertpair.settings.config import Config
 from bertpair.settings.contradictions import check_config
-from bertpair.training.setup import Material, digest_of
+from bertpair.training.setup import Material, class_weight_tensor, digest_of
 
 RESULTS, PREDICTIONS, SUSPICIOUS = "folds_results.tsv", "fold_predictions.tsv", "suspicious_labels.tsv"
 OURS = ("fold-*", RESULTS, PREDICTIONS, SUSPICIOUS)
@@ -58,6 +58,9 @@ def cross_validate(
         material = Materials().read(config.model_copy(update={"do_train": True, "do_eval": False}))
         metric = check_metric(config.metric_for_best_model, material)
         parts = split_rows(material, folds, config.seed, group_column)
+        for number in range(folds) if config.class_weights else ():  # each training needs all labels
+            own = material_of(material, parts, number)
+            class_weight_tensor(config.class_weights, material.labels, own.train)
         digest = hashlib.sha256(digest_of(material.train).encode() + parts.tobytes()).hexdigest()[:12]
         about: dict[str, Any] = {"folds": folds, "group_column": group_column, "training_data": digest}
         path, keep = Path(str(config.output_dir)), keep_all_weights
@@ -92,23 +95,24 @@ def split_rows(
     found = len(train) if groups is None else len(set(groups))
     if not 2 <= folds <= found:
         what = "rows" if groups is None else f"different values of group_column {group_column}"
-        raise ConfigError(f"folds: found {folds}; 2 to {found} are possible with {found} {what}")
+        raise ConfigError(f"folds: found {folds}; at least 2, and at most the {found} {what}")
     if labels is None:
         kind = KFold if groups is None else GroupKFold
     else:
         kind = StratifiedKFold if groups is None else StratifiedGroupKFold
-        counts = np.bincount(train.targets, minlength=len(labels))
-        if counts.max() < folds:
-            raise ConfigError(f"folds: found {folds}; no label has more than {counts.max()} rows")
-        if counts.min() < folds:
-            few = show(labels[counts.argmin()]), counts.min()
-            logger.warning("label %s has %d rows for %d folds: some folds have none of it", *few, folds)
+        if (most := np.bincount(train.targets).max()) < folds:
+            raise ConfigError(f"folds: found {folds}; no label has more than {most} rows")
     parts = np.empty(len(train), np.int64)
-    with warnings.catch_warnings():  # of rare labels: said above
+    with warnings.catch_warnings():  # of rare labels: said below
         warnings.simplefilter("ignore")
         splitter = kind(folds, shuffle=True, random_state=seed)
         for number, (_, held_out) in enumerate(splitter.split(parts, train.targets, groups)):
             parts[held_out] = number
+    if labels is not None:
+        has = np.unique(train.targets * folds + parts)  # one for each label that a part has
+        num_parts = np.bincount(has // folds, minlength=len(labels))
+        if few := [label for label, number in zip(labels, num_parts, strict=True) if number < folds]:
+            logger.warning("too few rows, or groups, for each fold to have some: %s", listed(few))
     return parts
 
 
@@ -146,34 +150,36 @@ def material_of(material: Material, parts: npt.NDArray[np.int64], number: int) -
 def write_predictions(path: Path, material: Material, parts: npt.NDArray[np.int64]) -> None:
     """The rows of all parts, as each fold's predictions.tsv has them, in the order of the training data; and
     for labels the rows by how unlikely their own label is to the model that has not seen them."""
-    rows: list[str] = [""] * len(parts)
-    head = ""
+    rows: list[list[str]] = [[]] * len(parts)
+    head: list[str] = []
     for number in range(int(parts.max()) + 1):
         text = (path / f"fold-{number + 1}" / "predictions.tsv").read_bytes().decode()
-        head, *lines = text.removesuffix("\n").split("\n")
-        for row, line in zip(np.flatnonzero(parts == number), lines, strict=True):
-            rows[row] = f"{number + 1}\t{line}"
-    replace_file(path / PREDICTIONS, "".join(f"{line}\n" for line in [f"fold\t{head}", *rows]).encode())
+        head, *lines = (line.split("\t") for line in text.removesuffix("\n").split("\n"))
+        for row, cells in zip(np.flatnonzero(parts == number), lines, strict=True):
+            rows[row] = [str(number + 1), *cells]
+    head = ["fold", *head]
+    tables = {PREDICTIONS: [head, *rows]}
     if material.labels is not None:
-        cells = [row.split("\t")[-len(material.labels) :] for row in rows]
-        probabilities = np.array(cells, dtype=np.float64)
-        replace_file(path / SUSPICIOUS, suspicious_labels(material.train, material.labels, probabilities))
+        tables[SUSPICIOUS] = suspicious_labels(material.train.pairs, head, rows)
+    for name, table in tables.items():
+        replace_file(path / name, "".join("\t".join(line) + "\n" for line in table).encode())
 
 
-def suspicious_labels(train: Split, labels: tuple[str, ...], probabilities: npt.NDArray[np.float64]) -> bytes:
+def suspicious_labels(pairs: Pairs, head: list[str], rows: list[list[str]]) -> list[list[str]]:
     """The rows from the least likely own label to the likeliest: file, line, label, its probability, what the
-    model would say and that label's probability, and the texts. `probabilities` is (rows, C), in six digits:
-    equal ones stay in the order of the data."""
-    assert train.targets is not None
-    pairs, gold = train.pairs, train.targets.astype(np.int64)
-    own = probabilities[np.arange(len(gold)), gold]
-    said = probabilities.argmax(axis=1)
-    names = [label.translate(ESCAPES) for label in labels]
+    model would say and that label's probability, and the texts; below a line of their names.
+
+    `rows` are predictions, as text under the names in `head`: rows of equal probability, to their six digits,
+    stay in the order of the data.
+    """
+    place = {name: number for number, name in enumerate(head)}
+    gold, said, score = (place[name] for name in ("gold", "predicted", "score"))
+    own = [row[place[f"prob_{row[gold]}"]] for row in rows]
     texts = [pairs.text_a] if pairs.text_b is None else [pairs.text_a, pairs.text_b]
-    head = ["file", "line", "label", "probability", "predicted", "predicted_probability"]
-    lines = [[*head, *("text_a", "text_b")[: len(texts)]]]
-    for row in np.argsort(own, kind="stable"):
-        cells = [pairs.files[pairs.file_of_row[row]].translate(ESCAPES), str(pairs.line_of_row[row])]
-        cells += [names[gold[row]], f"{own[row]:.6f}", names[said[row]], f"{probabilities[row].max():.6f}"]
-        lines.append([*cells, *(text[row].translate(ESCAPES) for text in texts)])
-    return "".join("\t".join(line) + "\n" for line in lines).encode()
+    names = ["file", "line", "label", "probability", "predicted", "predicted_probability"]
+    lines = [[*names, *("text_a", "text_b")[: len(texts)]]]
+    for k in sorted(range(len(rows)), key=lambda k: float(own[k])):
+        where = pairs.files[pairs.file_of_row[k]].translate(ESCAPES), str(pairs.line_of_row[k])
+        found = rows[k][gold], own[k], rows[k][said], rows[k][score]
+        lines.append([*where, *found, *(text[k].translate(ESCAPES) for text in texts)])
+    return lines

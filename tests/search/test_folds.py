@@ -170,19 +170,32 @@ def test_a_group_column_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.tsv", ROWS)
     material, groups = material_of_rows(tmp_path), len({row[0] for row in ROWS})
-    of_groups = (
-        f"found {groups + 1}; 2 to {groups} are possible with {groups} different values of group_column"
-    )
+    of_groups = f"found {groups + 1}; at least 2, and at most the {groups} different values of group_column"
     for folds, column, said in (
-        (41, None, "folds: found 41; 2 to 40 are possible with 40 rows"),
+        (41, None, "folds: found 41; at least 2, and at most the 40 rows"),
         (groups + 1, "question_id", of_groups),
-        (1, None, "folds: found 1; 2 to 40 are possible with 40 rows"),
+        (1, None, "folds: found 1; at least 2, and at most the 40 rows"),
     ):
         with pytest.raises(ConfigError, match=said):
             split_rows(material, folds, SEED, column)
     most = max([row[3] for row in ROWS].count(label) for label in ("right", "wrong", "partly"))
     with pytest.raises(ConfigError, match=f"folds: found 40; no label has more than {most} rows"):
         split_rows(material, 40, SEED, None)
+
+
+def test_labels_that_a_fold_lacks_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By rows, or by groups. That `class_weights: balanced` needs them all is said before any training."""
+    rows = [(f"q{i % 4}", "cat", f"sat {i}", "rare" if i % 4 == 1 else "ab"[i // 4 % 2]) for i in range(24)]
+    write_rows(tmp_path / "train.tsv", rows)
+    material = material_of_rows(tmp_path)
+    split_rows(material, 3, SEED, None)
+    assert not [each for each in caplog.records if "too few" in each.message]
+    split_rows(material, 3, SEED, "question_id")
+    assert "too few rows, or groups, for each fold to have some: 'rare'" in caplog.text
+    balanced = make_config(tmp_path, class_weights="balanced")
+    with pytest.raises(ConfigError, match="class_weights balanced: a label without a training row"):
+        cross_validate(balanced, 3, group_column="question_id")
+    assert not (tmp_path / "out").exists()
 
 
 # Whole runs
@@ -331,7 +344,7 @@ def test_nothing_is_chosen_by_a_dev_file_or_by_the_fold(
     summary = cross_validate(make_config(tmp_path, **plain, **choosing), 2)
     for name in ("load_best_model_at_end", "early_stopping_patience"):
         assert f"{name} has no effect: a fold's model has its last weights" in caplog.text
-    assert "label 'odd\\u2028one' has 1 rows for 2 folds: some folds have none of it" in caplog.text
+    assert "too few rows, or groups, for each fold to have some: 'odd\\u2028one'" in caplog.text
     assert summary.metric == "acc"
     assert sorted(figures.metrics["n"] for figures in summary.runs.values()) == [10, 11]
     out, again = tmp_path / "out", tmp_path / "again"
@@ -359,13 +372,15 @@ def test_folds_of_scores_have_no_suspicious_labels(tmp_path: Path) -> None:
     assert summary.metric == "pearson"
 
 
-def test_suspicious_labels_of_single_texts(tmp_path: Path) -> None:
-    write_rows(tmp_path / "train.tsv", ROWS[:8])
-    material = material_of_rows(tmp_path, text_b_column=None)
-    assert material.labels is not None
-    probabilities = np.full((8, len(material.labels)), 0.25)
-    head, *lines = suspicious_labels(material.train, material.labels, probabilities).decode().splitlines()
-    assert head.split("\t")[-1] == "text_a" and len(lines) == 8
-    assert [line.split("\t")[1] for line in lines] == [str(line) for line in range(2, 10)], (
-        "equal: as they stand"
-    )
+def test_suspicious_labels_of_equal_probability_stay_in_order(tmp_path: Path) -> None:
+    """To six digits. What the model says is as in the predictions, though another label shows as much."""
+    write_rows(tmp_path / "train.tsv", ROWS[:4])
+    pairs = material_of_rows(tmp_path, text_b_column=None).train.pairs
+    head = ["fold", "line", "gold", "predicted", "score", "truncated", "prob_a", "prob_b"]
+    rows = [["1", str(2 + i), "a", "b", "0.500000", "0", "0.500000", "0.500000"] for i in range(3)]
+    last = ["2", "5", "b", "a", "0.999998", "0", "0.999998", "2e-06"]
+    names, *lines = suspicious_labels(pairs, head, [*rows, last])
+    assert names[-2:] == ["predicted_probability", "text_a"]
+    assert [line[1] for line in lines] == ["5", "2", "3", "4"]
+    assert lines[0][2:] == ["b", "2e-06", "a", "0.999998", ROWS[3][1]]
+    assert lines[1][2:6] == ["a", "0.500000", "b", "0.500000"]
