@@ -7,6 +7,7 @@ nothing may be chosen by the part that it is measured on.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import warnings
 from pathlib import Path
@@ -18,20 +19,21 @@ import numpy.typing as npt
 from bertpair.checkpoints.atomic import replace_file
 from bertpair.checkpoints.lock import RunLock
 from bertpair.console import interruptible, lines_shown, stop_flag
-from bertpair.data.dataset import Split
-from bertpair.data.tsv import read_pairs
-from bertpair.errors import ConfigError, DataError, StoppedError
+from bertpair.data.columns import Places, locate_columns
+from bertpair.data.dataset import Pairs
+from bertpair.data.records import is_blank, read_records
+from bertpair.errors import ConfigError, DataError, StoppedError, list_faults, listed
 from bertpair.evaluation.report import ESCAPES
 from bertpair.search.runs import Materials, RunsFolder, check_metric
 from bertpair.search.seeds import Summary, summarise
 from bertpair.settings.config import Config
 from bertpair.settings.contradictions import check_config
-from bertpair.training.setup import Material
+from bertpair.training.setup import Material, class_weight_tensor, digest_of
 
 RESULTS, PREDICTIONS, SUSPICIOUS = "folds_results.tsv", "fold_predictions.tsv", "suspicious_labels.tsv"
 OURS = ("fold-*", RESULTS, PREDICTIONS, SUSPICIOUS)
-# Nothing is chosen by the rows that a fold is measured on.
-LAST_WEIGHTS = {"eval_strategy": "no", "load_best_model_at_end": False, "early_stopping_patience": None}
+CHOOSING = {"load_best_model_at_end": False, "early_stopping_patience": None}
+LAST_WEIGHTS = {**CHOOSING, "eval_strategy": "no", "evaluate_during_training": False, "dev_file": None}
 logger = logging.getLogger(__name__)
 
 
@@ -48,15 +50,19 @@ def cross_validate(
     dev file is not used. Results are in `config.output_dir`; what was interrupted goes on. Raises what
     `train` raises; StoppedError says how many folds are done.
     """
-    for name in LAST_WEIGHTS if config.eval_strategy != "no" else ():
-        if getattr(config, name) and name != "eval_strategy":
-            logger.info("%s has no effect: a fold's model has its last weights", name)
-    config = check_config(config.model_copy(update={**LAST_WEIGHTS, "dev_file": None}), training=True)
     with lines_shown(), interruptible():
+        for name in CHOOSING:
+            if getattr(config, name):
+                logger.warning("%s has no effect: a fold's model has its last weights", name)
+        config = check_config(config.model_copy(update=LAST_WEIGHTS), training=True)
         material = Materials().read(config.model_copy(update={"do_train": True, "do_eval": False}))
         metric = check_metric(config.metric_for_best_model, material)
-        parts = split_rows(material, folds, config, group_column)
-        about: dict[str, Any] = {"folds": folds, "group_column": group_column}
+        parts = split_rows(material, folds, config.seed, group_column)
+        for number in range(folds) if config.class_weights else ():  # each training needs all labels
+            own = material_of(material, parts, number)
+            class_weight_tensor(config.class_weights, material.labels, own.train)
+        digest = hashlib.sha256(digest_of(material.train).encode() + parts.tobytes()).hexdigest()[:12]
+        about: dict[str, Any] = {"folds": folds, "group_column": group_column, "training_data": digest}
         path, keep = Path(str(config.output_dir)), keep_all_weights
         runs = RunsFolder(path, config, metric, keep_all_weights=keep, ours=OURS, **about)
         lock = RunLock(runs.path)
@@ -66,8 +72,7 @@ def cross_validate(
             for number, name in enumerate(names):
                 try:
                     stop_flag.raise_if_set()
-                    own = material_of(material, parts, number)
-                    figures = runs.run(name, config, own)
+                    figures = runs.run(name, config, material_of(material, parts, number))
                 except StoppedError as stopped:
                     done = f"{number} of {folds} folds are done; the same command goes on"
                     raise StoppedError(stopped.signum, done) from None
@@ -79,46 +84,60 @@ def cross_validate(
 
 
 def split_rows(
-    material: Material, folds: int, config: Config, group_column: str | int | None
+    material: Material, folds: int, seed: int, group_column: str | int | None
 ) -> npt.NDArray[np.int64]:
-    """The number of each row's part, (rows,). ConfigError where there are more parts than rows or groups."""
+    """The number of each row's part, (rows,). ConfigError where rows, groups or labels are too few."""
     from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 
-    train = material.train
+    train, labels = material.train, material.labels
     assert train.targets is not None
-    groups = None if group_column is None else read_groups(material, config, group_column)
+    groups = None if group_column is None else read_groups(material, group_column)
     found = len(train) if groups is None else len(set(groups))
-    if found < folds:
+    if not 2 <= folds <= found:
         what = "rows" if groups is None else f"different values of group_column {group_column}"
-        raise ConfigError(f"folds: found {found} {what} for {folds} folds")
-    is_shuffled: dict[str, Any] = {"shuffle": True, "random_state": config.seed}
-    if material.labels is None:
-        splitter = (KFold if groups is None else GroupKFold)(folds, **is_shuffled)
+        raise ConfigError(f"folds: found {folds}; at least 2, and at most the {found} {what}")
+    if labels is None:
+        kind = KFold if groups is None else GroupKFold
     else:
-        rarest = int(np.bincount(train.targets, minlength=len(material.labels)).min())
-        if rarest < folds:
-            logger.warning("a label has %d rows for %d folds: some folds have none of it", rarest, folds)
-        splitter = (StratifiedKFold if groups is None else StratifiedGroupKFold)(folds, **is_shuffled)
+        kind = StratifiedKFold if groups is None else StratifiedGroupKFold
+        if (most := np.bincount(train.targets).max()) < folds:
+            raise ConfigError(f"folds: found {folds}; no label has more than {most} rows")
     parts = np.empty(len(train), np.int64)
-    with warnings.catch_warnings():  # of rare labels: said above
+    with warnings.catch_warnings():  # of rare labels: said below
         warnings.simplefilter("ignore")
+        splitter = kind(folds, shuffle=True, random_state=seed)
         for number, (_, held_out) in enumerate(splitter.split(parts, train.targets, groups)):
             parts[held_out] = number
+    if labels is not None:
+        has = np.unique(train.targets * folds + parts)  # one for each label that a part has
+        num_parts = np.bincount(has // folds, minlength=len(labels))
+        if few := [label for label, number in zip(labels, num_parts, strict=True) if number < folds]:
+            logger.warning("too few rows, or groups, for each fold to have some: %s", listed(few))
     return parts
 
 
-def read_groups(material: Material, config: Config, column: str | int) -> list[str]:
-    """The text of each training row in a column, in the order of the rows."""
-    source, pairs = material.source, material.train.pairs
-    columns = dataclasses.replace(source.columns, text_a=column, text_b=None, label=None)
-    read = read_pairs(source.train_files, columns, on_bad_row=config.on_bad_row)
-    places = zip(read.file_of_row.tolist(), read.line_of_row.tolist(), strict=True)
-    found = dict(zip(places, read.text_a, strict=True))
-    groups = []
-    for row, place in enumerate(zip(pairs.file_of_row.tolist(), pairs.line_of_row.tolist(), strict=True)):
-        if place not in found:
-            raise DataError(f"{pairs.where(row)}: group_column {column} is empty")
-        groups.append(found[place])
+def read_groups(material: Material, column: str | int) -> list[str]:
+    """The text of each training row in a column, in the order of the rows; DataError where there is none."""
+    pairs = material.train.pairs
+    columns, header = material.source.columns, pairs.header
+    columns = dataclasses.replace(columns, text_a=column, text_b=None, label=None, header=header)
+    groups: list[str] = []
+    faults: list[str] = []
+    for number, path in enumerate(pairs.files):
+        lines = set(pairs.line_of_row[pairs.file_of_row == number].tolist())
+        places: Places | None = None
+        for line, cells, _ in read_records(path, columns.quoting):
+            if places is None and cells:
+                try:
+                    places = locate_columns(columns, cells, f"{path}:{line}: ")
+                except DataError as error:
+                    raise DataError(str(error).replace("text_a_column", "group_column")) from None
+            if places is not None and line in lines:
+                groups.append(cells[places.text_a] if places.text_a < len(cells) else "")
+                if is_blank(groups[-1]):
+                    faults.append(f"{path}:{line}: group_column {column!r} is empty; a text is expected")
+    if faults:
+        raise DataError(list_faults(faults))
     return groups
 
 
@@ -131,34 +150,36 @@ def material_of(material: Material, parts: npt.NDArray[np.int64], number: int) -
 def write_predictions(path: Path, material: Material, parts: npt.NDArray[np.int64]) -> None:
     """The rows of all parts, as each fold's predictions.tsv has them, in the order of the training data; and
     for labels the rows by how unlikely their own label is to the model that has not seen them."""
-    rows: list[str] = [""] * len(parts)
-    head = ""
+    rows: list[list[str]] = [[]] * len(parts)
+    head: list[str] = []
     for number in range(int(parts.max()) + 1):
-        head, *lines = (path / f"fold-{number + 1}" / "predictions.tsv").read_text("utf-8").splitlines()
-        for row, line in zip(np.flatnonzero(parts == number), lines, strict=True):
-            rows[row] = f"{number + 1}\t{line}"
-    replace_file(path / PREDICTIONS, "".join(f"{line}\n" for line in [f"fold\t{head}", *rows]).encode())
+        text = (path / f"fold-{number + 1}" / "predictions.tsv").read_bytes().decode()
+        head, *lines = (line.split("\t") for line in text.removesuffix("\n").split("\n"))
+        for row, cells in zip(np.flatnonzero(parts == number), lines, strict=True):
+            rows[row] = [str(number + 1), *cells]
+    head = ["fold", *head]
+    tables = {PREDICTIONS: [head, *rows]}
     if material.labels is not None:
-        names = ["fold", *head.split("\t")]
-        first = names.index(f"prob_{material.labels[0].translate(ESCAPES)}")
-        cells = [row.split("\t") for row in rows]
-        probabilities = np.array([row[first:] for row in cells], dtype=np.float64)
-        replace_file(path / SUSPICIOUS, suspicious_labels(material.train, material.labels, probabilities))
+        tables[SUSPICIOUS] = suspicious_labels(material.train.pairs, head, rows)
+    for name, table in tables.items():
+        replace_file(path / name, "".join("\t".join(line) + "\n" for line in table).encode())
 
 
-def suspicious_labels(train: Split, labels: tuple[str, ...], probabilities: npt.NDArray[np.float64]) -> bytes:
+def suspicious_labels(pairs: Pairs, head: list[str], rows: list[list[str]]) -> list[list[str]]:
     """The rows from the least likely own label to the likeliest: file, line, label, its probability, what the
-    model would say and that label's probability, and the texts. `probabilities` is (rows, C)."""
-    assert train.targets is not None
-    pairs, gold = train.pairs, train.targets.astype(np.int64)
-    own = probabilities[np.arange(len(gold)), gold]
-    said = probabilities.argmax(axis=1)
-    names = [label.translate(ESCAPES) for label in labels]
+    model would say and that label's probability, and the texts; below a line of their names.
+
+    `rows` are predictions, as text under the names in `head`: rows of equal probability, to their six digits,
+    stay in the order of the data.
+    """
+    place = {name: number for number, name in enumerate(head)}
+    gold, said, score = (place[name] for name in ("gold", "predicted", "score"))
+    own = [row[place[f"prob_{row[gold]}"]] for row in rows]
     texts = [pairs.text_a] if pairs.text_b is None else [pairs.text_a, pairs.text_b]
-    head = ["file", "line", "label", "probability", "predicted", "predicted_probability"]
-    lines = [[*head, *("text_a", "text_b")[: len(texts)]]]
-    for row in np.argsort(own, kind="stable"):
-        cells = [pairs.files[pairs.file_of_row[row]].translate(ESCAPES), str(pairs.line_of_row[row])]
-        cells += [names[gold[row]], f"{own[row]:.6f}", names[said[row]], f"{probabilities[row].max():.6f}"]
-        lines.append([*cells, *(text[row].translate(ESCAPES) for text in texts)])
-    return "".join("\t".join(line) + "\n" for line in lines).encode()
+    names = ["file", "line", "label", "probability", "predicted", "predicted_probability"]
+    lines = [[*names, *("text_a", "text_b")[: len(texts)]]]
+    for k in sorted(range(len(rows)), key=lambda k: float(own[k])):
+        where = pairs.files[pairs.file_of_row[k]].translate(ESCAPES), str(pairs.line_of_row[k])
+        found = rows[k][gold], own[k], rows[k][said], rows[k][score]
+        lines.append([*where, *found, *(text[k].translate(ESCAPES) for text in texts)])
+    return lines
