@@ -178,7 +178,7 @@ def _range(name: str, raw: Mapping[object, object]) -> Dimension:
     if len(raw) != 1 or kind not in KINDS or len(pair) != 2:
         found = " and ".join(map(str, raw)) or "nothing"
         if len(raw) == 1 and kind in KINDS:
-            found += f" with {len(pair)} numbers" if pair else f" with {show(ends)}"
+            found += f" with a list of {len(pair)}" if pair else f" with {show(ends)}"
         raise ConfigError(f"{name}: expected log, range or int with [low, high]; found {found}")
     low, high = (_typed(name, end) for end in pair)
     wanted, types = int if kind == "int" else float, {type(low), type(high)}
