@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_PANELS = 12
-MAX_NUMBERS, MAX_WORDS = 8, 20  # values of a list that have a tick each
+MAX_NUMBERS, MAX_WORDS = 8, 14  # values of a list that have a tick each
 MAX_WORD_LENGTH = 20
 PANEL_INCHES, CHARACTER_INCHES = 3.0, 0.07
 
