@@ -52,6 +52,9 @@ def run_seeds(config: Config, seeds: int, *, keep_all_weights: bool = False) -> 
     What was interrupted goes on. Raises what `train` raises; StoppedError says how many seeds are done.
     """
     config = check_config(config, training=True)
+    if not 1 <= seeds <= 2**32 - config.seed:
+        limit = f"expected at least 1 seed and none above {2**32 - 1}"
+        raise ConfigError(f"seeds: {limit}, found {seeds} from {config.seed} on")
     with lines_shown(), interruptible():
         material = Materials().read(config)
         metric = check_metric(config.metric_for_best_model, material)
@@ -75,7 +78,8 @@ def run_seeds(config: Config, seeds: int, *, keep_all_weights: bool = False) -> 
                 except StoppedError as stopped:
                     done = f"{k} of {seeds} seeds are done; the same command goes on"
                     raise StoppedError(stopped.signum, done) from None
-                logger.info("%s: %s %s (%d of %d)", name, metric, figures.metrics.get(metric), k + 1, seeds)
+                figure = spread(figures.metrics.get(metric), None)
+                logger.info("%s: %s %s (%d of %d)", name, metric, figure, k + 1, seeds)
             return summarise(runs, [f"seed-{config.seed + k}" for k in range(seeds)], RESULTS)
         finally:
             lock.release()

@@ -277,6 +277,9 @@ def test_nothing_to_compare_by_is_refused(summary: Summary, monkeypatch: pytest.
             run_seeds(recipe(output_dir="none", **changes), 2)
     with pytest.raises(ConfigError, match="metric: pearson is not measured with 2 labels; allowed: acc, f1"):
         run_seeds(recipe(output_dir="none", metric_for_best_model="pearson"), 2)
+    for seeds, first in ((0, 42), (3, 2**32 - 2)):
+        with pytest.raises(ConfigError, match=f"seeds: expected .*, found {seeds} from {first} on"):
+            run_seeds(recipe(output_dir="none", seed=first), seeds)
     assert not Path("none").exists()
 
 
