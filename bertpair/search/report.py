@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from bertpair.evaluation.metrics import is_better
-from bertpair.evaluation.plots import BLUE, MAX_TITLE_LENGTH, MUTED, ORANGE, drawing, png, printable
-from bertpair.evaluation.report import ESCAPES, text_table
+from bertpair.evaluation.plots import BLUE, MUTED, ORANGE, drawing, png, printable
+from bertpair.evaluation.report import ESCAPES, display_width, text_table
 from bertpair.search.space import Dimension, Params
 from bertpair.settings.fields import as_word
 
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_PANELS = 12
-MAX_TICKS = 8  # values of a list that are named; more are numbered
+MAX_NUMBERS, MAX_WORDS = 8, 14  # values of a list that have a tick each
+MAX_WORD_LENGTH = 20
+PANEL_INCHES, CHARACTER_INCHES = 3.0, 0.07
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +61,16 @@ def spread(mean: float | None, deviation: float | None) -> str:
     return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
 
 
+def value_text(value: Any) -> str:
+    """A value as a table shows it; a mapping as it stands after a flag."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={as_word(each)}" for key, each in value.items())
+    return as_word(value)
+
+
 def shown_params(params: Params) -> str:
     """`weight_decay 0.01, learning_rate 2e-5`"""
-    return ", ".join(f"{name} {as_word(value)}" for name, value in params.items())
+    return ", ".join(f"{name} {value_text(value)}" for name, value in params.items())
 
 
 def sweep_table(trials: Sequence[Trial], metric: str, seeds: Sequence[int]) -> str:
@@ -70,7 +80,7 @@ def sweep_table(trials: Sequence[Trial], metric: str, seeds: Sequence[int]) -> s
     has_status = any(not trial.is_whole for trial in trials)
     rows = [
         [
-            *(as_word(value) for value in trial.settings.values()),
+            *map(value_text, trial.settings.values()),
             spread(trial.mean, trial.deviation),
             *(trial.figures.get(seed) for seed in seeds),
             f"{trial.seconds:.0f}",
@@ -89,11 +99,15 @@ def sweep_tsv(trials: Sequence[Trial], metric: str, seeds: Sequence[int]) -> byt
     lines = [[*head, "seconds", "host", "status"]]
     for trial in trials:
         figures = [trial.mean, trial.deviation, *(trial.figures.get(seed) for seed in seeds)]
-        cells = [f"{trial.number:03}", *(as_word(value) for value in trial.settings.values())]
+        cells = [f"{trial.number:03}", *map(_exact, trial.settings.values())]
         cells += ["" if each is None else repr(each) for each in figures]
         cells += [f"{trial.seconds:.1f}", trial.host, trial.status]
         lines.append([cell.translate(ESCAPES) for cell in cells])
     return "".join("\t".join(line) + "\n" for line in lines).encode()
+
+
+def _exact(value: Any) -> str:
+    return repr(value) if isinstance(value, float) else value_text(value)
 
 
 def draw_sweep(trials: Sequence[Trial], metric: str, space: Sequence[Dimension]) -> bytes:
@@ -102,53 +116,97 @@ def draw_sweep(trials: Sequence[Trial], metric: str, space: Sequence[Dimension])
     done = [
         trial for trial in trials if trial.is_whole and trial.mean is not None and math.isfinite(trial.mean)
     ]
-    shown = space[:MAX_PANELS]
-    names = "".join(printable(each.name, MAX_TITLE_LENGTH) for each in shown)
-    with drawing(names) as (figure, _):
+    shown, num_more = space[:MAX_PANELS], len(space[MAX_PANELS:])
+    text = "".join(each.name + "".join(map(_tick_word, each.values)) for each in shown)
+    with drawing(text) as (figure, no_glyph):
         columns = min(3, len(shown))
         rows = -(-len(shown) // columns)
         figure.set_size_inches(max(4.6, 3.8 * columns), 3.4 * rows)
         figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
         for axes, dimension in zip(panels, shown, strict=False):
-            _draw_panel(axes, done, dimension)
+            _draw_panel(axes, done, dimension, no_glyph)
         for axes in panels[len(shown) :]:
             axes.set_visible(False)
         for axes in panels[::columns]:
             axes.set_ylabel(metric)
+        if not done:
+            panels[0].set_yticks([])
+            panels[0].text(0.5, 0.5, "no trial is done", ha="center", transform=panels[0].transAxes)
+        if num_more:
+            figure.supxlabel(f"settings that are not shown: {num_more}", size=9, color=MUTED)
         return png(figure)
 
 
-def _draw_panel(axes: Axes, done: Sequence[Trial], dimension: Dimension) -> None:
-    values = [trial.settings[dimension.name] for trial in done]
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    is_number = len(numbers) == len(values) > 0
-    is_log = is_number and (dimension.kind == "log" or _spans_decades(dimension))
-    places = list(map(float, numbers)) if is_number else [float(dimension.values.index(v)) for v in values]
-    if is_log:
-        least = min((place for place in places if place > 0), default=1.0)
-        axes.set_xscale("symlog", linthresh=least) if min(places) == 0 else axes.set_xscale("log")
+def _draw_panel(axes: Axes, done: Sequence[Trial], dimension: Dimension, no_glyph: set[str]) -> None:
+    is_number = all(type(value) in (int, float) for value in dimension.values)  # so are those of a range
+    is_log = is_number and (dimension.kind == "log" or _spans_decades(dimension.values))
+
+    def place(value: Any) -> float:
+        return float(value) if is_number else float(dimension.values.index(value))
+
+    edges = [place(value) for value in dimension.edges]
+    if is_log and min(edges) == 0:
+        axes.set_xscale("symlog", linthresh=min(filter(None, edges)))
+    elif is_log:
+        axes.set_xscale("log")
+    axes.margins(x=0.08)
+    axes.update_datalim([(edge, 0.0) for edge in edges], updatey=False)  # also what no trial has tried yet
+    places = [place(trial.settings[dimension.name]) for trial in done]
     means = [trial.mean or 0.0 for trial in done]
     bars = [trial.deviation or 0.0 for trial in done]
     axes.errorbar(
         places, means, bars, fmt="o", color=BLUE, ecolor=MUTED, markersize=5, capsize=3, linewidth=1
     )
-    for place, trial in zip(places, done, strict=True):
+    for at, trial in zip(places, done, strict=True):
         seeds = list(trial.figures.values())
-        axes.plot([place] * len(seeds), seeds, ".", color=BLUE, alpha=0.35, markersize=4, zorder=1)
+        axes.plot([at] * len(seeds), seeds, ".", color=BLUE, alpha=0.35, markersize=4, zorder=1)
     if done:  # they are ranked: the first is the best
         axes.plot(places[:1], means[:1], "*", color=ORANGE, markersize=13, markeredgecolor="white", zorder=3)
-    if not is_number or (dimension.kind == "list" and len(dimension.values) <= MAX_TICKS):
-        ticks = [float(v) if is_number else float(k) for k, v in enumerate(dimension.values)]
-        axes.set_xticks(ticks, [as_word(value) for value in dimension.values])
-        axes.minorticks_off()
+    if dimension.values and len(dimension.values) <= (MAX_NUMBERS if is_number else MAX_WORDS):
+        words = [_tick_word(value) for value in dimension.values]
+        drawn = [f"value {k}" if no_glyph & set(word) else word for k, word in enumerate(words, 1)]
+        _name_ticks(axes, dict(sorted(zip(edges, drawn, strict=True))))
     elif is_log:
-        axes.xaxis.set_major_formatter(lambda value, _: as_word(float(f"{value:.3g}")))
+        ticks = [0.0][: min(edges) == 0] + _log_ticks(min(filter(None, edges)), max(edges))
+        _name_ticks(axes, {tick: as_word(tick) for tick in ticks})
+    elif dimension.kind == "int":
+        axes.locator_params(axis="x", integer=True)
     axes.set_title(dimension.name)
     axes.grid(alpha=0.7)
 
 
-def _spans_decades(dimension: Dimension) -> bool:
+def _spans_decades(values: Sequence[Any]) -> bool:
     """Whether a list of numbers is one that people read on a log axis, such as 0, 1e-4, 1e-3, 1e-2."""
-    above = [value for value in dimension.values if isinstance(value, float) and value > 0]
-    return len(above) > 1 and min(map(float, dimension.values)) >= 0 and max(above) >= 10 * min(above)
+    above = [value for value in values if value > 0]
+    return len(above) > 1 and min(values) >= 0 and max(above) >= 10 * min(above)
+
+
+def _tick_word(value: Any) -> str:
+    """A value short enough for a tick: the end of a text, as paths differ there."""
+    text = value_text(value)
+    text = printable(text, len(text))
+    return text if len(text) <= MAX_WORD_LENGTH else f"…{text[1 - MAX_WORD_LENGTH :]}"
+
+
+def _name_ticks(axes: Axes, words: Mapping[float, str]) -> None:
+    """A word at each place, tilted where two would touch."""
+    axes.get_xlim()  # brings the limits, and so the places, up to date
+    points = axes.transAxes.inverted().transform(axes.transData.transform([(at, 0.0) for at in words]))
+    gaps = [PANEL_INCHES * (right - left) for left, right in itertools.pairwise(points[:, 0])]
+    widths = [CHARACTER_INCHES * (display_width(word) + 0.7) for word in words.values()]
+    needs = [(left + right) / 2 for left, right in itertools.pairwise(widths)]
+    is_tight = any(gap < need for gap, need in zip(gaps, needs, strict=True))
+    tilt: dict[str, Any] = {"rotation": 40, "rotation_mode": "anchor", "ha": "right", "va": "top"}
+    axes.set_xticks(list(words), list(words.values()), **(tilt if is_tight else {}))
+    axes.minorticks_off()
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from low to high: more for each power of ten, the fewer of those there are."""
+    decades = math.log10(high / low)
+    digits = range(1, 10) if decades < 0.7 else (1, 2, 5) if decades < 1.4 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{digit}e{power}") for power in powers for digit in digits]
+    inside = [tick for tick in ticks if low * 0.999 < tick < high * 1.001]
+    return inside if len(inside) > 1 else [low, high]

@@ -10,10 +10,10 @@ from typing import Any
 from bertpair.checkpoints.atomic import replace_file
 from bertpair.checkpoints.lock import RunLock
 from bertpair.console import interruptible, lines_shown, stop_flag
-from bertpair.errors import StoppedError
+from bertpair.errors import ConfigError, StoppedError
 from bertpair.evaluation.report import text_table
 from bertpair.search.report import spread
-from bertpair.search.runs import Figures, Materials, RunsFolder, check_metric, mean_and_deviation
+from bertpair.search.runs import RUNS_FILE, Figures, Materials, RunsFolder, check_metric, mean_and_deviation
 from bertpair.settings.config import Config
 from bertpair.settings.contradictions import check_config
 
@@ -52,14 +52,24 @@ def run_seeds(config: Config, seeds: int, *, keep_all_weights: bool = False) -> 
     What was interrupted goes on. Raises what `train` raises; StoppedError says how many seeds are done.
     """
     config = check_config(config, training=True)
+    if not 1 <= seeds <= 2**32 - config.seed:
+        limit = f"expected at least 1 seed and none above {2**32 - 1}"
+        raise ConfigError(f"seeds: {limit}, found {seeds} from {config.seed} on")
     with lines_shown(), interruptible():
         material = Materials().read(config)
         metric = check_metric(config.metric_for_best_model, material)
-        keep = keep_all_weights
-        runs = RunsFolder(Path(str(config.output_dir)), config, metric, keep_all_weights=keep, ours=OURS)
-        lock = RunLock(runs.path)
-        lock.acquire()
+        if material.dev is None:
+            raise ConfigError(
+                "several seeds are compared on a dev file: set dev_file, or data_dir with a dev.tsv"
+            )
+        path = Path(str(config.output_dir))
+        lock = RunLock(path)
+        if (path / RUNS_FILE).exists():  # before anything in it is read, or deleted to start anew
+            lock.acquire()
         try:
+            runs = RunsFolder(path, config, metric, keep_all_weights=keep_all_weights, ours=OURS)
+            if not lock.is_held:
+                lock.acquire()
             for k in range(seeds):
                 name, own = f"seed-{config.seed + k}", config.model_copy(update={"seed": config.seed + k})
                 try:
@@ -68,7 +78,8 @@ def run_seeds(config: Config, seeds: int, *, keep_all_weights: bool = False) -> 
                 except StoppedError as stopped:
                     done = f"{k} of {seeds} seeds are done; the same command goes on"
                     raise StoppedError(stopped.signum, done) from None
-                logger.info("%s: %s %s (%d of %d)", name, metric, figures.metrics.get(metric), k + 1, seeds)
+                figure = spread(figures.metrics.get(metric), None)
+                logger.info("%s: %s %s (%d of %d)", name, metric, figure, k + 1, seeds)
             return summarise(runs, [f"seed-{config.seed + k}" for k in range(seeds)], RESULTS)
         finally:
             lock.release()
@@ -77,11 +88,8 @@ def run_seeds(config: Config, seeds: int, *, keep_all_weights: bool = False) -> 
 def summarise(runs: RunsFolder, names: list[str], file: str) -> Summary:
     """The table of these runs, which is written to `file` too."""
     done = {name: runs.done[name] for name in names}
-    metrics = [
-        name
-        for name, value in next(iter(done.values())).metrics.items()
-        if isinstance(value, int | float) and name not in COUNTS
-    ]
+    first, *_ = (figures.metrics for figures in done.values())
+    metrics = [name for name, value in first.items() if not isinstance(value, str) and name not in COUNTS]
     means = {}
     for metric in metrics:
         values = [figures.metrics[metric] for figures in done.values()]

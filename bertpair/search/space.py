@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,10 +20,12 @@ from bertpair.settings.fields import Group, Real, Switch, Text, Whole, placed, s
 from bertpair.settings.files import Layer, read_settings
 
 MAX_POINTS = 10_000
+MIN_PRUNED = 3  # seeds: a trial is stopped after two at the earliest
 KINDS = ("log", "range", "int")
 # These name a run or say what it writes: every run of a sweep has its own.
 FIXED = {"seed", "output_dir", "overwrite_output_dir", "resume", "resume_anyway", "do_train", "do_eval"}
 FIXED |= EvaluateSettings.model_fields.keys()
+SAME_ROWS = {"dev_file", "max_eval_samples"}  # what trials are measured on, or none could be compared
 Params = dict[str, Any]
 
 
@@ -34,12 +36,13 @@ def _as_mapping(value: object) -> Mapping[str, object]:
 
 
 Space = Annotated[dict[str, Any], PlainValidator(_as_mapping), said("a mapping of settings to values")]
+Seconds = Annotated[Real, Field(gt=0), said("a number above 0")]
 
 
 class SweepSettings(Group):
     """What sweep.yaml may say."""
 
-    space: Space = Field(description="The settings to try, each with its values.")
+    space: Space = Field(default_factory=dict, description="The settings to try, each with its values.")
     sampler: Literal["grid", "random", "tpe"] = setting("grid", "How values are chosen.")
     trials: Whole | None = setting(
         None, "How many combinations to try. Not given: all of a grid.", ge=1, le=MAX_POINTS
@@ -47,7 +50,7 @@ class SweepSettings(Group):
     seeds: Whole = setting(1, "How many seeds a trial is the mean of.", ge=1, le=1000)
     metric: Metric | None = setting(None, "What to choose by. Not given: the task's first metric.")
     prune: Switch = setting(False, "Whether to stop a trial that is clearly behind.")
-    timeout: Real | None = setting(None, "Start no run after this many seconds.", gt=0)
+    timeout: Seconds | None = setting(None, "Start no run after this many seconds.")
     storage: Text = setting(None, "Where trials are kept. Not given: a SQLite file in output_dir.")
 
 
@@ -67,9 +70,9 @@ class Dimension:
             return value in self.values
         return isinstance(value, int | float) and self.low <= value <= self.high
 
-    def listed(self) -> tuple[Any, ...]:
+    def listed(self) -> Sequence[Any]:
         """Its values, if they can be counted."""
-        return tuple(range(int(self.low), int(self.high) + 1)) if self.kind == "int" else self.values
+        return range(int(self.low), int(self.high) + 1) if self.kind == "int" else self.values
 
     @property
     def edges(self) -> tuple[Any, ...]:
@@ -95,11 +98,10 @@ class Sweep:
 
     def grid(self) -> list[Params]:
         """The combinations of a grid, the last setting changing fastest."""
-        names = [each.name for each in self.space]
-        combinations = itertools.product(*(each.listed() for each in self.space))
-        return [
-            dict(zip(names, each, strict=True)) for each in itertools.islice(combinations, self.num_points)
-        ]
+        names, count = [each.name for each in self.space], self.num_points
+        # The first `count` combinations have none of the later values, and there may be billions of those.
+        combinations = itertools.product(*(each.listed()[:count] for each in self.space))
+        return [dict(zip(names, each, strict=True)) for each in itertools.islice(combinations, count)]
 
     def config(self, params: Params) -> Config:
         """The settings of a trial, as far as they are the same for all seeds."""
@@ -107,8 +109,9 @@ class Sweep:
 
 
 def with_params(base: Config, params: Params) -> Config:
-    """`base` with these values; what one of them replaces has its default again."""
-    void = {loser for winner, loser in REPLACES if params.get(winner) and loser not in params}
+    """`base` with these values; what one of them replaces has its default again, even where it is 0."""
+    set_here = {name for name, value in params.items() if value is not None and value is not False}
+    void = {loser for winner, loser in REPLACES if winner in set_here and loser not in params}
     defaults = {name: SETTINGS[name].default for name in void & SETTINGS.keys()}
     return base.model_copy(update={**defaults, **params})
 
@@ -116,10 +119,13 @@ def with_params(base: Config, params: Params) -> Config:
 def read_sweep(file: str | os.PathLike[str] | Mapping[str, Any], base: Config) -> Sweep:
     """The sweep that a file or a mapping describes; ConfigError with all that is wrong with it."""
     if isinstance(file, Mapping):
-        layer = Layer(dict(file), {name: str(name) for name in file})
+        values = {str(name): value for name, value in file.items()}
+        layer = Layer(values, {name: name for name in values})
     else:
         layer = read_settings(Path(file))
     values, faults = typed(SweepSettings, layer.values)
+    for name in faults.keys() & SETTINGS.keys() - FIXED:
+        faults[name] = f"unknown setting {name}: the settings to try stand under space"
     said = [*layer.faults, *placed(faults, layer.where)]
     if "space" not in layer.where:
         said.append(f"space must be set in {show_file(file)}: the settings to try, each with its values")
@@ -141,15 +147,19 @@ def show_file(file: object) -> str:
 
 
 def _dimension(name: str, raw: object) -> Dimension:
+    if name in SweepSettings.model_fields:
+        raise ConfigError(f"{name} stands beside space, not under it")
     if name not in SETTINGS:
         raise ConfigError(f"unknown setting {plain(name)}{suggest(name, SETTINGS)}")
     if name in FIXED:
         hint = "; `seeds: 3` runs every trial with three" if name == "seed" else ""
         raise ConfigError(f"{name} is not a setting that a sweep can try{hint}")
+    if name in SAME_ROWS:
+        raise ConfigError(f"{name} is not a setting that a sweep can try: all trials need the same dev rows")
     if isinstance(raw, Mapping):
         return _range(name, raw)
-    if not isinstance(raw, list) or not raw:
-        found = "an empty list" if raw == [] else show(raw)
+    if not isinstance(raw, list | tuple) or not raw:
+        found = "an empty list" if raw in ([], ()) else show(raw)
         raise ConfigError(
             f"{name}: expected a list of values, or log, range or int: [low, high]; found {found}"
         )
@@ -157,19 +167,23 @@ def _dimension(name: str, raw: object) -> Dimension:
     for each in raw:
         value = _typed(name, each)
         if value in values:
-            raise ConfigError(f"{name}: {show(value)} is there twice")
+            raise ConfigError(f"{name}: {show(value)} is given twice")
         values.append(value)
     return Dimension(name, tuple(values))
 
 
 def _range(name: str, raw: Mapping[object, object]) -> Dimension:
     kind, ends = next(iter(raw.items()), (None, None))
-    if len(raw) != 1 or kind not in KINDS or not isinstance(ends, list) or len(ends) != 2:
-        raise ConfigError(f"{name}: expected log, range or int with [low, high]; found {dict(raw)!r:.60}")
-    low, high = (_typed(name, end) for end in ends)
-    wanted = int if kind == "int" else float
-    if any(type(end) is not wanted for end in (low, high)):
-        use = {int: "int", float: "range or log"}.get(type(low), "a list of values")
+    pair = ends if isinstance(ends, list | tuple) else ()
+    if len(raw) != 1 or kind not in KINDS or len(pair) != 2:
+        found = " and ".join(map(str, raw)) or "nothing"
+        if len(raw) == 1 and kind in KINDS:
+            found += f" with a list of {len(pair)}" if pair else f" with {show(ends)}"
+        raise ConfigError(f"{name}: expected log, range or int with [low, high]; found {found}")
+    low, high = (_typed(name, end) for end in pair)
+    wanted, types = int if kind == "int" else float, {type(low), type(high)}
+    if types != {wanted}:
+        use = "int" if types == {int} else "range or log" if types == {float} else "a list of values"
         raise ConfigError(f"{name}: {kind} does not suit this setting; use {use}")
     if not low < high:
         raise ConfigError(f"{name}: the range is upside down or empty: found [{low:g}, {high:g}]")
@@ -193,14 +207,18 @@ def _faults(sweep: Sweep, where: Mapping[str, str]) -> Iterator[str]:
             if each.kind in ("range", "log"):
                 yield f"{where['space']}: {each.name}: a grid needs a list; random and tpe take ranges"
     elif settings.trials is None:
-        yield f"trials must be set with sampler {settings.sampler}: it says how many combinations to try"
+        yield f"{where['sampler']}: {settings.sampler} needs trials, the number of combinations to try"
+    if settings.prune and settings.seeds < MIN_PRUNED:
+        found = f"found {settings.seeds}"
+        yield f"{where['prune']}: no trial can be stopped with fewer than {MIN_PRUNED} seeds, {found}"
     if not base.runs_evaluation or not (base.dev_file or base.data_dir):
         yield "a sweep needs a dev file to choose by: set dev_file, or data_dir with a dev.tsv"
     if base.seed + settings.seeds > 2**32:
-        yield f"seeds: {settings.seeds} seeds from {base.seed} on pass the greatest seed, {2**32 - 1}"
+        said = f"{settings.seeds} seeds from {base.seed} on pass the greatest seed, {2**32 - 1}"
+        yield f"{where.get('seeds', 'seeds')}: {said}"
     if settings.sampler == "grid" and sweep.num_points > MAX_POINTS:
         found = f"the grid has {sweep.num_points:,} combinations"
-        yield f"{found}; at most {MAX_POINTS:,} can be tried: set trials"
+        yield f"{where['space']}: {found}; at most {MAX_POINTS:,} can be tried: set trials"
         return
     clashes: dict[str, Params] = {}
     for params in _corners(sweep):

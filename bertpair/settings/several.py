@@ -60,5 +60,7 @@ def several_faults(several: SeveralRuns, config: Config) -> Iterator[str]:
         yield f"--resume: with {asked[0]}, running the same command again goes on; leave --resume out"
     if asked and not config.runs_training:
         yield f"do_eval alone trains nothing; {asked[0]} needs training"
+    if several.seeds and not config.runs_evaluation:
+        yield "do_train alone measures nothing; --seeds needs do_eval too"
     if several.seeds and several.seeds + config.seed > 2**32:
         yield f"--seeds: {several.seeds} seeds from {config.seed} on pass the greatest seed, {2**32 - 1}"
