@@ -17,12 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from bertpair.checkpoints.atomic import replace_file
-from bertpair.checkpoints.lock import RunLock
-from bertpair.console import interruptible, lines_shown, stop_flag
+from bertpair.console import interruptible, lines_shown
 from bertpair.data.columns import Places, locate_columns
 from bertpair.data.dataset import Pairs
 from bertpair.data.records import is_blank, read_records
-from bertpair.errors import ConfigError, DataError, StoppedError, list_faults, listed
+from bertpair.errors import ConfigError, DataError, list_faults, listed
 from bertpair.evaluation.report import ESCAPES
 from bertpair.search.runs import Materials, RunsFolder, check_metric
 from bertpair.search.seeds import Summary, summarise
@@ -47,8 +46,8 @@ def cross_validate(
     """Train once for each of `folds` parts of the training data, on the rest of it, and score the part.
 
     The parts have like shares of each label; rows with the same text in `group_column` are in one part. The
-    dev file is not used. Results are in `config.output_dir`; what was interrupted goes on. Raises what
-    `train` raises; StoppedError says how many folds are done.
+    dev file is not used, and no weights stay. Results are in `config.output_dir`; what was interrupted goes
+    on. Raises what `train` raises; StoppedError says how many runs are done.
     """
     with lines_shown(), interruptible():
         for name in CHOOSING:
@@ -63,24 +62,12 @@ def cross_validate(
             class_weight_tensor(config.class_weights, material.labels, own.train)
         digest = hashlib.sha256(digest_of(material.train).encode() + parts.tobytes()).hexdigest()[:12]
         about: dict[str, Any] = {"folds": folds, "group_column": group_column, "training_data": digest}
-        path, keep = Path(str(config.output_dir)), keep_all_weights
-        runs = RunsFolder(path, config, metric, keep_all_weights=keep, ours=OURS, **about)
-        lock = RunLock(runs.path)
-        lock.acquire()
-        try:
-            names = [f"fold-{number + 1}" for number in range(folds)]
-            for number, name in enumerate(names):
-                try:
-                    stop_flag.raise_if_set()
-                    figures = runs.run(name, config, material_of(material, parts, number))
-                except StoppedError as stopped:
-                    done = f"{number} of {folds} folds are done; the same command goes on"
-                    raise StoppedError(stopped.signum, done) from None
-                logger.info("%s: %s %s (%d of %d)", name, metric, figures.metrics[metric], number + 1, folds)
+        path, keep = Path(str(config.output_dir)), "all" if keep_all_weights else "none"
+        names = {f"fold-{number + 1}": number for number in range(folds)}
+        with RunsFolder.locked(path, config, metric, keep=keep, ours=OURS, **about) as runs:
+            runs.run_all(dict.fromkeys(names, config), lambda name: material_of(material, parts, names[name]))
             write_predictions(runs.path, material, parts)
-            return summarise(runs, names, RESULTS)
-        finally:
-            lock.release()
+            return dataclasses.replace(summarise(runs, list(names), RESULTS), best_model=None)
 
 
 def split_rows(

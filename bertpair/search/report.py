@@ -54,7 +54,7 @@ def ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
     return sorted(trials, key=key)
 
 
-def spread(mean: float | None, deviation: float | None) -> str:
+def spread(mean: float | None, deviation: float | None = None) -> str:
     """`0.8730 ± 0.0121`"""
     if mean is None:
         return "-"

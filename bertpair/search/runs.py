@@ -13,15 +13,18 @@ import math
 import socket
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bertpair.checkpoints.atomic import remove, replace_file
+from bertpair.checkpoints.lock import LOCK_NAME, RunLock
 from bertpair.checkpoints.run_folder import RunFolder, drop_weights
-from bertpair.errors import CheckpointError, ConfigError, list_faults
+from bertpair.console import stop_flag
+from bertpair.errors import CheckpointError, ConfigError, StoppedError, list_faults
 from bertpair.evaluation.metrics import finite_or_null, is_better
+from bertpair.search.report import spread
 from bertpair.settings.config import SETTINGS, Config, DataSettings, ModelSettings
 from bertpair.settings.files import read_json
 from bertpair.settings.tasks import measured_metrics
@@ -33,6 +36,9 @@ RUNS_FILE = "runs.json"
 _QUIET = ("checkpoints", "console", "data", "evaluation", "model", "training")
 _READ = {*DataSettings.model_fields, *ModelSettings.model_fields, "do_train", "do_eval"}
 logger = logging.getLogger(__name__)
+
+
+Keep = Literal["best", "all", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +75,30 @@ class RunsFolder:
         recipe: Config,
         metric: str,
         *,
-        keep_all_weights: bool,
+        keep: Keep,
         ours: Sequence[str] = (),
         **more: object,
     ) -> None:
-        """ConfigError where the folder has runs of another recipe, to which `more` belongs."""
-        self.path, self.metric, self.keep_all_weights = path, metric, keep_all_weights
+        """`keep` says whose weights stay. ConfigError where the folder has runs of another recipe, to which
+        `more` belongs. Hold the folder's lock."""
+        self.path, self.metric, self.keep = path, metric, keep
         self._recipe = {**recipe_of(recipe), **more}
         overwrite = recipe.overwrite_output_dir
         stored = claim_folder(path, RUNS_FILE, self._recipe, overwrite=overwrite, ours=ours)
         self.done = {name: Figures(**figures) for name, figures in stored.get("runs", {}).items()}
+
+    @classmethod
+    @contextmanager
+    def locked(cls, path: Path, recipe: Config, metric: str, **given: Any) -> Iterator[RunsFolder]:
+        """The same, with its lock held within."""
+        check_folder(path, RUNS_FILE, overwrite=recipe.overwrite_output_dir)
+        path.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(path)
+        lock.acquire()
+        try:
+            yield cls(path, recipe, metric, **given)
+        finally:
+            lock.release()
 
     @property
     def best(self) -> str | None:
@@ -106,6 +126,18 @@ class RunsFolder:
         self._tidy()
         return self.done[name]
 
+    def run_all(self, configs: Mapping[str, Config], material_of: Callable[[str], Material]) -> None:
+        """Every run, by name, one after the other; a StoppedError says how many are done."""
+        for number, (name, config) in enumerate(configs.items()):
+            try:
+                stop_flag.raise_if_set()
+                figures = self.run(name, config, material_of(name))
+            except StoppedError as stopped:
+                done = f"{number} of {len(configs)} runs are done; the same command goes on"
+                raise StoppedError(stopped.signum, done) from None
+            figure = spread(figures.metrics.get(self.metric))
+            logger.info("%s: %s %s (%d of %d)", name, self.metric, figure, number + 1, len(configs))
+
     def _write(self) -> None:
         runs = {name: dataclasses.asdict(figures) for name, figures in self.done.items()}
         text = json.dumps({"recipe": self._recipe, "runs": runs}, ensure_ascii=False, indent=1)
@@ -113,7 +145,7 @@ class RunsFolder:
 
     def _tidy(self) -> None:
         for name in self.done:
-            if not self.keep_all_weights and name != self.best:
+            if self.keep == "none" or (self.keep == "best" and name != self.best):
                 drop_weights(self.path / name)
 
 
@@ -123,28 +155,39 @@ def recipe_of(config: Config) -> dict[str, Any]:
     return {name: values[name] for name in SETTINGS if SETTINGS[name].resume != "free"}
 
 
+def check_folder(path: Path, mark: str, *, overwrite: bool) -> None:
+    """ConfigError where a folder cannot be written, or holds something else than several runs."""
+    RunFolder(path).check_new(overwrite=True)
+    found = sorted(each.name for each in path.iterdir() if each.name[0] != ".") if path.is_dir() else []
+    if found and mark not in found and not overwrite:
+        shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+        advice = "--output_dir names another folder"
+        raise ConfigError(f"output_dir: {path} holds something else than these runs ({shown}); {advice}")
+
+
 def claim_folder(
     path: Path, mark: str, recipe: Mapping[str, Any], *, overwrite: bool, ours: Sequence[str]
 ) -> dict[str, Any]:
     """Make the folder of several runs, or find it: the file `mark` in it has the recipe, and is returned.
 
     With `overwrite`, what `ours` (patterns) names is deleted first. ConfigError where the folder holds
-    something else, or runs of another recipe.
+    something else, or runs of another recipe; CheckpointError where runs to be deleted are going on.
     """
-    RunFolder(path).check_new(overwrite=True)
-    if overwrite and path.is_dir():
-        for each in [found for pattern in (mark, *ours) for found in path.glob(pattern)]:
+    check_folder(path, mark, overwrite=overwrite)
+    path.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        doomed = [found for pattern in (*ours, mark) for found in path.glob(pattern)]
+        for each in doomed:
+            if (each / LOCK_NAME).exists():
+                lock = RunLock(each)
+                lock.acquire()
+                lock.release()
+        for each in doomed:
             remove(each)
     if (path / mark).exists():
         stored = read_json(path / mark)
         check_recipe(stored.get("recipe"), recipe, path)
         return stored
-    found = sorted(each.name for each in path.iterdir() if each.name[0] != ".") if path.is_dir() else []
-    if found and not overwrite:
-        shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
-        advice = "--output_dir names another folder"
-        raise ConfigError(f"output_dir: {path} holds something else than these runs ({shown}); {advice}")
-    path.mkdir(parents=True, exist_ok=True)
     made = {"recipe": dict(recipe)}
     replace_file(path / mark, f"{json.dumps(made, ensure_ascii=False, indent=1)}\n".encode())
     return made

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
 from bertpair.checkpoints.atomic import replace_file
-from bertpair.checkpoints.lock import RunLock
-from bertpair.console import interruptible, lines_shown, stop_flag
-from bertpair.errors import ConfigError, StoppedError
+from bertpair.console import interruptible, lines_shown
+from bertpair.errors import ConfigError
 from bertpair.evaluation.report import text_table
 from bertpair.search.report import spread
-from bertpair.search.runs import RUNS_FILE, Figures, Materials, RunsFolder, check_metric, mean_and_deviation
+from bertpair.search.runs import Figures, Materials, RunsFolder, check_metric, mean_and_deviation
 from bertpair.settings.config import Config
 from bertpair.settings.contradictions import check_config
+from bertpair.training.setup import digest_of
 
 RESULTS = "seeds_results.tsv"
 OURS = ("seed-*", RESULTS)
 COUNTS = ("n",)  # figures that are no measures
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Summary:
 def run_seeds(config: Config, seeds: int, *, keep_all_weights: bool = False) -> Summary:
     """Train with the seeds `config.seed` and following; results are in `config.output_dir`.
 
-    What was interrupted goes on. Raises what `train` raises; StoppedError says how many seeds are done.
+    What was interrupted goes on. Raises what `train` raises; StoppedError says how many runs are done.
     """
     config = check_config(config, training=True)
     if not 1 <= seeds <= 2**32 - config.seed:
@@ -62,27 +60,13 @@ def run_seeds(config: Config, seeds: int, *, keep_all_weights: bool = False) -> 
             raise ConfigError(
                 "several seeds are compared on a dev file: set dev_file, or data_dir with a dev.tsv"
             )
-        path = Path(str(config.output_dir))
-        lock = RunLock(path)
-        if (path / RUNS_FILE).exists():  # before anything in it is read, or deleted to start anew
-            lock.acquire()
-        try:
-            runs = RunsFolder(path, config, metric, keep_all_weights=keep_all_weights, ours=OURS)
-            if not lock.is_held:
-                lock.acquire()
-            for k in range(seeds):
-                name, own = f"seed-{config.seed + k}", config.model_copy(update={"seed": config.seed + k})
-                try:
-                    stop_flag.raise_if_set()
-                    figures = runs.run(name, own, material)
-                except StoppedError as stopped:
-                    done = f"{k} of {seeds} seeds are done; the same command goes on"
-                    raise StoppedError(stopped.signum, done) from None
-                figure = spread(figures.metrics.get(metric), None)
-                logger.info("%s: %s %s (%d of %d)", name, metric, figure, k + 1, seeds)
-            return summarise(runs, [f"seed-{config.seed + k}" for k in range(seeds)], RESULTS)
-        finally:
-            lock.release()
+        keep = "all" if keep_all_weights else "best"
+        path, numbers = Path(str(config.output_dir)), range(config.seed, config.seed + seeds)
+        configs = {f"seed-{seed}": config.model_copy(update={"seed": seed}) for seed in numbers}
+        about = {"training_data": digest_of(material.train)[:12]}
+        with RunsFolder.locked(path, config, metric, keep=keep, ours=OURS, **about) as runs:
+            runs.run_all(configs, lambda name: material)
+            return summarise(runs, list(configs), RESULTS)
 
 
 def summarise(runs: RunsFolder, names: list[str], file: str) -> Summary:

@@ -23,6 +23,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from bertpair.checkpoints.atomic import replacing
 from bertpair.checkpoints.lock import RunLock
 from bertpair.errors import CheckpointError, ConfigError, first_line
 from bertpair.search.space import Dimension, Params, Sweep
@@ -140,7 +141,8 @@ class Study:
         self.release_dead()
         self.enqueue()
         counting = self.points()
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        for trial in sorted(waiting, key=lambda trial: trial.user_attrs["point"]):
             point = trial.user_attrs["point"]
             if counting[point].number != trial.number:
                 self._end(trial._trial_id, TrialState.FAIL)
@@ -265,9 +267,12 @@ def _open_storage(folder: Path, url: str | None) -> optuna.storages.RDBStorage:
         if url is not None:
             return _connect(url, options)
         path = folder.absolute() / SQLITE_FILE
+        connect = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}}
         with FileLock(folder / f".{SQLITE_FILE}.lock", timeout=SQLITE_WAIT_SECONDS):
-            connect = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}}
-            storage = optuna.storages.RDBStorage(f"sqlite:///{path}", connect, **options)
+            if not path.exists():  # made beside its name: its tables do not come in one move
+                with replacing(path) as made:
+                    optuna.storages.RDBStorage(_sqlite_url(made), connect).engine.dispose()
+            storage = optuna.storages.RDBStorage(_sqlite_url(path), connect, **options)
     storage.engine.dispose()
     sqlalchemy.event.listen(storage.engine, "connect", _no_implicit_transactions)
     sqlalchemy.event.listen(storage.engine, "begin", _begin_immediate)
@@ -283,6 +288,11 @@ def _connect(url: str, options: dict[str, Any], attempts: int = 5) -> optuna.sto
             raise
     time.sleep(1)
     return _connect(url, options, attempts - 1)
+
+
+def _sqlite_url(path: Path) -> str:
+    url = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()
+    return url.replace("{", "{{").replace("}", "}}")  # Optuna fills braces in
 
 
 def _no_implicit_transactions(connection: Any, record: Any) -> None:

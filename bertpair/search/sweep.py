@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from bertpair.checkpoints.atomic import replace_file
 from bertpair.checkpoints.run_folder import drop_weights
 from bertpair.console import format_seconds, interruptible, lines_shown, stop_flag
-from bertpair.errors import StoppedError, TrainingError, first_line
+from bertpair.errors import ConfigError, StoppedError, TrainingError, first_line
 from bertpair.search.report import Trial, draw_sweep, ranked, shown_params, spread, sweep_table, sweep_tsv
 from bertpair.search.runs import (
     Materials,
@@ -40,6 +40,7 @@ from bertpair.settings.stored import dump_yaml
 from bertpair.training.setup import digest_of
 
 RESULTS, PICTURE, BEST_CONFIG = "sweep_results.tsv", "sweep.png", "best_config.yaml"
+PICTURE_SECONDS = 60.0  # between two drawings while trials are run
 POLL_SECONDS = 2.0  # while only other workers have trials
 MARK = "sweep.json"
 OURS = ("sweep.db*", ".sweep.*", "trial-*", MARK, RESULTS, PICTURE, BEST_CONFIG)
@@ -92,9 +93,11 @@ class _Worker:
     def __init__(
         self, config: Config, file: str | os.PathLike[str] | Mapping[str, Any], keep_all_weights: bool
     ) -> None:
-        wanted = read_sweep(file, config)
+        wanted = read_sweep(file, config.model_copy(update={"overwrite_output_dir": False}))
         self.materials = Materials()
         material = self.materials.read(config)
+        if material.dev is None:
+            raise ConfigError("a sweep chooses by a dev file: set dev_file, or data_dir with a dev.tsv")
         metric = check_metric(wanted.settings.metric or config.metric_for_best_model, material)
         settings = wanted.settings.model_copy(update={"metric": metric})
         self.sweep = dataclasses.replace(wanted, settings=settings)
@@ -102,13 +105,13 @@ class _Worker:
         self.seeds = [config.seed + k for k in range(settings.seeds)]
         self.folder = Path(str(config.output_dir))
         of_sweep = settings.model_dump(mode="json", exclude={"trials", "timeout", "storage"})
-        recipe = {**recipe_of(config), **of_sweep, "training_data": digest_of(material.train)}
+        recipe = {**recipe_of(config), **of_sweep, "training_data": digest_of(material.train)[:12]}
         claim_folder(self.folder, MARK, recipe, overwrite=config.overwrite_output_dir, ours=OURS)
         identity = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
         self.study = Study(
             self.sweep, self.folder, identity, settings.storage, anew=config.overwrite_output_dir
         )
-        self.started = time.monotonic()
+        self.started = self.drawn = time.monotonic()
         self.num_done_here, self.seconds_here = 0, 0.0
 
     def work(self) -> SweepResult:
@@ -135,7 +138,7 @@ class _Worker:
                 if claim is not None:
                     self._run(claim)
             if claim is not None:
-                self._write_results()
+                self._write_results(with_picture=time.monotonic() - self.drawn > PICTURE_SECONDS)
                 is_waiting = False
                 continue
             others = [trial for trial in self.study.points().values() if not trial.state.is_finished()]
@@ -156,7 +159,7 @@ class _Worker:
     def _run(self, claim: Claim) -> None:
         started, config = time.monotonic(), self.sweep.config(claim.params)
         folder = self.study.trial_folder(claim.point)
-        runs = RunsFolder(folder, config, self.metric, keep_all_weights=self.keep_all_weights)
+        runs = RunsFolder(folder, config, self.metric, keep="all" if self.keep_all_weights else "best")
         values: list[float] = []
         is_behind, failure = False, {}
         for seed in self.seeds:
@@ -230,7 +233,7 @@ class _Worker:
             )
         return ranked(found, self.metric)
 
-    def _write_results(self) -> SweepResult:
+    def _write_results(self, *, with_picture: bool = True) -> SweepResult:
         """The table, the picture and the best settings, as of now; only the best model's weights stay."""
         with FileLock(self.folder / ".sweep.results.lock"):
             trials = self._trials()
@@ -238,6 +241,8 @@ class _Worker:
             best = next((trial for trial in trials if trial.is_whole), None)
             if trials:
                 replace_file(self.folder / RESULTS, sweep_tsv(trials, self.metric, self.seeds))
+            if trials and with_picture:
+                self.drawn = time.monotonic()
                 replace_file(self.folder / PICTURE, draw_sweep(trials, self.metric, self.sweep.space))
             model = None
             if best is not None:

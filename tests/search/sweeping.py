@@ -32,7 +32,10 @@ def figure(config: Config) -> float:
 def pretend(
     monkeypatch: pytest.MonkeyPatch, measure: Callable[[Config], float] = figure, seconds: float = 0.0
 ) -> list[tuple[str, int]]:
-    """Let runs be trained in no time; the list tells of each, (its trial's folder, its seed)."""
+    """Let runs be trained in no time; the list tells of each, (its trial's folder, its seed).
+
+    No picture is drawn, and a worker looks for what others leave at once.
+    """
     done: list[tuple[str, int]] = []
 
     def train(config: Config, **given: Any) -> TrainResult:
@@ -48,6 +51,8 @@ def pretend(
         return TrainResult(str(folder), 2, 1.0, 0.5, None, {"acc": value, "loss": 1 - value, "n": 5})
 
     monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr("bertpair.search.sweep.draw_sweep", lambda *given: b"")
+    monkeypatch.setattr("bertpair.search.sweep.POLL_SECONDS", 0.05)
     return done
 
 

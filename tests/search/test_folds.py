@@ -280,7 +280,7 @@ def test_a_stop_between_folds_changes_nothing(done: Path) -> None:
     log.setLevel("INFO")
     log.addHandler(handler)
     try:
-        with pytest.raises(StoppedError, match="1 of 3 folds are done; the same command goes on"):
+        with pytest.raises(StoppedError, match="1 of 3 runs are done; the same command goes on"):
             cross_validate(config, 3, **asked)  # type: ignore[arg-type]
     finally:
         log.removeHandler(handler)

@@ -218,6 +218,7 @@ def test_another_recipe_is_refused(summary: Summary, monkeypatch: pytest.MonkeyP
             "learning_rate: they have 0.01, found 0.02",
             "max_train_samples: they have None, found 8",
             "seed: they have 42, found 43",
+            next(line for line in rest if line.startswith("training_data: they have ")),
         ]
     assert contents("out") == before
 
@@ -297,7 +298,7 @@ class StopsAfter(logging.Handler):
 
 @slow
 def test_a_stop_between_seeds_and_going_on(summary: Summary) -> None:
-    handler, logger = StopsAfter("seed-43: loss "), logging.getLogger("bertpair.search.seeds")
+    handler, logger = StopsAfter("seed-43: loss "), logging.getLogger("bertpair.search.runs")
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
@@ -307,7 +308,7 @@ def test_a_stop_between_seeds_and_going_on(summary: Summary) -> None:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    assert str(caught.value) == "stopped by SIGTERM: 2 of 3 seeds are done; the same command goes on"
+    assert str(caught.value) == "stopped by SIGTERM: 2 of 3 runs are done; the same command goes on"
     assert caught.value.signum == signal.SIGTERM and not Path("again/seed-44").exists()
     stop_flag.clear()
     assert figures_of(run_seeds(recipe(output_dir="again"), 3)) == figures_of(summary)
@@ -327,7 +328,7 @@ def test_a_stop_within_a_seed_and_going_on(
             stop_flag.request(signal.SIGTERM)
 
     monkeypatch.setattr(Stepper, "step", stepped)
-    with pytest.raises(StoppedError, match="1 of 3 seeds are done; the same command goes on"):
+    with pytest.raises(StoppedError, match="1 of 3 runs are done; the same command goes on"):
         run_seeds(recipe(output_dir="again"), 3)
     runs = json.loads(Path("again/runs.json").read_text())["runs"]
     assert list(runs) == ["seed-42"] and len(taken) == 6 + step
