@@ -217,6 +217,9 @@ def check(name: str, document: str, shell: Shell) -> None:
     try:
         for line, text, shown in commands(document):
             text = re.sub(r"^pip install[^&]*(&&\s*)?", "", text)
+            text = re.sub(
+                r"--num_train_epochs [5-9]\b", f"--num_train_epochs {SHORTER['num_train_epochs']}", text
+            )
             if not text:
                 continue
             refused = any(each.startswith("error:") for each in shown)

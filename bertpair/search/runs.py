@@ -7,6 +7,7 @@ goes on from its newest checkpoint when it is asked for again.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import math
@@ -118,6 +119,7 @@ class RunsFolder:
         own = config.model_copy(update=each)
         with one_line_each():
             result = train(own, explicit=set(SETTINGS), material=material)
+        gc.collect()  # the model of this run, before the next one is made
         if result.save_failed:
             raise CheckpointError(f"{folder}: the model could not be saved; run the same command again")
         seconds = round(time.monotonic() - started, 1)

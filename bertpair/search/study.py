@@ -208,21 +208,32 @@ class Study:
             is_over.set()
             thread.join()
 
+    def report(self, claim: Claim, mean: float, num_seeds: int) -> None:
+        """Tell the storage of the seeds that are done."""
+        with self._maybe_lost():
+            self.storage.set_trial_intermediate_value(claim.trial_id, num_seeds, mean)
+
     def finish(
         self, claim: Claim, result: Mapping[str, Any], value: float | None, *, is_pruned: bool
     ) -> None:
         """Store what came out of a trial; without a value it has failed, and `result` has its `error`."""
-        for name, each in result.items():
-            self.storage.set_trial_user_attr(claim.trial_id, name, each)
         state = TrialState.PRUNED if is_pruned else TrialState.COMPLETE
         values = None if value is None else [value]
-        self._end(claim.trial_id, TrialState.FAIL if value is None else state, values)
+        with self._maybe_lost():
+            for name, each in result.items():
+                self.storage.set_trial_user_attr(claim.trial_id, name, each)
+            self._end(claim.trial_id, TrialState.FAIL if value is None else state, values)
 
     def _end(self, trial_id: int, state: TrialState, values: list[float] | None = None) -> None:
-        try:
+        with self._maybe_lost():
             self.storage.set_trial_state_values(trial_id, state=state, values=values)
+
+    @contextlib.contextmanager
+    def _maybe_lost(self) -> Iterator[None]:
+        try:
+            yield
         except optuna.exceptions.UpdateFinishedTrialError:  # another worker took this one for dead
-            logger.info("a trial was ended by another worker")
+            logger.info("a trial was ended by another worker, which heard nothing of this one")
 
 
 def distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:

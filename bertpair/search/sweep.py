@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from bertpair.checkpoints.atomic import replace_file
 from bertpair.checkpoints.run_folder import drop_weights
 from bertpair.console import format_seconds, interruptible, lines_shown, stop_flag
-from bertpair.errors import ConfigError, StoppedError, TrainingError, first_line
+from bertpair.errors import ConfigError, DataError, StoppedError, TrainingError, first_line
 from bertpair.search.report import Trial, draw_sweep, ranked, shown_params, spread, sweep_table, sweep_tsv
 from bertpair.search.runs import (
     Materials,
@@ -105,7 +105,8 @@ class _Worker:
         self.seeds = [config.seed + k for k in range(settings.seeds)]
         self.folder = Path(str(config.output_dir))
         of_sweep = settings.model_dump(mode="json", exclude={"trials", "timeout", "storage"})
-        recipe = {**recipe_of(config), **of_sweep, "training_data": digest_of(material.train)[:12]}
+        digests = {"training_data": digest_of(material.train)[:12], "dev_data": digest_of(material.dev)[:12]}
+        recipe = {**recipe_of(config), **of_sweep, **digests}
         claim_folder(self.folder, MARK, recipe, overwrite=config.overwrite_output_dir, ours=OURS)
         identity = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
         self.study = Study(
@@ -167,7 +168,7 @@ class _Worker:
             own = config.model_copy(update={"seed": seed, "overwrite_output_dir": False})
             try:
                 figures = runs.run(f"seed-{seed}", own, self.materials.read(own))
-            except TrainingError as error:
+            except (ConfigError, DataError, TrainingError) as error:
                 logger.error("trial %d, %s: %s", claim.point, shown_params(claim.params), error)
                 failure = {"error": first_line(error)}
                 break
@@ -176,7 +177,7 @@ class _Worker:
                 failure = {"error": f"{self.metric} is not a finite number"}
                 break
             values.append(value)
-            claim.trial.report(mean_and_deviation(values)[0], len(values))
+            self.study.report(claim, mean_and_deviation(values)[0], len(values))
             if len(values) < len(self.seeds) and self.sweep.settings.prune and self._is_behind(values):
                 is_behind = True
                 break
@@ -253,7 +254,10 @@ class _Worker:
                 replace_file(self.folder / BEST_CONFIG, dump_yaml(chosen).encode())
                 name = best_of({f"seed-{seed}": value for seed, value in best.figures.items()}, self.metric)
                 path = self.study.trial_folder(best.number) / str(name)
-                model = str(path) if (path / "config.json").exists() else None
+                if (path / "config.json").exists():
+                    model = str(path)
+                elif with_picture:
+                    logger.info("the best model is in %s of host %s", path, best.host)
             for trial in trials:
                 if trial is not best and not self.keep_all_weights:
                     for seed in self.seeds:

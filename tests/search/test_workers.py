@@ -42,19 +42,16 @@ def files(fresh_process: None, tmp_path: Path, write_tsv: Callable[..., Path]) -
 @pytest.fixture(scope="module")
 def database() -> Iterator[str]:
     """A PostgreSQL server of its own on loopback: the URL of its database."""
-    found = shutil.which("initdb") or shutil.which("/usr/lib/postgresql/15/bin/initdb")
-    account = "postgres" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
-    if found is None or account not in {entry.pw_name for entry in pwd.getpwall()}:
+    servers = [shutil.which("postgres"), *map(str, Path("/usr/lib/postgresql").glob("*/bin/postgres"))]
+    programs = next((Path(server).parent for server in servers if server), None)
+    is_root = os.getuid() == 0  # whom the server refuses: Debian's package has an account for it
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    if programs is None or (is_root and "postgres" not in names):
         pytest.skip("there is no PostgreSQL")
-    programs = Path(found).resolve().parent
-    if not (programs / "postgres").exists():  # a wrapper of the distribution
-        versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
-        if not versions:
-            pytest.skip("there is no PostgreSQL")
-        programs = versions[-1].parent
-    owner = pwd.getpwnam(account)
-    as_owner: dict[str, Any] = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
-    as_owner = as_owner if os.getuid() == 0 else {}
+    owner = pwd.getpwnam("postgres") if is_root else pwd.getpwuid(os.getuid())
+    as_owner: dict[str, Any] = {}
+    if is_root:
+        as_owner = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
     folder = Path(tempfile.mkdtemp(prefix="bertpair-postgres-"))
     os.chown(folder, owner.pw_uid, owner.pw_gid)
     with socket.socket() as free:
