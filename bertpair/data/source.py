@@ -135,16 +135,19 @@ class Source:
         return setting
 
 
-def resolve_source(settings: DataSettings, *, needs: Collection[str] = ("train",)) -> Source:
+def resolve_source(
+    settings: DataSettings, *, needs: Collection[str] = ("train",), evaluates: bool = True
+) -> Source:
     """Settings and preset → what to read; ConfigError for labels that contradict the task.
 
     `needs`: which of `train`, `dev`, `test` must be there, else a DataError lists what was looked for. In
-    training, a dev file that was named must be there too; without one that was not, a note says so.
+    training, a dev file that was named must be there too; without one that was not, a note says so, if the
+    training `evaluates`.
     """
     task, notes = _fitting_task(settings, needs)
     labels, regression, metrics = _labels(settings, task)
     files = _find_files(settings, task, needs)
-    if "train" in needs and not files["dev"]:
+    if "train" in needs and evaluates and not files["dev"]:
         looked_for = ", ".join(map(str, _usual_places(settings, task, "dev"))) or "dev_file is not set"
         notes = (*notes, f"no dev file ({looked_for}): training without evaluation")
     return Source(

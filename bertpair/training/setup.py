@@ -81,7 +81,7 @@ def read_material(config: Config, resumed_from: RunState | None = None) -> Mater
 
     Raises ConfigError, DataError or CheckpointError for whatever does not fit.
     """
-    source = resolve_source(config)
+    source = resolve_source(config, evaluates=config.runs_evaluation)
     folder = read_folder(resumed_from.folder) if resumed_from else _open_model(config)
     check_model_type(folder, config.model_type)
     train_pairs, dev_pairs, labels = _read_pairs(config, source, folder)

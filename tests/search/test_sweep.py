@@ -1,17 +1,20 @@
 """One worker of a sweep: what it runs and in which order, what it keeps, what it says, and how it goes on."""
 
 import logging
+import re
 import signal
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
 import yaml
 from conftest import write_tiny_bert
-from sweeping import base, begun, figure, pretend, rows
+from sweeping import base, figure, pretend, rows
 
 from bertpair import Config, ConfigError, StoppedError, TrainingError, sweep, train
 from bertpair.console import stop_flag
@@ -188,11 +191,19 @@ def test_a_timeout_starts_no_further_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    done = pretend(monkeypatch, seconds=0.3)
-    result = sweep(base(), {**GRID, "timeout": 0.4})
-    assert 1 <= len(done) < 4 and len(result.trials) == len(done) // 3
-    assert "timeout: 0.4 seconds have passed; the same command goes on" in caplog.text
-    assert len(sweep(base(), GRID).trials) == 4 and len(begun(Path("out"))) == 12
+    clock = [0.0]
+
+    def measure(config: Config) -> float:
+        clock[0] += 1  # a second for each run
+        return figure(config)
+
+    done = pretend(monkeypatch, measure)
+    own_time = SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep)
+    monkeypatch.setattr("bertpair.search.sweep.time", own_time)
+    result = sweep(base(), {**GRID, "timeout": 3.5})
+    assert len(done) == 4 and len(result.trials) == 1  # the fourth run was begun in time
+    assert "timeout: 3.5 seconds have passed; the same command goes on" in caplog.text
+    assert len(sweep(base(), GRID).trials) == 4 and len(done) == 12
 
 
 def test_a_line_tells_how_far_it_is(
@@ -203,7 +214,8 @@ def test_a_line_tells_how_far_it_is(
     sweep(base(), GRID)
     said = [line for line in caplog.messages if line.startswith("trial ")]
     assert said[0].startswith("trial 0, weight_decay 0, learning_rate 0.001: acc 0.5100 ± 0.0100; 1 of 4 ")
-    assert "best so far 0.5100 ± 0.0100 with weight_decay 0, learning_rate 0.001; about 0 s left" in said[0]
+    best = "best so far 0.5100 ± 0.0100 with weight_decay 0, learning_rate 0.001"
+    assert re.search(rf"; {best}; about \d+ s left$", said[0])
     assert said[-1].startswith("trial 3, ") and said[-1].endswith("weight_decay 0.1, learning_rate 0.001")
 
 
