@@ -44,6 +44,7 @@ NORMAL = [
     (r"\((?:best so far|best 0 at step 0)\)", "(best)"),  # chance
     (r"\b0 threads\b", "0 thread"),  # the machine
     (r"\bprecision: .*", "precision"),  # the processor, and so the reason
+    (rf"(?<= )(?:vm|{re.escape(socket.gethostname())})$", "*"),  # the host that ends a line of a table
     (r"\s+", " "),
 ]
 
