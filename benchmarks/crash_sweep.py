@@ -89,7 +89,7 @@ def run_and_kill(
     """Kill workers at drawn moments, start others in their place, then let all end; how many were killed."""
     crew, done = [start(folder, plan) for _ in range(workers)], 0
     while done < kills:
-        time.sleep(draw.uniform(0.0, 0.25) * seconds)
+        time.sleep(draw.uniform(0.0, 0.2) * seconds)
         victim = crew.pop(draw.randrange(len(crew)))
         os.kill(victim, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1])
