@@ -76,6 +76,11 @@ class Study:
                 storage=self.storage, study_name=self.name, direction=direction, load_if_exists=True
             )
 
+    def close(self) -> None:
+        """Give the storage's connections back."""
+        self.storage.remove_session()
+        self.storage.engine.dispose()
+
     def trials(self) -> list[FrozenTrial]:
         """All of them, by number."""
         return self.study.get_trials(deepcopy=False)

@@ -5,6 +5,7 @@ The same call in another process, on this machine or on another that reaches the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -80,7 +81,9 @@ def sweep(
     """
     config = check_config(config, training=True)
     with lines_shown(), interruptible():
-        return _Worker(config, file, keep_all_weights).work()
+        worker = _Worker(config, file, keep_all_weights)
+        with contextlib.closing(worker.study):
+            return worker.work()
 
 
 class _TimeIsUp(Exception):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from conftest import write_tiny_bert
 from optuna.trial import TrialState
@@ -87,11 +88,12 @@ def connected(url: str) -> None:
 def states(config: Config, plan: dict[str, Any]) -> Counter[TrialState]:
     """How many trials of each state the storage holds."""
     url = plan.get("storage") or f"sqlite:///{config.output_dir}/sweep.db"
-    import optuna
-
-    (summary,) = optuna.get_all_study_summaries(url)
-    found = optuna.load_study(study_name=summary.study_name, storage=url)
-    return Counter(trial.state for trial in found.trials if trial.datetime_start is not None)
+    storage = optuna.storages.RDBStorage(url)
+    (found,) = storage.get_all_studies()
+    trials = storage.get_all_trials(found._study_id)
+    storage.remove_session()
+    storage.engine.dispose()
+    return Counter(trial.state for trial in trials if trial.datetime_start is not None)
 
 
 def test_two_workers_share_the_trials_and_run_none_twice(monkeypatch: pytest.MonkeyPatch) -> None:
