@@ -243,11 +243,15 @@ def run_of(folder: Path) -> str | None:
         return None
 
 
+def own_names(folder: Path) -> set[str]:
+    """What we wrote into a model folder; somebody added the rest. CheckpointError if its list is damaged."""
+    derived = {DERIVED} if holds_only_parts(folder / DERIVED) else set()
+    return {entry.name for entry in read_manifest(folder).files} | {MANIFEST_NAME} | derived
+
+
 def _retire(folder: Path) -> bool:
     """Delete a checkpoint; what somebody added to it stays, in a folder whose name is no checkpoint's."""
-    ours = {entry.name for entry in read_manifest(folder).files} | {MANIFEST_NAME}
-    if holds_only_parts(folder / DERIVED):
-        ours.add(DERIVED)
+    ours = own_names(folder)
     added = sorted(name for name in os.listdir(folder) if name not in ours and name[0] != ".")
     if not added:
         return atomic.remove(folder, is_whole=True)

@@ -21,7 +21,6 @@ from torch import Tensor
 from bertpair.checkpoints import atomic, checkpoint
 from bertpair.checkpoints.atomic import Staging, check_free_space, staged_folder
 from bertpair.checkpoints.checkpoint import FINAL_READY, checkpoint_folder, load_tensors
-from bertpair.checkpoints.derived import DERIVED, holds_only_parts
 from bertpair.checkpoints.lock import LOCK_NAME, RunLock
 from bertpair.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest, read_verified, verify_folder
 from bertpair.errors import CheckpointError, ConfigError, list_faults
@@ -327,8 +326,8 @@ def drop_weights(path: Path) -> None:
     with _forgiving("weights that are no longer needed stay"):
         ours = {folder.name for _, folder in checkpoint.list_checkpoints(path)}
         if (path / MANIFEST_NAME).is_file():
-            ours |= {entry.name for entry in read_manifest(path).files} - RESULT_FILES
-        ours |= {DERIVED} if holds_only_parts(path / DERIVED) else set()
-        for name in [*sorted(ours), RUN_FILE, LOCK_NAME, MANIFEST_NAME]:  # the list of what is ours goes last
+            ours |= checkpoint.own_names(path) - RESULT_FILES
+        # The list of what is ours goes last.
+        for name in [*sorted(ours - {MANIFEST_NAME}), RUN_FILE, LOCK_NAME, MANIFEST_NAME]:
             if os.path.lexists(path / name):
                 atomic.remove(path / name)

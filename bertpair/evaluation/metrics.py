@@ -88,6 +88,15 @@ def is_better(metric: str, new: float, best: float | None) -> bool:
     return new < best if metric == "loss" else new > best
 
 
+def best_of(values: Mapping[str, float | None], metric: str) -> str | None:
+    """The name with the best value; of equals, the first; None where there is no value."""
+    best, best_value = None, None
+    for name, value in values.items():
+        if value is not None and is_better(metric, value, best_value):
+            best, best_value = name, value
+    return best
+
+
 def _matthews(matrix: Ids) -> float:
     """Matthews correlation of any number of classes (Gorodkin 2004, the R_K statistic)."""
     exact = matrix.astype(np.float64)  # products of counts can overflow int64

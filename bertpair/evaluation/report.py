@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bertpair.evaluation.classifier import Prediction
-from bertpair.evaluation.metrics import PerClass, finite_or_null, is_better
+from bertpair.evaluation.metrics import PerClass, best_of, finite_or_null
 
 MAX_TABLE_WIDTH = 110
 ESCAPES = {ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}
@@ -49,8 +49,17 @@ def format_predictions(
     for label in labels or ():
         column = [f"{p.probabilities[label]:.6f}" for p in predictions]
         columns[f"prob_{label.translate(ESCAPES)}"] = column
-    rows = ("\t".join(row) for row in zip(*columns.values(), strict=True))
-    return "".join(f"{line}\n" for line in ("\t".join(columns), *rows)).encode()
+    return tsv([list(columns), *zip(*columns.values(), strict=True)])
+
+
+def tsv(lines: Iterable[Iterable[str]]) -> bytes:
+    """Lines of cells, tab-separated."""
+    return "".join("\t".join(cells) + "\n" for cells in lines).encode()
+
+
+def exact(value: object) -> str:
+    """A cell with all digits of a number; empty for None."""
+    return "" if value is None else value if isinstance(value, str) else repr(value)
 
 
 def class_table(labels: Sequence[str], measures: PerClass) -> str:
@@ -75,11 +84,9 @@ def comparison_table(results: Mapping[str, Mapping[str, Any]], metric: str | Non
     """A line per checkpoint or run, in the order given; the best by `metric`, of equals the first, has a
     star."""
     keys = list(dict.fromkeys(key for metrics in results.values() for key in metrics))
-    best, best_value = None, None
-    for name, metrics in results.items():
-        value = metrics.get(metric) if metric else None
-        if metric and value is not None and is_better(metric, value, best_value):
-            best, best_value = name, value
+    best = (
+        best_of({name: metrics.get(metric) for name, metrics in results.items()}, metric) if metric else None
+    )
     rows = [
         [f"{name} *" if name == best else name, *(metrics.get(key) for key in keys)]
         for name, metrics in results.items()

@@ -22,8 +22,8 @@ from bertpair.data.columns import Places, locate_columns
 from bertpair.data.dataset import Pairs
 from bertpair.data.records import is_blank, read_records
 from bertpair.errors import ConfigError, DataError, list_faults, listed
-from bertpair.evaluation.report import ESCAPES
-from bertpair.search.runs import Materials, RunsFolder, check_metric
+from bertpair.evaluation.report import ESCAPES, tsv
+from bertpair.search.runs import Materials, RunsFolder, chosen_metric
 from bertpair.search.seeds import Summary, summarise
 from bertpair.settings.config import Config
 from bertpair.settings.contradictions import check_config
@@ -55,7 +55,7 @@ def cross_validate(
                 logger.warning("%s has no effect: a fold's model has its last weights", name)
         config = check_config(config.model_copy(update=LAST_WEIGHTS), training=True)
         material = Materials().read(config.model_copy(update={"do_train": True, "do_eval": False}))
-        metric = check_metric(config.metric_for_best_model, material)
+        metric = chosen_metric(config.metric_for_best_model, material)
         parts = split_rows(material, folds, config.seed, group_column)
         for number in range(folds) if config.class_weights else ():  # each training needs all labels
             own = material_of(material, parts, number)
@@ -149,7 +149,7 @@ def write_predictions(path: Path, material: Material, parts: npt.NDArray[np.int6
     if material.labels is not None:
         tables[SUSPICIOUS] = suspicious_labels(material.train.pairs, head, rows)
     for name, table in tables.items():
-        replace_file(path / name, "".join("\t".join(line) + "\n" for line in table).encode())
+        replace_file(path / name, tsv(table))
 
 
 def suspicious_labels(pairs: Pairs, head: list[str], rows: list[list[str]]) -> list[list[str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bertpair.evaluation.metrics import is_better
 from bertpair.evaluation.plots import BLUE, MUTED, ORANGE, drawing, png, printable
-from bertpair.evaluation.report import ESCAPES, display_width, text_table
+from bertpair.evaluation.report import ESCAPES, display_width, exact, text_table, tsv
 from bertpair.search.space import Dimension, Params
 from bertpair.settings.fields import as_word
 
@@ -48,8 +48,7 @@ def ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
 
     def key(trial: Trial) -> tuple[int, float, int]:
         group = 2 if trial.mean is None else int(not trial.is_whole)
-        value = sign * trial.mean if trial.mean is not None and math.isfinite(trial.mean) else math.inf
-        return group, value, trial.number
+        return group, sign * (trial.mean or 0.0), trial.number
 
     return sorted(trials, key=key)
 
@@ -100,10 +99,10 @@ def sweep_tsv(trials: Sequence[Trial], metric: str, seeds: Sequence[int]) -> byt
     for trial in trials:
         figures = [trial.mean, trial.deviation, *(trial.figures.get(seed) for seed in seeds)]
         cells = [f"{trial.number:03}", *map(_exact, trial.settings.values())]
-        cells += ["" if each is None else repr(each) for each in figures]
+        cells += map(exact, figures)
         cells += [f"{trial.seconds:.1f}", trial.host, trial.status]
         lines.append([cell.translate(ESCAPES) for cell in cells])
-    return "".join("\t".join(line) + "\n" for line in lines).encode()
+    return tsv(lines)
 
 
 def _exact(value: Any) -> str:
@@ -113,9 +112,7 @@ def _exact(value: Any) -> str:
 def draw_sweep(trials: Sequence[Trial], metric: str, space: Sequence[Dimension]) -> bytes:
     """The metric against each of up to MAX_PANELS settings: a point for each trial with an error bar of one
     standard deviation over its seeds, which are small dots; the best has a star."""
-    done = [
-        trial for trial in trials if trial.is_whole and trial.mean is not None and math.isfinite(trial.mean)
-    ]
+    done = [trial for trial in trials if trial.is_whole]
     shown, num_more = space[:MAX_PANELS], len(space[MAX_PANELS:])
     text = "".join(each.name + "".join(map(_tick_word, each.values)) for each in shown)
     with drawing(text) as (figure, no_glyph):

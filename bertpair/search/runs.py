@@ -10,7 +10,6 @@ import dataclasses
 import gc
 import json
 import logging
-import math
 import socket
 import statistics
 import time
@@ -24,11 +23,11 @@ from bertpair.checkpoints.lock import LOCK_NAME, RunLock
 from bertpair.checkpoints.run_folder import RunFolder, drop_weights
 from bertpair.console import stop_flag
 from bertpair.errors import CheckpointError, ConfigError, StoppedError, list_faults
-from bertpair.evaluation.metrics import finite_or_null, is_better
+from bertpair.evaluation.metrics import best_of, finite_or_null
 from bertpair.search.report import spread
 from bertpair.settings.config import SETTINGS, Config, DataSettings, ModelSettings
 from bertpair.settings.files import read_json
-from bertpair.settings.tasks import measured_metrics
+from bertpair.settings.tasks import check_measured
 from bertpair.training.setup import Material, read_material
 from bertpair.training.train import train
 
@@ -37,7 +36,6 @@ RUNS_FILE = "runs.json"
 _QUIET = ("checkpoints", "console", "data", "evaluation", "model", "training")
 _READ = {*DataSettings.model_fields, *ModelSettings.model_fields, "do_train", "do_eval"}
 logger = logging.getLogger(__name__)
-
 
 Keep = Literal["best", "all", "none"]
 
@@ -195,13 +193,10 @@ def claim_folder(
     return made
 
 
-def check_metric(metric: str | None, material: Material) -> str:
+def chosen_metric(metric: str | None, material: Material) -> str:
     """The metric to choose by, by default the task's first; ConfigError for one that is never measured."""
-    measured = measured_metrics(None if material.labels is None else len(material.labels))
     chosen = metric or material.source.metrics[0]
-    if chosen not in measured:
-        kind = "a regression" if material.labels is None else f"{len(material.labels)} labels"
-        raise ConfigError(f"metric: {chosen} is not measured with {kind}; allowed: {', '.join(measured)}")
+    check_measured("metric", chosen, None if material.labels is None else len(material.labels))
     return chosen
 
 
@@ -219,19 +214,8 @@ def check_recipe(stored: Any, recipe: Mapping[str, Any], where: object) -> None:
     raise ConfigError(f"{where} has runs with other settings; {advice}\n{list_faults(faults)}")
 
 
-def best_of(values: Mapping[str, float | None], metric: str) -> str | None:
-    """The name with the best value; of equals, the first; None where there is no value."""
-    best, best_value = None, None
-    for name, value in values.items():
-        if value is not None and is_better(metric, value, best_value):
-            best, best_value = name, value
-    return best
-
-
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
     """The mean, and the standard deviation of a sample; None for a single value."""
-    if not all(map(math.isfinite, values)):
-        return math.nan, None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 

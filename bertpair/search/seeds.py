@@ -9,11 +9,12 @@ from typing import Any
 from bertpair.checkpoints.atomic import replace_file
 from bertpair.console import interruptible, lines_shown
 from bertpair.errors import ConfigError
-from bertpair.evaluation.report import text_table
+from bertpair.evaluation.report import exact, text_table, tsv
 from bertpair.search.report import spread
-from bertpair.search.runs import Figures, Materials, RunsFolder, check_metric, mean_and_deviation
+from bertpair.search.runs import Figures, Materials, RunsFolder, chosen_metric, mean_and_deviation
 from bertpair.settings.config import Config
 from bertpair.settings.contradictions import check_config
+from bertpair.settings.several import seeds_fault
 from bertpair.training.setup import digest_of
 
 RESULTS = "seeds_results.tsv"
@@ -50,12 +51,11 @@ def run_seeds(config: Config, seeds: int, *, keep_all_weights: bool = False) -> 
     What was interrupted goes on. Raises what `train` raises; StoppedError says how many runs are done.
     """
     config = check_config(config, training=True)
-    if not 1 <= seeds <= 2**32 - config.seed:
-        limit = f"expected at least 1 seed and none above {2**32 - 1}"
-        raise ConfigError(f"seeds: {limit}, found {seeds} from {config.seed} on")
+    if fault := seeds_fault(config.seed, seeds):
+        raise ConfigError(f"seeds: {fault}")
     with lines_shown(), interruptible():
         material = Materials().read(config)
-        metric = check_metric(config.metric_for_best_model, material)
+        metric = chosen_metric(config.metric_for_best_model, material)
         if material.dev is None:
             raise ConfigError(
                 "several seeds are compared on a dev file: set dev_file, or data_dir with a dev.tsv"
@@ -85,9 +85,7 @@ def summarise(runs: RunsFolder, names: list[str], file: str) -> Summary:
     ]
     head = ["run", *metrics, "seconds", "host"]
     last = ["mean ± std", *(spread(*means.get(metric, (None, None))) for metric in metrics), "", ""]
-    lines = [head, *([row[0], *map(_exact, row[1:])] for row in rows)]
-    text = "".join("\t".join(line) + "\n" for line in lines)
-    replace_file(runs.path / file, text.encode())
+    replace_file(runs.path / file, tsv([head, *(map(exact, row) for row in rows)]))
     best = runs.best
     model = None if best is None else runs.path / best
     has_weights = model is not None and (model / "config.json").exists()
@@ -99,7 +97,3 @@ def summarise(runs: RunsFolder, names: list[str], file: str) -> Summary:
         str(runs.path),
         str(model) if has_weights else None,
     )
-
-
-def _exact(value: Any) -> str:
-    return "" if value is None else value if isinstance(value, str) else repr(value)

@@ -18,6 +18,7 @@ from bertpair.settings.config import SETTINGS, Config, EvaluateSettings, Metric
 from bertpair.settings.contradictions import contradictions
 from bertpair.settings.fields import Group, Real, Switch, Text, Whole, placed, said, setting, suggest, typed
 from bertpair.settings.files import Layer, read_settings
+from bertpair.settings.several import seeds_fault
 
 MAX_POINTS = 10_000
 MIN_PRUNED = 3  # seeds: a trial is stopped after two at the earliest
@@ -103,10 +104,6 @@ class Sweep:
         combinations = itertools.product(*(each.listed()[:count] for each in self.space))
         return [dict(zip(names, each, strict=True)) for each in itertools.islice(combinations, count)]
 
-    def config(self, params: Params) -> Config:
-        """The settings of a trial, as far as they are the same for all seeds."""
-        return with_params(self.base, params)
-
 
 def with_params(base: Config, params: Params) -> Config:
     """`base` with these values; what one of them replaces has its default again, even where it is 0."""
@@ -128,7 +125,8 @@ def read_sweep(file: str | os.PathLike[str] | Mapping[str, Any], base: Config) -
         faults[name] = f"unknown setting {name}: the settings to try stand under space"
     said = [*layer.faults, *placed(faults, layer.where)]
     if "space" not in layer.where:
-        said.append(f"space must be set in {show_file(file)}: the settings to try, each with its values")
+        place = "the sweep" if isinstance(file, Mapping) else file
+        said.append(f"space must be set in {place}: the settings to try, each with its values")
     space = []
     for name, raw in values.pop("space", {}).items():
         try:
@@ -139,11 +137,6 @@ def read_sweep(file: str | os.PathLike[str] | Mapping[str, Any], base: Config) -
     sweep = Sweep(SweepSettings(space=layer.values["space"], **values), base, tuple(space))
     raise_faults(list(_faults(sweep, layer.where)))
     return sweep
-
-
-def show_file(file: object) -> str:
-    """How a message names where a sweep stands."""
-    return "the sweep" if isinstance(file, Mapping) else str(file)
 
 
 def _dimension(name: str, raw: object) -> Dimension:
@@ -213,16 +206,15 @@ def _faults(sweep: Sweep, where: Mapping[str, str]) -> Iterator[str]:
         yield f"{where['prune']}: no trial can be stopped with fewer than {MIN_PRUNED} seeds, {found}"
     if not base.runs_evaluation or not (base.dev_file or base.data_dir):
         yield "a sweep needs a dev file to choose by: set dev_file, or data_dir with a dev.tsv"
-    if base.seed + settings.seeds > 2**32:
-        said = f"{settings.seeds} seeds from {base.seed} on pass the greatest seed, {2**32 - 1}"
-        yield f"{where.get('seeds', 'seeds')}: {said}"
+    if fault := seeds_fault(base.seed, settings.seeds):
+        yield f"{where.get('seeds', 'seeds')}: {fault}"
     if settings.sampler == "grid" and sweep.num_points > MAX_POINTS:
         found = f"the grid has {sweep.num_points:,} combinations"
         yield f"{where['space']}: {found}; at most {MAX_POINTS:,} can be tried: set trials"
         return
     clashes: dict[str, Params] = {}
     for params in _corners(sweep):
-        for fault in contradictions(sweep.config(params)):
+        for fault in contradictions(with_params(base, params)):
             clashes.setdefault(fault, params)
     known = set(contradictions(base))
     for fault, params in clashes.items():

@@ -26,6 +26,7 @@ from filelock import FileLock
 from bertpair.checkpoints.atomic import replacing
 from bertpair.checkpoints.lock import RunLock
 from bertpair.errors import CheckpointError, ConfigError, first_line
+from bertpair.evaluation.metrics import is_better
 from bertpair.search.space import Dimension, Params, Sweep
 
 with warnings.catch_warnings():
@@ -48,7 +49,6 @@ class Claim:
 
     point: int
     params: Params
-    trial: optuna.trial.Trial
     trial_id: int
 
 
@@ -63,9 +63,9 @@ class Study:
         status = os.stat(folder)
         self.host = socket.gethostname()
         self.place = f"{self.host}:{status.st_dev}:{status.st_ino}"  # where this folder's locks say who lives
-        direction = optuna.study.StudyDirection.MAXIMIZE
-        if sweep.settings.metric == "loss":
-            direction = optuna.study.StudyDirection.MINIMIZE
+        directions = optuna.study.StudyDirection
+        is_less_better = is_better(str(sweep.settings.metric), 0.0, 1.0)
+        direction = directions.MINIMIZE if is_less_better else directions.MAXIMIZE
         self.name = f"bertpair-{identity[:16]}"
         with explained(url):
             self.storage = _open_storage(folder, url)
@@ -189,7 +189,7 @@ class Study:
             self.study.sampler = optuna.samplers.TPESampler(seed=seed + point, n_startup_trials=num_random)
         own = optuna.trial.Trial(self.study, trial._trial_id)
         params = {each.name: read_back(each, suggest(own, each)) for each in self.sweep.space}
-        return Claim(point, params, own, trial._trial_id)
+        return Claim(point, params, trial._trial_id)
 
     @contextlib.contextmanager
     def _alive(self, trial_id: int) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -23,17 +24,17 @@ from bertpair.checkpoints.atomic import replace_file
 from bertpair.checkpoints.run_folder import drop_weights
 from bertpair.console import format_seconds, interruptible, lines_shown, stop_flag
 from bertpair.errors import ConfigError, DataError, StoppedError, TrainingError, first_line
+from bertpair.evaluation.metrics import best_of, is_better
 from bertpair.search.report import Trial, draw_sweep, ranked, shown_params, spread, sweep_table, sweep_tsv
 from bertpair.search.runs import (
     Materials,
     RunsFolder,
-    best_of,
-    check_metric,
+    chosen_metric,
     claim_folder,
     mean_and_deviation,
     recipe_of,
 )
-from bertpair.search.space import read_sweep
+from bertpair.search.space import read_sweep, with_params
 from bertpair.search.study import Claim, Study, explained, read_back
 from bertpair.settings.config import Config
 from bertpair.settings.contradictions import check_config
@@ -101,7 +102,7 @@ class _Worker:
         material = self.materials.read(config)
         if material.dev is None:
             raise ConfigError("a sweep chooses by a dev file: set dev_file, or data_dir with a dev.tsv")
-        metric = check_metric(wanted.settings.metric or config.metric_for_best_model, material)
+        metric = chosen_metric(wanted.settings.metric or config.metric_for_best_model, material)
         settings = wanted.settings.model_copy(update={"metric": metric})
         self.sweep = dataclasses.replace(wanted, settings=settings)
         self.metric, self.keep_all_weights = metric, keep_all_weights
@@ -161,7 +162,7 @@ class _Worker:
             raise _TimeIsUp
 
     def _run(self, claim: Claim) -> None:
-        started, config = time.monotonic(), self.sweep.config(claim.params)
+        started, config = time.monotonic(), with_params(self.sweep.base, claim.params)
         folder = self.study.trial_folder(claim.point)
         runs = RunsFolder(folder, config, self.metric, keep="all" if self.keep_all_weights else "best")
         values: list[float] = []
@@ -198,8 +199,8 @@ class _Worker:
         best = next((trial for trial in self._trials() if trial.is_whole), None)
         if best is None or len(values) < 2:
             return False
-        sign = -1 if self.metric == "loss" else 1
-        return max(sign * value for value in values) < min(sign * value for value in best.figures.values())
+        pairs = itertools.product(best.figures.values(), values)
+        return all(is_better(self.metric, figure, value) for figure, value in pairs)
 
     def _say_progress(self, claim: Claim, figure: str) -> None:
         trials = self._trials()
@@ -251,7 +252,7 @@ class _Worker:
             model = None
             if best is not None:
                 output_dir = f"{self.folder}-best"
-                chosen = self.sweep.config(best.settings).model_copy(
+                chosen = with_params(self.sweep.base, best.settings).model_copy(
                     update={"output_dir": output_dir, "overwrite_output_dir": False}
                 )
                 replace_file(self.folder / BEST_CONFIG, dump_yaml(chosen).encode())

@@ -46,6 +46,13 @@ class SeveralRuns(Group):
         return bool(self.sweep or self.seeds or self.folds)
 
 
+def seeds_fault(first: int, count: int) -> str | None:
+    """What is wrong with so many seeds from `first` on, if anything is."""
+    if 1 <= count <= 2**32 - first:
+        return None
+    return f"expected at least 1 seed and none above {2**32 - 1}, found {count} from {first} on"
+
+
 def several_faults(several: SeveralRuns, config: Config) -> Iterator[str]:
     """What does not go together, a line each."""
     asked = [f"--{name}" for name in ("sweep", "seeds", "folds") if getattr(several, name)]
@@ -62,5 +69,5 @@ def several_faults(several: SeveralRuns, config: Config) -> Iterator[str]:
         yield f"do_eval alone trains nothing; {asked[0]} needs training"
     if several.seeds and not config.runs_evaluation:
         yield "do_train alone measures nothing; --seeds needs do_eval too"
-    if several.seeds and several.seeds + config.seed > 2**32:
-        yield f"--seeds: {several.seeds} seeds from {config.seed} on pass the greatest seed, {2**32 - 1}"
+    if several.seeds and (fault := seeds_fault(config.seed, several.seeds)):
+        yield f"--seeds: {fault}"

@@ -70,6 +70,13 @@ def measured_metrics(num_labels: int | None) -> list[str]:
     return [name for name in (*CLASS_METRICS, "loss") if name != "f1" or num_labels == 2]
 
 
+def check_measured(setting: str, metric: str, num_labels: int | None) -> None:
+    """ConfigError naming the `setting` for a metric that is not measured (num_labels None: a regression)."""
+    if metric not in (measured := measured_metrics(num_labels)):
+        kind = "a regression" if num_labels is None else f"{num_labels} labels"
+        raise ConfigError(f"{setting}: {metric} is not measured with {kind}; allowed: {', '.join(measured)}")
+
+
 def _key(name: str) -> str:
     """Case, hyphens and underscores do not matter: `SST-2`, `sst2` and `mnli_mm` are understood."""
     return name.strip().lower().replace("-", "").replace("_", "")

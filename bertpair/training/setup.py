@@ -36,7 +36,7 @@ from bertpair.runtime import (
     set_threads,
 )
 from bertpair.settings.config import Config
-from bertpair.settings.tasks import measured_metrics
+from bertpair.settings.tasks import check_measured
 from bertpair.training.optim import learning_rate_at
 from bertpair.training.step import Objective
 
@@ -71,6 +71,7 @@ class Material:
     folder: ModelFolder
     tokenizer: Tokenizer
     labels: tuple[str, ...] | None  # in id order; None: regression
+    positive_label: str | None  # that f1 is of
     train: Split
     dev: Split | None
     read_weights: Callable[[Path], Mapping[str, Tensor]]
@@ -87,12 +88,14 @@ def read_material(config: Config, resumed_from: RunState | None = None) -> Mater
     train_pairs, dev_pairs, labels = _read_pairs(config, source, folder)
     if train_pairs.text_b is not None:
         check_pairs(folder, " (text_b_column: null)")
+    positive = source.positive_label(labels, config.positive_label)
+    _check_watched(config, labels, has_dev=dev_pairs is not None)
     tokenizer, cut = _read_tokenizer(config, folder, is_new=resumed_from is None), config.max_seq_length
     train = make_split(train_pairs, labels, tokenizer, cut, name="train")
     dev = None if dev_pairs is None else make_split(dev_pairs, labels, tokenizer, cut, name="dev")
     for line in source.notes:
         logger.info("%s", line)
-    return Material(source, folder, tokenizer, labels, train, dev, functools.cache(read_weights))
+    return Material(source, folder, tokenizer, labels, positive, train, dev, functools.cache(read_weights))
 
 
 def prepare(config: Config, resumed_from: RunState | None, material: Material | None = None) -> Job:
@@ -107,10 +110,10 @@ def prepare(config: Config, resumed_from: RunState | None, material: Material | 
     reset_peak_memory(device)
     if material is None:
         material = read_material(config, resumed_from)
-    source, labels, train, dev = material.source, material.labels, material.train, material.dev
+    else:
+        _check_watched(config, material.labels, has_dev=material.dev is not None)
+    labels, train, dev = material.labels, material.train, material.dev
     folder = read_folder(resumed_from.folder) if resumed_from else material.folder
-    positive = source.positive_label(labels, config.positive_label)
-    _check_watched(config, labels, has_dev=dev is not None)
     seed_everything(config.seed)
     digest, pad_id, table = digest_of(train), material.tokenizer.pad_id, None
     weights = class_weight_tensor(config.class_weights, labels, train)
@@ -137,7 +140,8 @@ def prepare(config: Config, resumed_from: RunState | None, material: Material | 
             dev = None if dev is None else dataclasses.replace(dev, tokens=table.remap(dev.tokens))
         model = model.to(device)
         weights = None if weights is None else weights.to(device)
-    settled = {"amp": precision.name, "num_threads": torch.get_num_threads(), "positive_label": positive}
+    positive = {"positive_label": material.positive_label}
+    settled = {"amp": precision.name, "num_threads": torch.get_num_threads(), **positive}
     return Job(
         config=config.model_copy(update=settled),
         model=model,
@@ -146,7 +150,7 @@ def prepare(config: Config, resumed_from: RunState | None, material: Material | 
         labels=labels,
         train=train,
         dev=dev,
-        metrics=source.metrics,
+        metrics=material.source.metrics,
         device=device,
         precision=precision,
         objective=Objective(labels is None, weights, config.label_smoothing),
@@ -200,12 +204,8 @@ def _read_pairs(
 
 def _check_watched(config: Config, labels: Sequence[str] | None, *, has_dev: bool) -> None:
     """ConfigError for a metric that is never measured; a warning for settings that need a dev file."""
-    metric, measured = config.metric_for_best_model, measured_metrics(None if labels is None else len(labels))
-    if metric is not None and metric not in measured:
-        kind = "a regression" if labels is None else f"{len(labels)} labels"
-        raise ConfigError(
-            f"metric_for_best_model: {metric} is not measured with {kind}; allowed: {', '.join(measured)}"
-        )
+    if (metric := config.metric_for_best_model) is not None:
+        check_measured("metric_for_best_model", metric, None if labels is None else len(labels))
     for name in () if has_dev else ("load_best_model_at_end", "early_stopping_patience"):
         if getattr(config, name):
             logger.warning("%s has no effect: there is no dev file to evaluate on", name)

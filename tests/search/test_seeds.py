@@ -276,7 +276,9 @@ def test_nothing_to_compare_by_is_refused(summary: Summary, monkeypatch: pytest.
     for changes in ({"dev_file": None}, {"dev_file": None, "train_file": None, "data_dir": "data"}):
         with pytest.raises(ConfigError, match="several seeds are compared on a dev file: set dev_file"):
             run_seeds(recipe(output_dir="none", **changes), 2)
-    with pytest.raises(ConfigError, match="metric: pearson is not measured with 2 labels; allowed: acc, f1"):
+    with pytest.raises(
+        ConfigError, match="metric_for_best_model: pearson is not measured with 2 labels; allowed: acc, f1"
+    ):
         run_seeds(recipe(output_dir="none", metric_for_best_model="pearson"), 2)
     for seeds, first in ((0, 42), (3, 2**32 - 2)):
         with pytest.raises(ConfigError, match=f"seeds: expected .*, found {seeds} from {first} on"):
@@ -383,7 +385,7 @@ def test_flags_of_several_runs() -> None:
         ("--seeds 3 --do_train", ["do_train alone measures nothing; --seeds needs do_eval too"]),
         (
             "--seeds 3 --seed 4294967294",
-            ["--seeds: 3 seeds from 4294967294 on pass the greatest seed, 4294967295"],
+            ["--seeds: expected at least 1 seed and none above 4294967295, found 3 from 4294967294 on"],
         ),
         ("--seeds 1", ["--seeds: expected a whole number from 2 to 1000, or null, found 1"]),
         ("--folds 1", ["--folds: expected a whole number from 2 to 1000, or null, found 1"]),

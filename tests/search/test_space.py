@@ -246,7 +246,7 @@ def test_there_is_nothing_to_choose_by(lacks: dict[str, Any]) -> None:
 
 def test_seeds_have_an_end() -> None:
     assert read(f"{SPACE}seeds: 3", seed=2**32 - 3).settings.seeds == 3
-    said = "3 seeds from 4294967294 on pass the greatest seed, 4294967295"
+    said = "expected at least 1 seed and none above 4294967295, found 3 from 4294967294 on"
     assert faults(f"{SPACE}seeds: 3", seed=2**32 - 2) == [f"sweep.yaml:2: seeds: {said}"]
     read(SPACE, seed=2**32 - 1)
 

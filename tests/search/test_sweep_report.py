@@ -42,13 +42,12 @@ def test_best_first() -> None:
         trial(2, status="failed: too many steps"),
         trial(3, 0.9, 0.9, status="stopped early"),
         trial(4, 0.7),  # the same as 1
-        trial(5, math.nan),
         trial(6, 0.6, 0.8),
         trial(7, status="failed: the disk is full"),
         trial(8, 0.95, 0.95, status="stopped early"),
     ]
-    assert [each.number for each in ranked(trials, "acc")] == [1, 4, 6, 0, 5, 8, 3, 2, 7]
-    assert [each.number for each in ranked(trials, "loss")] == [0, 1, 4, 6, 5, 3, 8, 2, 7]
+    assert [each.number for each in ranked(trials, "acc")] == [1, 4, 6, 0, 8, 3, 2, 7]
+    assert [each.number for each in ranked(trials, "loss")] == [0, 1, 4, 6, 3, 8, 2, 7]
     assert ranked([], "acc") == []
 
 
@@ -210,7 +209,6 @@ def test_what_is_drawn_of_a_trial(panels: Callable[..., list[Axes]]) -> None:
     space = [Dimension("weight_decay", (0.1, 0.2, 0.3))]
     odd = [
         trial(8, 0.99, 0.99, status="stopped early", weight_decay=0.3),
-        trial(9, math.nan, weight_decay=0.3),
         trial(10, status="failed: x", weight_decay=0.3),
     ]
     (axes,) = panels([*some(space, 2), *odd], space)
