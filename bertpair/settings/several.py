@@ -37,7 +37,9 @@ class SeveralRuns(Group):
         example="question_id",
     )
     keep_all_weights: Switch = setting(
-        False, "Keep the weights of every run. Without this, several runs leave those of the best only."
+        False,
+        "Keep the weights of every run. Without this, seeds and a sweep leave those of the best run only, and "
+        "folds leave none.",
     )
 
     @property
