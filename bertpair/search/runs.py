@@ -150,9 +150,9 @@ class RunsFolder:
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
-    """The settings that a run's figures depend on."""
+    """The settings that a run's figures depend on by more than rounding: workers may differ in the others."""
     values = config.model_dump(mode="json")
-    return {name: values[name] for name in SETTINGS if SETTINGS[name].resume != "free"}
+    return {name: values[name] for name in SETTINGS if SETTINGS[name].resume not in ("free", "warn")}
 
 
 def check_folder(path: Path, mark: str, *, overwrite: bool) -> None:

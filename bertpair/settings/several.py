@@ -38,7 +38,7 @@ class SeveralRuns(Group):
     )
     keep_all_weights: Switch = setting(
         False,
-        "Keep the weights of every run. Without this, seeds and a sweep leave those of the best run only, and "
+        "Keep the weights of every run. Without this, seeds and a sweep leave those of the best run, and "
         "folds leave none.",
     )
 

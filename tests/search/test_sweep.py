@@ -258,6 +258,13 @@ def test_a_storage_that_cannot_be_used_is_named_without_its_password(monkeypatch
         sweep(base("broken"), GRID)
 
 
+def test_workers_may_have_devices_and_threads_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = pretend(monkeypatch)
+    first = sweep(base(), GRID)
+    other = base(num_threads=2, device="cpu", logging_steps=3)
+    assert rows(sweep(other, GRID)) == rows(first) and len(done) == 12
+
+
 def test_weights_are_kept_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Path] = []
     monkeypatch.setattr(runs, "drop_weights", kept.append)
