@@ -165,7 +165,7 @@ def suspicious_labels(pairs: Pairs, head: list[str], rows: list[list[str]]) -> l
     texts = [pairs.text_a] if pairs.text_b is None else [pairs.text_a, pairs.text_b]
     names = ["file", "line", "label", "probability", "predicted", "predicted_probability"]
     lines = [[*names, *("text_a", "text_b")[: len(texts)]]]
-    for k in sorted(range(len(rows)), key=lambda k: float(own[k])):
+    for k in sorted(range(len(rows)), key=lambda k: (float(own[k]), -float(rows[k][score]))):
         where = pairs.files[pairs.file_of_row[k]].translate(ESCAPES), str(pairs.line_of_row[k])
         found = rows[k][gold], own[k], rows[k][said], rows[k][score]
         lines.append([*where, *found, *(text[k].translate(ESCAPES) for text in texts)])

@@ -84,7 +84,9 @@ class RunsFolder:
         self._recipe = {**recipe_of(recipe), **more}
         overwrite = recipe.overwrite_output_dir
         stored = claim_folder(path, RUNS_FILE, self._recipe, overwrite=overwrite, ours=ours)
-        self.done = {name: Figures(**figures) for name, figures in stored.get("runs", {}).items()}
+        done = {name: Figures(**figures) for name, figures in stored.get("runs", {}).items()}
+        # One whose files somebody deleted is done again.
+        self.done = {name: each for name, each in done.items() if (path / name / "predictions.tsv").exists()}
 
     @classmethod
     @contextmanager

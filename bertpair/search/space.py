@@ -132,11 +132,16 @@ def read_sweep(file: str | os.PathLike[str] | Mapping[str, Any], base: Config) -
         try:
             space.append(_dimension(str(name), raw))
         except ConfigError as error:
-            said.append(f"{layer.where['space']}: {error}")
+            said.append(f"{_place_of(str(name), layer.where)}: {error}")
     raise_faults(said)
     sweep = Sweep(SweepSettings(space=layer.values["space"], **values), base, tuple(space))
     raise_faults(list(_faults(sweep, layer.where)))
     return sweep
+
+
+def _place_of(name: str, where: Mapping[str, str]) -> str:
+    """Where a setting to try stands: its own line, if the file has one for it."""
+    return where.get(f"space.{name}", where["space"])
 
 
 def _dimension(name: str, raw: object) -> Dimension:
@@ -198,7 +203,8 @@ def _faults(sweep: Sweep, where: Mapping[str, str]) -> Iterator[str]:
     if settings.sampler == "grid":
         for each in sweep.space:
             if each.kind in ("range", "log"):
-                yield f"{where['space']}: {each.name}: a grid needs a list; random and tpe take ranges"
+                said = "a grid needs a list; random and tpe take ranges"
+                yield f"{_place_of(each.name, where)}: {each.name}: {said}"
     elif settings.trials is None:
         yield f"{where['sampler']}: {settings.sampler} needs trials, the number of combinations to try"
     if settings.prune and settings.seeds < MIN_PRUNED:

@@ -24,8 +24,8 @@ _TAG = "tag:yaml.org,2002:"
 
 @dataclass
 class Layer:
-    """Settings of one origin. `where` begins a line about one (`config.yaml:3: seed`); names in `bad` have
-    their fault already."""
+    """Settings of one origin. `where` begins a line about one (`config.yaml:3: seed`), and about a name inside
+    one (`space.seed`: `sweep.yaml:4: space`); names in `bad` have their fault already."""
 
     values: dict[str, Any] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
@@ -108,6 +108,9 @@ def _read_yaml(path: str, text: str) -> Layer:
         except _NodeError as error:
             read.faults.append(f"{path}:{error.line}: {error}")
     read.bad = read.where.keys() - read.values.keys()
+    for name, node in ((key.value, node) for key, node in root.value if isinstance(node, yaml.MappingNode)):
+        for key, _ in node.value:
+            read.where.setdefault(f"{name}.{key.value}", f"{path}:{key.start_mark.line + 1}: {name}")
     return read
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import shutil
 import signal
 from pathlib import Path
 
@@ -261,7 +262,7 @@ def test_suspicious_labels_are_the_least_likely_ones_first(done: Path) -> None:
         assert (row["text_a"], row["text_b"], row["label"]) == (text_a, text_b, label)
         assert (row["probability"], row["predicted"]) == (said[f"prob_{label}"], said["predicted"])
         assert row["predicted_probability"] == said["score"]
-        keys.append((float(row["probability"]), line))
+        keys.append((float(row["probability"]), -float(said["score"]), line))
     assert keys == sorted(keys)
 
 
@@ -296,6 +297,14 @@ def test_a_stop_between_folds_changes_nothing(done: Path) -> None:
     for fold in ("fold-1", "fold-2", "fold-3"):
         for name in ("model.safetensors", "predictions.tsv", "eval_results.json"):
             assert (stopped / fold / name).read_bytes() == (done / fold / name).read_bytes(), (fold, name)
+    shutil.rmtree(stopped / "fold-1")  # a run without its files is done again
+    (stopped / "fold_predictions.tsv").unlink()
+    cross_validate(config, 3, **asked)  # type: ignore[arg-type]
+    for name in ("fold_predictions.tsv", "fold-1/predictions.tsv"):
+        assert (stopped / name).read_bytes() == (done / name).read_bytes()
+    (stopped / "fold-3" / "predictions.tsv").unlink()
+    with pytest.raises(ConfigError, match=r"fold-3 is not empty \("):
+        cross_validate(config, 3, **asked)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

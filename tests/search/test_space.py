@@ -32,8 +32,8 @@ def faults(text: str, **changes: Any) -> list[str]:
 def one_fault(values: str) -> str:
     """What is said of these values of a setting, without its place."""
     (line,) = faults(f"seeds: 2\nspace:\n  {values}\n")
-    assert line.startswith("sweep.yaml:2: space: ")
-    return line.removeprefix("sweep.yaml:2: space: ")
+    assert line.startswith("sweep.yaml:3: space: ")
+    return line.removeprefix("sweep.yaml:3: space: ")
 
 
 def test_a_sweep_as_it_should_be() -> None:
@@ -132,10 +132,10 @@ space:
         "sweep.yaml:4: seeds: expected a whole number from 1 to 1000, found 0",
         "sweep.yaml:5: unknown setting learning_rate: the settings to try stand under space",
         "sweep.yaml:6: timeout: expected a number above 0, or null, found 0",
-        "sweep.yaml:7: space: unknown setting lerning_rate; did you mean learning_rate?",
-        "sweep.yaml:7: space: seed is not a setting that a sweep can try; `seeds: 3` runs every trial with "
+        "sweep.yaml:8: space: unknown setting lerning_rate; did you mean learning_rate?",
+        "sweep.yaml:9: space: seed is not a setting that a sweep can try; `seeds: 3` runs every trial with "
         "three",
-        "sweep.yaml:7: space: weight_decay: expected a list of values, or log, range or int: [low, high]; "
+        "sweep.yaml:10: space: weight_decay: expected a list of values, or log, range or int: [low, high]; "
         "found an empty list",
     ]
 
@@ -225,8 +225,8 @@ def test_values_that_are_refused(values: str, fault: str) -> None:
 def test_a_grid_takes_no_range() -> None:
     text = "space:\n  learning_rate: {log: [1e-5, 1e-4]}\n  weight_decay: {range: [0, 1]}\n"
     assert faults(text) == [
-        f"sweep.yaml:1: space: {name}: a grid needs a list; random and tpe take ranges"
-        for name in ("learning_rate", "weight_decay")
+        f"sweep.yaml:{line}: space: {name}: a grid needs a list; random and tpe take ranges"
+        for line, name in ((2, "learning_rate"), (3, "weight_decay"))
     ]
     for sampler in ("random", "tpe"):
         assert read(f"{text}sampler: {sampler}\ntrials: 7\n").num_points == 7

@@ -40,7 +40,9 @@ def test_values_and_lines(path: Path) -> None:
         "labels": ["b", "yes", "3"],
     }
     lines = [("seed", 2), ("learning_rate", 3), ("x", 4), ("labels", 5)]
-    assert found.where == {name: f"{path}:{line}: {name}" for name, line in lines} and not found.faults
+    inside = {f"x.{name}": f"{path}:4: x" for name in ("a", "b")}
+    assert found.where == {name: f"{path}:{line}: {name}" for name, line in lines} | inside
+    assert not found.faults
 
 
 def test_a_setting_stands_where_its_name_stands(path: Path) -> None:
