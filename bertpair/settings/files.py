@@ -24,8 +24,8 @@ _TAG = "tag:yaml.org,2002:"
 
 @dataclass
 class Layer:
-    """Settings of one origin. `where` begins a line about one (`config.yaml:3: seed`), and about a name inside
-    one (`space.seed`: `sweep.yaml:4: space`); names in `bad` have their fault already."""
+    """Settings of one origin. `where` begins a line about one (`config.yaml:3: seed`), and one about a name
+    within it (for `space.seed`: `sweep.yaml:4: space`); names in `bad` have their fault already."""
 
     values: dict[str, Any] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
