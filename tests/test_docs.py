@@ -25,7 +25,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS = [path for path in DOCUMENTS if path.exists()]
-PARTS = ("benchmarks", "bertpair", "data", "docs", "examples")
+PARTS = ("benchmarks", "bertpair", "data", "docs", "examples", "recipes")
 PAGES = [*ROOT.glob("*.md"), *(page for part in (*PARTS, "tests") for page in (ROOT / part).rglob("*.md"))]
 SHORTER = {"num_train_epochs": "0.048", "logging_steps": "6\neval_steps: 6"}  # 18 steps that look the same
 TRAINING = ("python train.py", "bertpair train")

@@ -40,6 +40,7 @@ from bertpair.settings.tasks import check_measured
 from bertpair.training.optim import learning_rate_at
 from bertpair.training.step import Objective
 
+FEW_ROWS = 1000  # recipes/small-data.yaml did better with up to as many: benchmarks/LOG.md
 logger = logging.getLogger(__name__)
 
 
@@ -95,6 +96,8 @@ def read_material(config: Config, resumed_from: RunState | None = None) -> Mater
     dev = None if dev_pairs is None else make_split(dev_pairs, labels, tokenizer, cut, name="dev")
     for line in source.notes:
         logger.info("%s", line)
+    if resumed_from is None and (advice := few_rows_advice(config, len(train))):
+        logger.info("%s", advice)
     return Material(source, folder, tokenizer, labels, positive, train, dev, functools.cache(read_weights))
 
 
@@ -158,6 +161,15 @@ def prepare(config: Config, resumed_from: RunState | None, material: Material | 
         pad_id=pad_id,
         table=table,
     )
+
+
+def few_rows_advice(config: Config, num_rows: int) -> str | None:
+    """A line about the recipe for small data, where it is likely to help."""
+    is_short = config.max_steps <= 0 and config.num_train_epochs <= 3
+    if num_rows > FEW_ROWS or not is_short or config.warmup_steps or config.warmup_ratio:
+        return None
+    recipe = "--num_train_epochs 20 --warmup_ratio 0.1 (recipes/small-data.yaml)"
+    return f"{num_rows:,} training rows are few: {recipe} did better on up to {FEW_ROWS:,} rows"
 
 
 def digest_of(split: Split) -> str:

@@ -17,8 +17,9 @@ from bertpair.checkpoints.checkpoint import file_digest
 from bertpair.console import stop_flag
 from bertpair.model import pretrained
 from bertpair.settings.config import SETTINGS
+from bertpair.settings.files import read_settings
 from bertpair.training import setup
-from bertpair.training.setup import Material, digest_of, read_material
+from bertpair.training.setup import FEW_ROWS, Material, digest_of, few_rows_advice, read_material
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
 
@@ -151,3 +152,32 @@ def test_a_run_with_material_resumes_from_its_own_weights(models: Path) -> None:
         train(config, material=material)
     train(config.model_copy(update={"resume": "auto"}), explicit=set(SETTINGS), material=material)
     assert_same_results(Path("whole"), Path("stopped"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_advised"),
+    [
+        ({}, True),
+        ({"num_train_epochs": 2.5}, True),
+        ({"num_train_epochs": 4.0}, False),
+        ({"max_steps": 100}, False),
+        ({"warmup_ratio": 0.01}, False),
+        ({"warmup_steps": 1}, False),
+    ],
+)
+def test_few_rows_are_advised_once(changes: dict[str, object], is_advised: bool) -> None:
+    config = Config(**changes)  # type: ignore[arg-type]
+    assert bool(few_rows_advice(config, FEW_ROWS)) is is_advised
+    assert few_rows_advice(config, FEW_ROWS + 1) is None
+
+
+def test_the_advice_is_the_recipe(models: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = read_settings(Path(__file__).parents[2] / "recipes" / "small-data.yaml").values
+    config = make_config(models, "bare", "advised", max_steps=-1, num_train_epochs=3.0)
+    with caplog.at_level(logging.INFO, "bertpair"):
+        read_material(config)
+        read_material(config.model_copy(update=recipe))
+    (line,) = [line for line in caplog.messages if "are few" in line]
+    flags = " ".join(f"--{name} {recipe[name]}" for name in ("num_train_epochs", "warmup_ratio"))
+    recipe_file = f"{flags} (recipes/small-data.yaml)"
+    assert line == f"24 training rows are few: {recipe_file} did better on up to 1,000 rows"
