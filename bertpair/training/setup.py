@@ -96,8 +96,6 @@ def read_material(config: Config, resumed_from: RunState | None = None) -> Mater
     dev = None if dev_pairs is None else make_split(dev_pairs, labels, tokenizer, cut, name="dev")
     for line in source.notes:
         logger.info("%s", line)
-    if resumed_from is None and (advice := few_rows_advice(config, len(train))):
-        logger.info("%s", advice)
     return Material(source, folder, tokenizer, labels, positive, train, dev, functools.cache(read_weights))
 
 
@@ -116,6 +114,8 @@ def prepare(config: Config, resumed_from: RunState | None, material: Material | 
     else:
         _check_watched(config, material.labels, has_dev=material.dev is not None)
     labels, train, dev = material.labels, material.train, material.dev
+    if resumed_from is None and (advice := few_rows_advice(config, len(train))):
+        logger.info("%s", advice)
     folder = read_folder(resumed_from.folder) if resumed_from else material.folder
     seed_everything(config.seed)
     digest, pad_id, table = digest_of(train), material.tokenizer.pad_id, None

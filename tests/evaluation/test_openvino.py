@@ -293,14 +293,15 @@ def test_a_stop_ends_a_conversion_and_leaves_nothing(float32: Path, tmp_path: Pa
 
 
 def test_bf16_and_int8_warn_where_the_processor_has_no_instructions(
-    int8: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    int8: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = copied(int8, tmp_path)  # it is made anew there: for other instructions
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     with caplog.at_level(logging.WARNING):
-        PairClassifier.from_pretrained(int8, amp="bf16")
+        PairClassifier.from_pretrained(folder, amp="bf16")
         assert "amp bf16: this processor has no bf16 instructions" in caplog.text
         caplog.clear()
-        PairClassifier.from_pretrained(int8, quantize="int8", calibration_pairs=PAIRS)
+        PairClassifier.from_pretrained(folder, quantize="int8", calibration_pairs=PAIRS)
         assert "quantize int8: this processor has no instructions for it (VNNI)" in caplog.text
 
 

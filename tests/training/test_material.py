@@ -19,7 +19,7 @@ from bertpair.model import pretrained
 from bertpair.settings.config import SETTINGS
 from bertpair.settings.files import read_settings
 from bertpair.training import setup
-from bertpair.training.setup import FEW_ROWS, Material, digest_of, few_rows_advice, read_material
+from bertpair.training.setup import FEW_ROWS, Material, digest_of, few_rows_advice, prepare, read_material
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
 
@@ -175,8 +175,8 @@ def test_the_advice_is_the_recipe(models: Path, caplog: pytest.LogCaptureFixture
     recipe = read_settings(Path(__file__).parents[2] / "recipes" / "small-data.yaml").values
     config = make_config(models, "bare", "advised", max_steps=-1, num_train_epochs=3.0)
     with caplog.at_level(logging.INFO, "bertpair"):
-        read_material(config)
-        read_material(config.model_copy(update=recipe))
+        prepare(config, None)
+        prepare(config.model_copy(update=recipe), None)
     (line,) = [line for line in caplog.messages if "are few" in line]
     flags = " ".join(f"--{name} {recipe[name]}" for name in ("num_train_epochs", "warmup_ratio"))
     recipe_file = f"{flags} (recipes/small-data.yaml)"
