@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def draw(train: Path, rows: int, seed: int, target: Path) -> None:
     """The header of `train` and `rows` of its lines, drawn by `seed`, in the order of the file."""
-    header, *lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
+    header, *lines = train.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     drawn = sorted(random.Random(seed).sample(range(len(lines)), rows))
-    target.write_text("".join([header, *(lines[index] for index in drawn)]), encoding="utf-8")
+    target.write_text("\n".join([header, *(lines[index] for index in drawn), ""]), encoding="utf-8")
 
 
 def run(flags: list[str], output: Path) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def test_a_run_with_material_resumes_from_its_own_weights(models: Path) -> None:
         ({"warmup_steps": 1}, False),
     ],
 )
-def test_few_rows_are_advised_once(changes: dict[str, object], is_advised: bool) -> None:
+def test_few_rows_without_warm_up_are_advised(changes: dict[str, object], is_advised: bool) -> None:
     config = Config(**changes)  # type: ignore[arg-type]
     assert bool(few_rows_advice(config, FEW_ROWS)) is is_advised
     assert few_rows_advice(config, FEW_ROWS + 1) is None
