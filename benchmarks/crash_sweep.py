@@ -20,6 +20,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import bertpair.search.sweep
 from bertpair import Config
 from bertpair.console import configure_logging

@@ -25,6 +25,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS = [path for path in DOCUMENTS if path.exists()]
+MEASURING = [path for path in (ROOT / "benchmarks").glob("*.py") if "ArgumentParser" in path.read_text()]
 PARTS = ("benchmarks", "bertpair", "data", "docs", "examples", "recipes")
 PAGES = [*ROOT.glob("*.md"), *(page for part in (*PARTS, "tests") for page in (ROOT / part).rglob("*.md"))]
 SHORTER = {"num_train_epochs": "0.048", "logging_steps": "6\neval_steps: 6"}  # 18 steps that look the same
@@ -277,6 +278,14 @@ def test_commands_print_what_a_document_shows(path: Path, shell: Shell) -> None:
     if any("curl " in command.text for command in commands(document)) and shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     check(path.name, document, shell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(MEASURING), ids=lambda path: path.name)
+def test_a_benchmark_starts_where_the_library_is_not_installed(script: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0 and f"usage: {script.name}" in done.stdout, done.stderr
 
 
 def test_commands_are_read_from_console_fences() -> None:
