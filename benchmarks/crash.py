@@ -39,7 +39,7 @@ def main() -> int:
     draw_confusion(np.eye(2, dtype=np.int64), ["a", "b"])  # loads matplotlib and its fonts
     print(machine(arguments.amp), flush=True)
     if arguments.amp == "bf16" and cpu_bf16_flag() is None:
-        print("this processor has no bf16 instructions: torch computes it the slow way")
+        print("this processor has no fast bf16 instructions: torch computes it the slow way")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bertpair-crash-") as name:
         folder = Path(name)

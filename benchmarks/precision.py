@@ -40,7 +40,7 @@ def main() -> None:
     keep_freed_memory()
     threads = torch.get_num_threads()
     print(f"{date.today()}, {platform.machine()}, {threads} threads, torch {torch.__version__}")
-    print(f"bf16 instructions: {cpu_bf16_flag()}; {arguments.layers} layers; float32 ms / bf16 ms = ratio")
+    print(f"fast bf16: {cpu_bf16_flag()}; {arguments.layers} layers; float32 ms / bf16 ms = ratio")
     print("hidden_size | training step of 16 | served batch of 16 | served row")
     for hidden_size in arguments.sizes:
         works = [training_step, lambda *given: served(16, *given), lambda *given: served(1, *given)]

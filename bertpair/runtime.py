@@ -265,14 +265,14 @@ class Precision:
 def resolve_precision(amp: str, device: torch.device, *, hidden_size: int) -> Precision:
     """Turn the setting `amp` into a precision; ConfigError where the device cannot do what is asked.
 
-    `auto`: on a CPU bf16 where the processor has it in hardware and the model is large enough.
+    `auto`: on a CPU bf16 where the processor computes it faster and the model is large enough.
     """
     if amp not in ("auto", "off", "bf16", "fp16"):
         raise ConfigError(f"amp: found {amp!r}; allowed: auto, off, bf16, fp16")
     allowed = allowed_precisions(device)
     if amp in allowed:
         if amp == "bf16" and device.type == "cpu" and cpu_bf16_flag() is None:
-            logger.warning("amp bf16: this processor has no bf16 instructions; float32 is faster here")
+            logger.warning("amp bf16: this processor has no fast bf16 instructions; float32 is faster here")
         return Precision(amp, "as set")
     if amp != "auto":
         raise ConfigError(f"amp: {amp} does not run on {device}; allowed here: auto, {', '.join(allowed)}")
@@ -280,7 +280,7 @@ def resolve_precision(amp: str, device: torch.device, *, hidden_size: int) -> Pr
         return Precision(allowed[-1], f"the fastest that {device} has")
     flag = cpu_bf16_flag()
     if flag is None:
-        return Precision("off", "this processor has no bf16 instructions")
+        return Precision("off", "this processor has no fast bf16 instructions")
     if hidden_size < BF16_HIDDEN_SIZE:
         return Precision("off", f"the model is small: hidden_size {hidden_size} is below {BF16_HIDDEN_SIZE}")
     reason = f"the processor has {flag} and the model is large enough (hidden_size {hidden_size})"
@@ -308,8 +308,13 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
 
 
 def cpu_bf16_flag(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
-    """The flag that says the processor multiplies bf16 matrices in hardware; None where there is none."""
+    """The flag that says the processor multiplies bf16 matrices faster than float32; None where none does.
+
+    Without AMX, Intel's do so at half the speed of float32: benchmarks/LOG.md, 2026-11-30.
+    """
     flags = cpu_flags(cpuinfo)
+    if "GenuineIntel" in _read_text(cpuinfo):
+        flags.discard("avx512_bf16")
     return next((flag for flag in BF16_FLAGS if flag in flags), None)
 
 

@@ -302,7 +302,7 @@ def test_a_precision_that_is_set_is_taken(monkeypatch: pytest.MonkeyPatch, amp: 
 @pytest.mark.parametrize(
     "flag, hidden_size, name, words",
     [
-        (None, 1024, "off", ["no bf16 instructions"]),
+        (None, 1024, "off", ["no fast bf16 instructions"]),
         ("avx512_bf16", 255, "off", ["hidden_size 255"]),
         ("avx512_bf16", 256, "bf16", ["avx512_bf16", "hidden_size 256"]),
         ("amx_bf16", 768, "bf16", ["amx_bf16", "hidden_size 768"]),
@@ -364,13 +364,16 @@ def test_auto_is_off_on_mps() -> None:
     [
         ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 sse\n", "avx512_bf16"),
         ("processor\t: 0\nflags\t\t: fpu avx512_bf16 amx_bf16\n", "amx_bf16"),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512_bf16\n", "avx512_bf16"),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16 amx_bf16\n", "amx_bf16"),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16\n", None),
         ("Features\t: fp asimd bf16 i8mm\n", "bf16"),
         ("flags\t\t: fpu avx512f avx512_vnni\nmodel name\t: bf16\n", None),
         ("Features\t: fp asimd ebf16x\n", None),
         ("", None),
     ],
 )
-def test_bf16_instructions_are_found_in_cpuinfo(tmp_path: Path, cpuinfo: str, expected: str | None) -> None:
+def test_fast_bf16_is_found_in_cpuinfo(tmp_path: Path, cpuinfo: str, expected: str | None) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text(cpuinfo)
     assert cpu_bf16_flag(path) == expected
