@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import uvicorn
@@ -45,12 +46,22 @@ def serve(config: ServeConfig) -> int:
     key = listening.read_key(path, most) if path else None
     listener = listening.bind(config)
     try:
-        predictor = load_predictor(config)
+        predictor = load_aside(config)
         if not listening.is_local(config) and key is None:
             logger.warning("%s is reachable from other machines and no api_key_file is set", config.host)
         return asyncio.run(_run(config, predictor, key, listener))
     finally:
         listener.close()
+
+
+def load_aside(config: ServeConfig) -> Predictor:
+    """`load_predictor` on a thread of its own, which ends.
+
+    PyTorch gives each thread that computes helpers of its own. With those of two threads they are more than
+    the cores, and then OpenMP puts them to sleep between any two steps: a request took a fifth longer.
+    """
+    with ThreadPoolExecutor(1, "loading") as thread:
+        return thread.submit(load_predictor, config).result()
 
 
 async def _run(config: ServeConfig, predictor: Predictor, key: bytes | None, listener: Listener) -> int:
@@ -91,7 +102,12 @@ async def _warm(service: Service) -> None:
     config, batcher, predictor = service.config, service.batcher, service.predictor
     if config.quantize_check and config.model_dir and not config.quantize:  # int8 was compared when made
         texts = predictor.read_check(config.quantize_check)
-        await asyncio.to_thread(predictor.check_agreement, config.model_dir, texts)
+        thread = ThreadPoolExecutor(1, "checking")  # it ends, as in load_aside
+        try:
+            check = functools.partial(predictor.check_agreement, config.model_dir, texts)
+            await asyncio.get_running_loop().run_in_executor(thread, check)
+        finally:
+            thread.shutdown(wait=False)
     await warm_up(predictor, batcher, config.max_batch_tokens)
     service.is_warm = True
     logger.info("ready: batches of up to %d tokens", batcher.limits.max_batch_tokens)

@@ -27,6 +27,7 @@ from bertpair.checkpoints.manifest import FileEntry, Manifest, encode_manifest
 from bertpair.errors import BertpairError, ConfigError
 from bertpair.evaluation.agreement import Agreement, compare
 from bertpair.evaluation.classifier import Prediction
+from bertpair.serving import server
 from bertpair.serving.listening import SPARE_DESCRIPTORS, check_descriptors, read_key
 from bertpair.serving.predictor import Predictor, TokenRow
 from bertpair.settings.serve import ServeConfig
@@ -392,6 +393,30 @@ def test_27_wrong_labels_files_and_limits(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ulimit"):
         check_descriptors(2**40)
     check_descriptors(10 + SPARE_DESCRIPTORS)
+
+
+def test_the_threads_that_loaded_a_model_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With helpers of two threads, more than the cores, PyTorch's OpenMP sleeps between steps."""
+
+    def tasks() -> set[str]:
+        return set(os.listdir("/proc/self/task"))
+
+    def load(config: ServeConfig) -> set[str]:
+        torch.ones(2**22).exp().sum()
+        return tasks()
+
+    monkeypatch.setattr(server, "load_predictor", load)
+    before, threads = tasks(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        new = set(server.load_aside(make_config({"model_dir": "model"}))) - before  # type: ignore[call-overload]
+    finally:
+        torch.set_num_threads(threads)
+    assert len(new) == 3  # the loading thread and its two helpers
+    end = time.monotonic() + 30
+    while new & tasks() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not new & tasks()
 
 
 def test_quantize_check_compares_with_float32(folder: Path, tmp_path: Path) -> None:
