@@ -14,8 +14,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import uvicorn
 
@@ -34,6 +35,7 @@ from bertpair.serving.requests import MAX_URL_BYTES
 from bertpair.settings.serve import ServeConfig
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 TARGET_SECONDS = 0.3  # of the largest batch, where max_batch_tokens is left to the warm-up
 CONNECT_SECONDS = 0.2  # once new clients are refused: those on their way are in by then
@@ -46,7 +48,7 @@ def serve(config: ServeConfig) -> int:
     key = listening.read_key(path, most) if path else None
     listener = listening.bind(config)
     try:
-        predictor = load_aside(config)
+        predictor = aside(load_predictor, config)
         if not listening.is_local(config) and key is None:
             logger.warning("%s is reachable from other machines and no api_key_file is set", config.host)
         return asyncio.run(_run(config, predictor, key, listener))
@@ -54,14 +56,14 @@ def serve(config: ServeConfig) -> int:
         listener.close()
 
 
-def load_aside(config: ServeConfig) -> Predictor:
-    """`load_predictor` on a thread of its own, which ends.
+def aside(function: Callable[..., T], *given: Any) -> T:
+    """What `function` returns or raises, computed on a thread of its own, which ends.
 
     PyTorch gives each thread that computes helpers of its own. With those of two threads they are more than
     the cores, and then OpenMP puts them to sleep between any two steps: a request took a fifth longer.
     """
-    with ThreadPoolExecutor(1, "loading") as thread:
-        return thread.submit(load_predictor, config).result()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *given).result()
 
 
 async def _run(config: ServeConfig, predictor: Predictor, key: bytes | None, listener: Listener) -> int:
@@ -102,12 +104,7 @@ async def _warm(service: Service) -> None:
     config, batcher, predictor = service.config, service.batcher, service.predictor
     if config.quantize_check and config.model_dir and not config.quantize:  # int8 was compared when made
         texts = predictor.read_check(config.quantize_check)
-        thread = ThreadPoolExecutor(1, "checking")  # it ends, as in load_aside
-        try:
-            check = functools.partial(predictor.check_agreement, config.model_dir, texts)
-            await asyncio.get_running_loop().run_in_executor(thread, check)
-        finally:
-            thread.shutdown(wait=False)
+        await asyncio.to_thread(aside, predictor.check_agreement, config.model_dir, texts)
     await warm_up(predictor, batcher, config.max_batch_tokens)
     service.is_warm = True
     logger.info("ready: batches of up to %d tokens", batcher.limits.max_batch_tokens)

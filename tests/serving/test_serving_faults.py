@@ -395,24 +395,23 @@ def test_27_wrong_labels_files_and_limits(folder: Path, tmp_path: Path) -> None:
     check_descriptors(10 + SPARE_DESCRIPTORS)
 
 
-def test_the_threads_that_loaded_a_model_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_threads_of_work_done_aside_end() -> None:
     """With helpers of two threads, more than the cores, PyTorch's OpenMP sleeps between steps."""
 
     def tasks() -> set[str]:
         return set(os.listdir("/proc/self/task"))
 
-    def load(config: ServeConfig) -> set[str]:
+    def work() -> set[str]:
         torch.ones(2**22).exp().sum()
         return tasks()
 
-    monkeypatch.setattr(server, "load_predictor", load)
     before, threads = tasks(), torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        new = set(server.load_aside(make_config({"model_dir": "model"}))) - before  # type: ignore[call-overload]
+        new = server.aside(work) - before
     finally:
         torch.set_num_threads(threads)
-    assert len(new) == 3  # the loading thread and its two helpers
+    assert len(new) == 3  # the thread and its two helpers
     end = time.monotonic() + 30
     while new & tasks() and time.monotonic() < end:
         time.sleep(0.01)
