@@ -49,9 +49,10 @@ def train(argv: Sequence[str]) -> int:
         return _several(parsed.config, parsed.several)
     trained = train(parsed.config, explicit=parsed.explicit)
     if not trained.save_failed:
-        folder = shlex.quote(trained.output_dir)
+        folder, page = shlex.quote(trained.output_dir), Path(trained.output_dir, "report.html")
+        look = f"look at {shlex.quote(str(page))}; " if page.exists() else ""  # a full disk may have cost it
         measure, serve = (f"{program(name)} --model_dir {folder}" for name in ("evaluate", "serve"))
-        _log([f"the model is in {folder}; next: {measure}, or: {serve}"])
+        _log([f"the model is in {folder}; {look}next: {measure}, or: {serve}"])
     say(json.dumps(trained.summary(), ensure_ascii=False))
     return 1 if trained.save_failed else 0
 
@@ -71,8 +72,7 @@ def _several(config: "Config", several: "SeveralRuns") -> int:
         result = run_seeds(config, several.seeds, keep_all_weights=keep)
     else:
         assert several.folds
-        group = several.group_column
-        result = cross_validate(config, several.folds, group_column=group, keep_all_weights=keep)
+        result = cross_validate(config, several.folds, keep_all_weights=keep)
     if result.best_model:
         folder = shlex.quote(result.best_model)
         _log([f"the best model is in {folder}; next: {program('serve')} --model_dir {folder}"])
@@ -93,10 +93,17 @@ def evaluate(argv: Sequence[str]) -> int:
 
     parsed = parse_command_line(argv, "evaluate", settings_folder)
     _log(parsed.notes)
+    from bertpair.checkpoints.checkpoint import list_runs
     from bertpair.evaluation.evaluate import evaluate_models
 
     install_signal_handlers()
-    result = evaluate_models(parsed.config, explicit=parsed.explicit)
+    result: Any
+    if list_runs(Path(str(parsed.config.model_dir))):
+        from bertpair.search.compare import compare_seeds
+
+        result = compare_seeds(parsed.config)
+    else:
+        result = evaluate_models(parsed.config, explicit=parsed.explicit)
     say(result.text)
     for name, folder in result.folders.items():
         say(f"{name}: files in {folder}")

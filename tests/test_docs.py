@@ -228,6 +228,8 @@ def check(name: str, document: str, shell: Shell) -> None:
             if text in TRAINING and not refused:  # as on the first day
                 shutil.rmtree(shell.folder / "output", ignore_errors=True)
             printed = shell.run(text, refused=refused)
+            # So short a training has learnt nothing yet, and says so.
+            printed = [each for each in printed if " rows get the label " not in each]
             expected = (1 if "client.py" in text else 2) if refused else 0
             if text == "echo $?":
                 problem = "" if printed == shown else f"document: {shown}\nprinted:  {printed}"

@@ -30,15 +30,17 @@ logger = logging.getLogger(__name__)
 
 FINAL_READY = "final.ready"
 INPUT_FILE = "input.json"
+RUNS_FILE = "runs.json"  # of a folder with a folder for each of several runs
 COMPARED = "compare-"  # begins the names of folders with a compared model's results
 RESULT_FILES = (
-    *("confusion_matrix.png", "eval_results.json", "eval_results.txt", "predictions.tsv"),
+    *("confusion_matrix.png", "eval_results.json", "eval_results.txt", "figures.json"),
+    *("predictions.tsv", "errors.tsv", "comparison.json", "report.html"),
     INPUT_FILE,  # last: with it goes what says whose results they are
 )
 _OUR_FILES = (
     *("config.json", "model.safetensors", "trainer_state.json", MANIFEST_NAME),
     *("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
-    *(".run.json", "curves.png", "metrics.jsonl", TRAINING_ARGS, *RESULT_FILES),
+    *(".run.json", "README.md", "curves.png", "metrics.jsonl", TRAINING_ARGS, *RESULT_FILES),
 )
 _CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]{0,17})")
 _FOLDER_NAME = rf"{_CHECKPOINT.pattern}|{re.escape(FINAL_READY)}"
@@ -144,12 +146,22 @@ def open_model(
     """
     path = resolve_folder(name_or_path, revision=revision, cache_dir=cache_dir)
     final = final_folder(path)
-    if config_name is None and not (final / "config.json").is_file() and (found := list_checkpoints(path)):
-        hint = f"the run of this folder is not finished; name a checkpoint of it: {found[-1][1]}"
-        raise CheckpointError(f"{final / 'config.json'}: no such file; {hint}")
+    if config_name is None and not (final / "config.json").is_file():
+        if found := list_checkpoints(path):
+            hint = f"the run of this folder is not finished; name a checkpoint of it: {found[-1][1]}"
+            raise CheckpointError(f"{final / 'config.json'}: no such file; {hint}")
+        if runs := list_runs(path):
+            raise CheckpointError(f"{path} holds several runs; name the model of one, such as {runs[0]}")
     if verify and (final / MANIFEST_NAME).is_file():
         verify_folder(final)
     return read_folder(final, config_name=config_name)
+
+
+def list_runs(folder: Path) -> list[Path]:
+    """The folders of several runs, such as those of `--seeds`, in order; none where there are none."""
+    if not (folder / RUNS_FILE).is_file():
+        return []
+    return sorted(folder / name for name in read_json(folder / RUNS_FILE).get("runs", {}))
 
 
 def weights_digest(folder: Path) -> str:
@@ -174,9 +186,10 @@ def file_digest(path: str | Path) -> str:
 
 def settings_folder(output_dir: Path) -> Path:
     """The folder whose training_args.yaml speaks for an output folder: the final model's, else that of the
-    newest checkpoint that has one, else the output folder itself."""
+    newest checkpoint that has one, else that of one of several runs, else the output folder itself."""
     final = final_folder(output_dir)
-    places = (final, *(path for _, path in reversed(list_checkpoints(output_dir))))
+    checkpoints = (path for _, path in reversed(list_checkpoints(output_dir)))
+    places = (final, *checkpoints, *list_runs(output_dir))
     return next((place for place in places if os.path.lexists(place / TRAINING_ARGS)), final)
 
 
@@ -303,11 +316,12 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / "config.json").exists() or (folder / MANIFEST_NAME).exists()
 
 
-def write_results(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write an evaluation's files; those of an earlier one go first: nothing old stands beside new ones."""
+def write_results(folder: Path, files: Mapping[str, bytes], *, adds: bool = False) -> None:
+    """Write an evaluation's files; those of an earlier one go first, so that nothing old stands beside new
+    ones. With `adds`, files that belong to those just written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in RESULT_FILES:
+        for name in () if adds else RESULT_FILES:
             (folder / name).unlink(missing_ok=True)
         for name, data in files.items():
             atomic.replace_file(folder / name, data)

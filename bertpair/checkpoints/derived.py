@@ -51,6 +51,15 @@ def derive(model: Path, name: str, made_of: Mapping[str, Any], make: Make) -> tu
     return part, found
 
 
+def find_part(model: Path, name: str, made_of: Mapping[str, Any]) -> Manifest:
+    """The manifest of a part that is there, whole, and made of the same; or CheckpointError."""
+    *others, last = _places(model)
+    for place in others:
+        with suppress(CheckpointError):
+            return _find(place / name, made_of)
+    return _find(last / name, made_of)
+
+
 def _places(model: Path) -> Iterator[Path]:
     """Where a part may lie; in the last of them it is made."""
     yield model / DERIVED

@@ -35,6 +35,8 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 SMALL_FILES = 4 << 20  # bytes of a folder's settings and JSON, block sizes included
 RESULT_FILES = {
     "predictions.tsv",
+    "errors.tsv",
+    "figures.json",
     "eval_results.json",
     "eval_results.txt",
     "training_args.yaml",
@@ -79,6 +81,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.run_id = uuid.uuid4().hex[:12]
+        self.listeners: list[Callable[[Mapping[str, object]], None]] = []  # to metrics.jsonl's records
         self._lock = RunLock(path)
         self._limit: int | None = None
         self._weights_bytes = self._checkpoint_bytes = 0  # with SMALL_FILES
@@ -230,6 +233,8 @@ class RunFolder:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
         with _forgiving(f"{METRICS_FILE}: a line could not be written"):
             atomic.append(self.path / METRICS_FILE, line.encode())
+        for listen in self.listeners:
+            listen(record)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every record of metrics.jsonl so far."""

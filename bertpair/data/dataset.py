@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 import re
 import unicodedata
@@ -38,6 +40,7 @@ class Pairs:
     file_of_row: npt.NDArray[np.int32]
     line_of_row: npt.NDArray[np.int32]
     header: tuple[str, ...] | None  # of the first file; None: it has none
+    groups: list[str] | None = None  # that the rows belong to, such as their questions; None: not read
 
     def __len__(self) -> int:
         return len(self.text_a)
@@ -46,15 +49,21 @@ class Pairs:
         """`train.tsv:17`"""
         return f"{self.files[self.file_of_row[row]]}:{self.line_of_row[row]}"
 
+    @property
+    def digest(self) -> str:
+        """sha256 of texts and labels, in order: the same for the same rows of another file."""
+        columns = [column for column in (self.text_a, self.text_b, self.labels) if column is not None]
+        return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
+
     def take(self, rows: Rows) -> Pairs:
         """These rows, in this order."""
-        a, b, labels = (
+        a, b, labels, groups = (
             None if column is None else [column[row] for row in rows]
-            for column in (self.text_a, self.text_b, self.labels)
+            for column in (self.text_a, self.text_b, self.labels, self.groups)
         )
         assert a is not None
         places = self.file_of_row[rows], self.line_of_row[rows]
-        return Pairs(a, b, labels, self.files, *places, self.header)
+        return Pairs(a, b, labels, self.files, *places, self.header, groups)
 
 
 @dataclasses.dataclass(frozen=True)

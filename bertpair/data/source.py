@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bertpair.data.columns import Columns
 from bertpair.data.dataset import Pairs
+from bertpair.data.groups import read_groups
 from bertpair.data.records import first_row
 from bertpair.data.tsv import read_pairs
 from bertpair.errors import ConfigError, DataError, list_faults, listed, show
@@ -51,8 +52,8 @@ class Source:
         labels: Sequence[str] | None,
         limit: str = "max_eval_samples",
     ) -> Pairs:
-        """The rows of these files, as many as the setting `limit` allows; see `read_pairs`."""
-        return read_pairs(
+        """The rows of these files with their groups, as many as the setting `limit` allows; `read_pairs`."""
+        pairs = read_pairs(
             files,
             columns,
             labels=labels,
@@ -60,6 +61,8 @@ class Source:
             on_bad_row=self.settings.on_bad_row,
             limit=getattr(self.settings, limit),
         )
+        column = self.settings.group_column
+        return pairs if column is None else replace(pairs, groups=read_groups(pairs, columns, column))
 
     def columns_for(
         self,
@@ -133,6 +136,17 @@ class Source:
                 allowed = f"f1 is measured with two labels, here are {len(labels or ())}"
             raise ConfigError(f"positive_label: found {show(setting)}; {allowed}")
         return setting
+
+    def label_ranks(self, labels: Sequence[str] | None) -> tuple[int, ...] | None:
+        """The place of each label id in `label_order`, from 0; None where that is not set. ConfigError where
+        it does not hold the model's labels."""
+        order = self.settings.label_order
+        if order is None:
+            return None
+        if labels is None or set(order) != set(labels):
+            allowed = "a regression has no labels" if labels is None else f"the labels are {listed(labels)}"
+            raise ConfigError(f"label_order: found {listed(order)}; {allowed}")
+        return tuple(order.index(label) for label in labels)
 
 
 def resolve_source(

@@ -16,6 +16,7 @@ from bertpair.checkpoints.checkpoint import open_model
 from bertpair.data.tokenizer import Tokenizer, Tokens
 from bertpair.errors import ConfigError, DataError, raise_faults
 from bertpair.evaluation.agreement import Agreement
+from bertpair.evaluation.calibration import AS_TRAINED, Decision, read_decision
 from bertpair.evaluation.conversion import Conversion, Samples
 from bertpair.evaluation.openvino import OpenVINOScorer
 from bertpair.evaluation.rows import Pairs, as_rows, split_pairs
@@ -60,6 +61,7 @@ class PairClassifier:
         takes_pairs: bool | None = None,
         header: tuple[str, ...] | None = None,
         agreement: Agreement | None = None,
+        decision: Decision = AS_TRAINED,
     ) -> None:
         self.scorer = scorer
         self.tokenizer = tokenizer
@@ -67,6 +69,7 @@ class PairClassifier:
         self.takes_pairs = takes_pairs  # None: not known; the first use settles it
         self.header = header  # of the training file; None: it had none, or it is not known
         self.agreement = agreement  # of int8 with float32, where that was measured
+        self.decision = decision  # the temperature and threshold, where they were asked for
         self.max_seq_length = scorer.max_length
 
     @classmethod
@@ -88,6 +91,9 @@ class PairClassifier:
         quantize: str | None = None,
         calibration_pairs: Pairs | str | Path | None = None,
         quantize_check: Pairs | str | Path | None = None,
+        temperature: float | str | None = None,
+        threshold: float | str | None = None,
+        positive_label: str | None = None,
     ) -> PairClassifier:
         """Open a folder that training wrote, a checkpoint in it, or a fine-tuned model of Hugging Face's.
 
@@ -103,6 +109,10 @@ class PairClassifier:
         int8 is calibrated with 200 of `calibration_pairs`, pairs or a file of them, by default the training
         file. How it agrees with float32 on `quantize_check`, by default on further ones of those, stands in
         `agreement`.
+
+        `temperature` divides the logits before they become probabilities. With two labels, `threshold` is the
+        probability of `positive_label` (by default that of the training) from which it is the answer.
+        `"stored"` takes what evaluate.py found for these weights.
         Raises CheckpointError where the folder cannot be used, ConfigError for a bad argument, DataError for
         pairs that cannot be used.
         """
@@ -117,7 +127,9 @@ class PairClassifier:
             check_pairs(folder)
         elif not folder.can_take_pairs:
             takes_pairs = False
-        settings = EngineSettings(engine=engine, quantize=quantize)
+        settings = EngineSettings(
+            engine=engine, quantize=quantize, temperature=temperature, threshold=threshold
+        )
         raise_faults([*engine_faults(settings, device)])
         if (calibration_pairs is not None or quantize_check is not None) and quantize is None:
             raise ConfigError("calibration_pairs and quantize_check have no effect without quantize int8")
@@ -128,12 +140,14 @@ class PairClassifier:
         cut = min(max_seq_length or tokenizer.model_max_length or positions, positions)
         precision = resolve_precision(amp, target, hidden_size=folder.config.hidden_size)
         names = name_labels(folder, labels)
+        positive = positive_label or stored_settings(folder.path).get("positive_label")
+        decision = read_decision(folder.path, names, settings, positive)
         if settings.runs_openvino:
             samples = Samples.read(calibration_pairs, quantize_check, takes_pairs)
             conversion = Conversion(folder, tokenizer, precision, cut, quantize, samples)
             with explain_memory(target):
                 converted, agreement = conversion.open(max_batch_tokens)
-            return cls(converted, tokenizer, names, takes_pairs, folder.header, agreement)
+            return cls(converted, tokenizer, names, takes_pairs, folder.header, agreement, decision)
         with explain_memory(target), torch.no_grad():
             model, _ = load_model(folder, num_labels=folder.config.num_labels, require_head=True)
             ready: Network | PackedClassifier = model.to(target).eval()
@@ -145,7 +159,7 @@ class PairClassifier:
                     if isinstance(module, nn.Linear):
                         module.to(precision.dtype)
         scorer = Scorer(ready, tokenizer.pad_id, target, precision, cut, max_batch_tokens)
-        return cls(scorer, tokenizer, names, takes_pairs, folder.header)
+        return cls(scorer, tokenizer, names, takes_pairs, folder.header, decision=decision)
 
     def predict(self, pairs: Pairs) -> list[Prediction]:
         """One `Prediction` a row, in the order given.
@@ -158,7 +172,7 @@ class PairClassifier:
 
     def predict_tokens(self, tokens: Tokens) -> list[Prediction]:
         """One `Prediction` a row of token ids, as `tokenizer.encode` gives them."""
-        return make_predictions(self.scorer.logits(tokens), tokens, self.labels)
+        return make_predictions(self.scorer.logits(tokens), tokens, self.labels, self.decision)
 
     def logits(self, pairs: Pairs) -> npt.NDArray[np.float32]:
         """Raw logits, (rows, C) float32, in the order given."""
@@ -186,16 +200,20 @@ def stored_takes_pairs(folder: ModelFolder) -> bool | None:
 
 
 def make_predictions(
-    logits: npt.NDArray[np.float32], tokens: Tokens, labels: Sequence[str] | None
+    logits: npt.NDArray[np.float32],
+    tokens: Tokens,
+    labels: Sequence[str] | None,
+    decision: Decision = AS_TRAINED,
 ) -> list[Prediction]:
     """Logits (rows, C) as predictions; regression where `labels` is None."""
     rest = list(zip(tokens.truncated.tolist(), tokens.lengths.tolist(), strict=True))
     if labels is None:
         values = logits[:, 0].tolist()
         return [Prediction(None, value, {}, *each) for value, each in zip(values, rest, strict=True)]
-    table = softmax(logits) if len(logits) else np.zeros((0, len(labels)))
-    best = table.argmax(axis=1).tolist() if len(table) else []
+    if not len(logits):
+        return []
+    scaled = decision.scale(logits)
     return [
         Prediction(labels[i], row[i], dict(zip(labels, row, strict=True)), *each)
-        for i, row, each in zip(best, table.tolist(), rest, strict=True)
+        for i, row, each in zip(decision.choose(scaled), softmax(scaled).tolist(), rest, strict=True)
     ]

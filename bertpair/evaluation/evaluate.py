@@ -1,7 +1,4 @@
-"""From model folders and a data set to metrics, tables and files: what `python evaluate.py` runs.
-
-`evaluate_split` measures one live model, in training too; `evaluate_models` opens folders and writes results.
-"""
+"""From model folders and a data set to metrics, tables and files: what `python evaluate.py` runs."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ import itertools
 import json
 import logging
 import os
+import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from bertpair.checkpoints.checkpoint import (
     COMPARED,
@@ -32,124 +29,37 @@ from bertpair.checkpoints.checkpoint import (
     settings_folder,
     write_results,
 )
-from bertpair.console import Progress
-from bertpair.data.dataset import Pairs, Split, Targets, make_split, report_labels
+from bertpair.console import program
+from bertpair.data.dataset import Pairs, make_split, report_labels
+from bertpair.data.groups import has_column
 from bertpair.data.source import Source, resolve_source
-from bertpair.errors import CheckpointError, ConfigError
-from bertpair.evaluation.classifier import PairClassifier, make_predictions
-from bertpair.evaluation.metrics import (
-    Ids,
-    classification_metrics,
-    confusion_matrix,
-    finite_or_null,
-    per_class,
-    regression_metrics,
-)
-from bertpair.evaluation.openvino import OpenVINOScorer
-from bertpair.evaluation.plots import draw_confusion
+from bertpair.errors import CheckpointError, ConfigError, DataError, first_line
+from bertpair.evaluation.classifier import PairClassifier
+from bertpair.evaluation.compare import COMPARISON, as_json, compare_models
+from bertpair.evaluation.fit import fit
+from bertpair.evaluation.html_report import evaluation_page
+from bertpair.evaluation.measure import Scored, collapse, detail, evaluate_split, result_files
+from bertpair.evaluation.metrics import finite_or_null
+from bertpair.evaluation.page import render
 from bertpair.evaluation.report import (
     class_table,
     comparison_table,
     confusion_table,
-    format_eval_results,
-    format_predictions,
+    figure_lines,
+    group_table,
+    significance_table,
 )
-from bertpair.evaluation.scorer import Scorer
+from bertpair.evaluation.significance import Comparison
 from bertpair.model.config import check_model_type, read_folder
 from bertpair.model.pretrained import resolve_folder
 from bertpair.runtime import allowed_precisions, resolve_device, set_deterministic, set_threads
-from bertpair.settings.config import Config
+from bertpair.settings.config import Config, EvaluateSettings
 from bertpair.settings.contradictions import check_config
-from bertpair.settings.stored import model_settings
+from bertpair.settings.stored import as_flags, model_settings
 
 logger = logging.getLogger(__name__)
 
 LAYOUT = {"has_header", "text_a_column", "text_b_column", "label_column"}
-POSITIVE = "positive_label"
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """One data set scored by one model."""
-
-    metrics: dict[str, float]  # empty for a file without labels
-    logits: npt.NDArray[np.float32]  # (rows, C), in the file's order
-    positive_label: str | None = None  # that f1 is of
-
-    @property
-    def figures(self) -> dict[str, float | str]:
-        """The metrics, and the label that f1 is of beside it."""
-        named = {} if self.positive_label is None or not self.metrics else {POSITIVE: self.positive_label}
-        return {**self.metrics, **named}
-
-
-def evaluate_split(
-    scorer: Scorer | OpenVINOScorer,
-    split: Split,
-    labels: Sequence[str] | None,
-    *,
-    positive_label: str | None = None,
-    label: str = "",
-) -> Evaluation:
-    """Score every row of `split`, and measure where it has labels.
-
-    `labels` in id order, None for regression; f1 is of `positive_label` (None: of id 1); `label` leads the
-    progress bar. Raises StoppedError when the stop flag is set.
-    """
-    with Progress(len(split), "row", label=label, transient=True) as progress:
-        logits = scorer.logits(split.tokens, progress.advance)
-    if split.targets is None:
-        return Evaluation({}, logits)
-    return Evaluation(measure(logits, split.targets, labels, positive_label), logits, positive_label)
-
-
-def measure(
-    logits: npt.NDArray[np.float32],
-    gold: Targets,
-    labels: Sequence[str] | None,
-    positive_label: str | None = None,
-) -> dict[str, float]:
-    """The metrics of logits (rows, C) against label ids, or against values where `labels` is None.
-
-    `loss` is the plain mean cross-entropy (no class weights, no smoothing) or mean squared error.
-    """
-    wide = logits.astype(np.float64)
-    if labels is None:
-        values = wide[:, 0]
-        return {"loss": float(np.mean((values - gold) ** 2)), **regression_metrics(gold, values)}
-    shifted = wide - wide.max(axis=1, keepdims=True)
-    losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(gold)), gold]
-    positive = 1 if positive_label is None else labels.index(positive_label)
-    figures = classification_metrics(gold, wide.argmax(axis=1), len(labels), positive)
-    return {"loss": float(losses.mean()), **figures}
-
-
-def result_files(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> dict[str, bytes]:
-    """The files of an evaluation, by name: predictions.tsv; with gold labels eval_results.txt and .json;
-    for classes confusion_matrix.png."""
-    predictions = make_predictions(evaluation.logits, split.tokens, labels)
-    pairs = split.pairs
-    names = [pairs.files[i] for i in pairs.file_of_row] if len(pairs.files) > 1 else None
-    table = format_predictions(predictions, pairs.line_of_row, files=names, gold=pairs.labels, labels=labels)
-    files = {"predictions.tsv": table}
-    if split.targets is not None:
-        files |= format_eval_results(evaluation.figures)
-        if labels is not None:
-            files["confusion_matrix.png"] = draw_confusion(_confusion(evaluation, split, labels), labels)
-    return files
-
-
-def class_figures(evaluation: Evaluation, split: Split, labels: Sequence[str]) -> str:
-    """Precision, recall and F1 of every class as a table; `split` has gold labels."""
-    return class_table(labels, per_class(_confusion(evaluation, split, labels)))
-
-
-def _confusion(evaluation: Evaluation, split: Split, labels: Sequence[str]) -> Ids:
-    assert split.targets is not None
-    return confusion_matrix(split.targets, evaluation.logits.argmax(axis=1), len(labels))
-
-
-# Model folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +71,7 @@ class EvaluationResult:
     folders: dict[str, str]  # where each one's files are
     num_rows: int
     text: str  # the tables
+    comparisons: dict[str, Comparison] = dataclasses.field(default_factory=dict)  # with each of `compare`
 
     def summary(self) -> dict[str, float | str | None]:
         """The values of evaluate.py's last line."""
@@ -194,6 +105,17 @@ def evaluate(
     return evaluate_models(Config(**values))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """What is evaluated: the rows, and how they are measured."""
+
+    source: Source
+    pairs: Pairs
+    data: list[dict[str, Any]]  # path, sha256 and rows of each file
+    positive_label: str | None
+    known_groups: frozenset[str] | None
+
+
 def evaluate_models(config: Config, *, explicit: Collection[str] = ()) -> EvaluationResult:
     """Evaluate as `config` says: one model, all checkpoints of a folder, others beside it, or predict.
 
@@ -211,6 +133,47 @@ def evaluate_models(config: Config, *, explicit: Collection[str] = ()) -> Evalua
             if is_model_folder(folder := Path(config.eval_output_dir, place)):
                 raise ConfigError(f"output_dir: {folder} is a model folder; name another one for the results")
     first = _open(candidates[0], config, explicit)
+    rows = _read_rows(config, first, explicit)
+    if config.eval_output_dir is not None:
+        discard_parts(Path(config.eval_output_dir))
+    found: list[Scored] = []
+    for candidate in candidates:
+        model = first if candidate is candidates[0] else _open(candidate, config, explicit)
+        _check_comparable(candidate, model, first)
+        found.append(_score(candidate, model, rows, config, model_dir))
+    number = len(found) - 1 - len(config.compare or ())
+    return _conclude(config, explicit, rows, found[: number + 1], found[number + 1 :])
+
+
+def _conclude(
+    config: Config, explicit: Collection[str], rows: _Rows, own: Sequence[Scored], others: Sequence[Scored]
+) -> EvaluationResult:
+    """What follows once all models are scored: tables, comparisons, the report, a fit. The last of `own` is
+    the model that was asked for, the others are what it is compared with."""
+    found, asked = [*own, *others], own[-1]
+    watched = config.metric_for_best_model or rows.source.metrics[0]
+    by_model = {each.name: each.details.figures if each.details else {} for each in found}
+    texts = [_tables(asked) if len(found) == 1 else comparison_table(by_model, watched)]
+    comparisons = {} if config.predict else {each.name: compare_models(asked, each) for each in others}
+    if comparisons:
+        texts.append(f"{asked.name} on the same rows\n{significance_table(comparisons)}")
+        write_results(asked.folder, {COMPARISON: as_json(comparisons)}, adds=True)
+    if config.report:
+        names = {*explicit} | {
+            name for name in EvaluateSettings.model_fields if name in config.model_fields_set
+        }
+        command = f"{program('evaluate')} {shlex.join(as_flags(config, sorted(names)))}"
+        page = evaluation_page(asked, by_model if len(found) > 1 else {}, others, comparisons, command)
+        write_results(asked.folder, {"report.html": render(page)}, adds=True)
+    if config.fit_temperature or config.fit_threshold:
+        texts += fit(config, asked, rows.data)
+    folders = {each.name: str(each.folder) for each in found}
+    text = "\n\n".join(texts)
+    return EvaluationResult(by_model[asked.name], by_model, folders, len(rows.pairs), text, comparisons)
+
+
+def _read_rows(config: Config, first: PairClassifier, explicit: Collection[str]) -> _Rows:
+    """Read the data to score, as the first model reads it."""
     source, files = _resolve_files(config)
     _check_task(config, first, source)
     columns = source.columns_for(
@@ -219,43 +182,35 @@ def evaluate_models(config: Config, *, explicit: Collection[str] = ()) -> Evalua
         header=first.header,
         checks_header=not LAYOUT & set(explicit),  # what is given now is not held against the training file
     )
+    group = config.group_column
+    is_lost = "group_column" not in explicit and not has_column(files, columns, group)
+    if group is not None and (config.predict or is_lost):
+        why = "nothing is measured" if config.predict else f"{files[0]} does not have group_column {group}"
+        logger.info("no figures of groups: %s", why)
+        source = dataclasses.replace(source, settings=config.model_copy(update={"group_column": None}))
     pairs = source.read(files, columns, first.labels)
-    positive = source.positive_label(first.labels, config.positive_label)
     if len(set(pairs.labels or ())) == 1:
         report_labels(", ".join(pairs.files), pairs, first.labels)
-    rows = np.bincount(pairs.file_of_row, minlength=len(pairs.files)).tolist()
+    counts = np.bincount(pairs.file_of_row, minlength=len(pairs.files)).tolist()
     data = [
         {"path": os.path.realpath(name), "sha256": file_digest(name), "rows": count}
-        for name, count in zip(pairs.files, rows, strict=True)
+        for name, count in zip(pairs.files, counts, strict=True)
     ]
-    if config.eval_output_dir is not None:
-        discard_parts(Path(config.eval_output_dir))
-    by_model, folders, tables = {}, {}, []
-    for candidate in candidates:
-        model = first if candidate is candidates[0] else _open(candidate, config, explicit)
-        own, others = ([*(labels or ["a value"])] for labels in (model.labels, first.labels))
-        if set(own) != set(others) or (model.labels is None) != (first.labels is None):
-            raise CheckpointError(
-                f"{candidate.path}: its labels are {', '.join(own)}, the others' {', '.join(others)}: "
-                "they cannot be compared"
-            )
-        output = _output_folder(config, model_dir, candidate, data)
-        evaluation, files_of_it, table = _evaluate_one(candidate, model, pairs, positive)
-        said = {
-            "model": os.path.realpath(candidate.path),
-            "run_id": run_of(candidate.path) or None,
-            "data": data,
-            "predict": config.predict,
-        }
-        described = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
-        write_results(output, {**files_of_it, INPUT_FILE: described.encode(errors="surrogateescape")})
-        by_model[candidate.name] = evaluation.figures
-        folders[candidate.name] = str(output)
-        tables.append(table)
-    asked = candidates[-1 - len(config.compare or ())].name
-    watched = config.metric_for_best_model or source.metrics[0]
-    text = tables[0] if len(tables) == 1 else comparison_table(by_model, watched)
-    return EvaluationResult(by_model[asked], by_model, folders, len(pairs), text)
+    positive = source.positive_label(first.labels, config.positive_label)
+    known = None if pairs.groups is None else _training_groups(config)
+    return _Rows(source, pairs, data, positive, known)
+
+
+def _training_groups(config: Config) -> frozenset[str] | None:
+    """The groups in the training files; None where these cannot be read any more."""
+    assert config.group_column is not None
+    try:
+        whole = {"on_bad_row": "skip", "max_train_samples": None, "dev_file": None}
+        source = resolve_source(config.model_copy(update=whole), evaluates=False)
+        return frozenset(source.read(source.train_files, source.columns, None).groups or ())
+    except (DataError, ConfigError) as error:
+        logger.info("groups of the training data are not known: %s", first_line(error))
+        return None
 
 
 def _resolve_files(config: Config) -> tuple[Source, tuple[Path, ...]]:
@@ -331,6 +286,9 @@ def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> P
         quantize=config.quantize,
         calibration_pairs=config.calibration_file,
         quantize_check=config.quantize_check,
+        temperature=config.temperature,
+        threshold=config.threshold,
+        positive_label=config.positive_label,
         max_batch_tokens=budget,
         optimize=False,  # the figures are those of training's own evaluation, bit for bit
     )
@@ -353,23 +311,58 @@ def _check_task(config: Config, model: PairClassifier, source: Source) -> None:
         raise ConfigError(f"labels: found {found}; {config.model_dir} was trained for {own}")
 
 
-def _evaluate_one(
-    candidate: _Candidate, model: PairClassifier, pairs: Pairs, positive: str | None
-) -> tuple[Evaluation, dict[str, bytes], str]:
-    """Score `pairs`: the results, their files by name, and the tables for one model."""
-    split = make_split(pairs, model.labels, model.tokenizer, model.max_seq_length, name=candidate.name)
+def _check_comparable(candidate: _Candidate, model: PairClassifier, first: PairClassifier) -> None:
+    own, others = ([*(labels or ["a value"])] for labels in (model.labels, first.labels))
+    if set(own) != set(others) or (model.labels is None) != (first.labels is None):
+        raise CheckpointError(
+            f"{candidate.path}: its labels are {', '.join(own)}, the others' {', '.join(others)}: "
+            "they cannot be compared"
+        )
+
+
+def _score(
+    candidate: _Candidate, model: PairClassifier, rows: _Rows, config: Config, model_dir: Path
+) -> Scored:
+    """Score the rows with one model, and write its files."""
+    split = make_split(rows.pairs, model.labels, model.tokenizer, model.max_seq_length, name=candidate.name)
     evaluation = evaluate_split(
-        model.scorer, split, model.labels, positive_label=positive, label=candidate.name
+        model.scorer,
+        split,
+        model.labels,
+        positive_label=rows.positive_label,
+        label_ranks=rows.source.label_ranks(model.labels),
+        decision=model.decision,
+        label=candidate.name,
     )
-    files = result_files(evaluation, split, model.labels)
-    if split.targets is None:
-        return evaluation, files, f"{len(split)} rows predicted"
-    figures = "\n".join(
-        f"{key} = {value if isinstance(value, str) else format(value, '.6g')}"
-        for key, value in sorted(evaluation.figures.items())
-    )
-    if model.labels is None:
-        return evaluation, files, figures
-    matrix = _confusion(evaluation, split, model.labels)
-    tables = class_table(model.labels, per_class(matrix)), confusion_table(model.labels, matrix)
-    return evaluation, files, "\n\n".join((*tables, figures))
+    details = None
+    if split.targets is not None:
+        further = config.all_figures or config.report
+        known = rows.known_groups
+        details = detail(evaluation, split, model.labels, with_further=further, known_groups=known)
+    if (line := collapse(evaluation, split, model.labels)) is not None:
+        logger.warning("%s: %s: the model cannot tell them apart", candidate.name, line)
+    folder = _output_folder(config, model_dir, candidate, rows.data)
+    said = {
+        "model": os.path.realpath(candidate.path),
+        "run_id": run_of(candidate.path) or None,
+        "data": rows.data,
+        "predict": config.predict,
+        **model.decision.figures,
+    }
+    described = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
+    files = result_files(evaluation, split, model.labels, details, with_texts=config.with_texts)
+    write_results(folder, {**files, INPUT_FILE: described.encode(errors="surrogateescape")})
+    return Scored(candidate.name, candidate.path, folder, model.labels, evaluation, details, split)
+
+
+def _tables(scored: Scored) -> str:
+    """The tables for one model."""
+    details, labels = scored.details, scored.labels
+    if details is None:
+        return f"{len(scored.split)} rows predicted"
+    parts = []
+    if labels is not None and details.classes is not None and details.confusion_matrix is not None:
+        parts = [class_table(details.classes), confusion_table(labels, details.confusion_matrix)]
+    if details.groups is not None:
+        parts.append(group_table(details.groups))
+    return "\n\n".join([*parts, figure_lines(details.figures)])

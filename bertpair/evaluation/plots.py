@@ -1,15 +1,20 @@
-"""Pictures of a run as PNG bytes: the confusion matrix and the training curves.
+"""Pictures of a run: the confusion matrix, the training curves and the reliability diagram.
 
-Drawn with matplotlib's objects and defaults, never with pyplot or the user's matplotlibrc: the same input
-gives the same bytes. matplotlib is imported when first needed: with its list of fonts it costs a second.
+They are PNG bytes for a file, and those that a page shows also an SVG element. Drawn with matplotlib's
+objects and defaults, never with pyplot or the user's matplotlibrc: the same input gives the same bytes.
+matplotlib is imported when first needed: with its list of fonts it costs a second.
 """
 
+import hashlib
 import io
 import logging
+import re
 import unicodedata
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,12 +26,18 @@ if TYPE_CHECKING:
 MAX_NAME_LENGTH, MAX_TITLE_LENGTH = 28, 60
 INK, MUTED, FAINT = "#1f2933", "#66717d", "#c3cad2"
 BLUE, ORANGE, GREEN, VIOLET = "#1f5fa8", "#d9730d", "#2b8a57", "#7a5ea8"
+WHITE = "#ffffff"
+VARIABLES = {  # what a page may set for its pictures, and their colours where it does not
+    **{INK: "--ink", MUTED: "--muted", FAINT: "--faint", WHITE: "--ground"},
+    **{BLUE: "--blue", ORANGE: "--orange", GREEN: "--green", VIOLET: "--violet"},
+}
 STYLE: dict[Any, Any] = {
     **{"figure.dpi": 120, "font.size": 9, "axes.titlesize": 11, "axes.titlelocation": "left"},
     **{"text.color": INK, "axes.edgecolor": FAINT, "grid.color": FAINT, "grid.linewidth": 0.5},
     **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), MUTED),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     **dict.fromkeys(("axes.formatter.useoffset", "text.parse_math"), False),  # "$" is a dollar
+    **{"svg.fonttype": "none", "svg.hashsalt": "bertpair"},  # text stays text; ids that do not change
 }
 # Tried first where DejaVu lacks a glyph: they draw Chinese, Japanese and Korean well.
 CJK_FONTS = ("Noto Sans CJK", "Source Han Sans", "PingFang", "Microsoft YaHei", "WenQuanYi")
@@ -34,6 +45,7 @@ CJK_FONTS = ("Noto Sans CJK", "Source Han Sans", "PingFang", "Microsoft YaHei", 
 PLACEHOLDER_FONTS = ("Last Resort", "LastResort", "Adobe Blank")
 MAX_CLASSES = 40
 MAX_POINTS = 400  # a longer curve is averaged, with a band from least to greatest
+UNFIT_FOR_MARKUP = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def draw_confusion(matrix: ArrayLike, labels: Sequence[str]) -> bytes:
@@ -43,7 +55,7 @@ def draw_confusion(matrix: ArrayLike, labels: Sequence[str]) -> bytes:
     counts = np.asarray(matrix, dtype=np.int64)
     share_right = np.trace(counts) / max(1, counts.sum())
     notes = [f"{share_right:.2%} of {counts.sum():,} rows are right", "shade and %: share of the gold class"]
-    counts, kept = _largest_classes(counts)
+    counts, kept = largest_classes(counts)
     texts = {k: printable(labels[k], MAX_NAME_LENGTH) for k in kept}
     with drawing("".join(texts.values())) as (figure, no_glyph):
         drawn = {k for k, text in texts.items() if text and not no_glyph & set(text)}
@@ -63,8 +75,9 @@ def draw_confusion(matrix: ArrayLike, labels: Sequence[str]) -> bytes:
         return png(figure, bbox_inches="tight", pad_inches=0.2)  # as large as the names around it need
 
 
-def _largest_classes(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[int]]:
-    """The matrix of the MAX_CLASSES classes with most rows and of one more, all others; and the ids kept."""
+def largest_classes(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[int]]:
+    """The matrix (C, C) of the MAX_CLASSES classes with most rows and of one more, all others; and the ids
+    kept."""
     if len(counts) <= MAX_CLASSES:
         return counts, list(range(len(counts)))
     rows = counts.sum(axis=1) + counts.sum(axis=0)
@@ -112,8 +125,10 @@ def _name_classes(axes: "Axes", names: Sequence[str], counts: NDArray[np.int64],
         each.spines[:].set_visible(False)
 
 
-def draw_curves(records: Sequence[Mapping[str, Any]], metric: str | None = None) -> bytes:
-    """Losses, the watched metric and the learning rate over steps.
+def draw_curves(
+    records: Sequence[Mapping[str, Any]], metric: str | None = None, *, as_svg: bool = False
+) -> bytes:
+    """Losses, the watched metric and the learning rate over steps: a PNG, or an SVG element for a page.
 
     A record has a `step`, perhaps its `epoch`, and in training `loss` and `lr`, in evaluation `eval_loss` and
     `eval_<metric>`. Values that are absent, null or not finite are left out.
@@ -123,7 +138,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], metric: str | None = None)
     show_metric = metric not in (None, "loss") and len(watched) > 0
     labels = [record["eval_positive_label"] for record in records if record.get("eval_positive_label")]
     title = printable(f"f1 of {labels[-1]}", MAX_TITLE_LENGTH) if metric == "f1" and labels else str(metric)
-    with drawing(title) as (figure, no_glyph):
+    with drawing("" if as_svg else title) as (figure, no_glyph):  # a browser has its own fonts
         ratios = [1.5, 1.2, 0.7] if show_metric else [1.5, 0.7]
         figure.set_size_inches(9.0, 2.1 * sum(ratios) + 0.9)
         figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.12)
@@ -140,7 +155,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], metric: str | None = None)
             _plot(panels[1], watched, GREEN, "dev", best=np.argmax)
         _plot(panels[-1], rate, VIOLET, "learning rate")
         _style_steps(panels[-1], records)
-        return png(figure)
+        return svg(figure) if as_svg else png(figure)
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
@@ -183,11 +198,87 @@ def _style_steps(panel: "Axes", records: Sequence[Mapping[str, Any]]) -> None:
         panel.secondary_xaxis(-0.45, functions=turn).set_xlabel("epoch")
 
 
+def draw_reliability(
+    confidence: ArrayLike, accuracy: ArrayLike, rows: ArrayLike, *, as_svg: bool = False
+) -> bytes:
+    """How often a label was right beside its probability, and below it the number of rows: a PNG, or an SVG
+    element for a page. All three (K,) are by part, K equal ones from 0 to 1: the mean probability, the share
+    of right rows and their number. A part without rows is left out, whatever it has."""
+    counts = np.asarray(rows, dtype=np.int64)
+    is_filled = counts > 0
+    x, y = (np.asarray(values, dtype=np.float64)[is_filled] for values in (confidence, accuracy))
+    with drawing("") as (figure, _):
+        figure.set_size_inches(5.0, 6.0)
+        figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.12)
+        curve, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+        curve.set(xlim=(0, 1), ylim=(0, 1))
+        curve.set_title("accuracy")
+        curve.grid(alpha=0.7)
+        curve.plot([0, 1], [0, 1], "--", color=MUTED, linewidth=1, label="accuracy = confidence")
+        curve.vlines(x, x, y, color=ORANGE, linewidth=2.2, label="gap")
+        curve.plot(x, y, "o", color=BLUE, markersize=6, clip_on=False, zorder=3, label="accuracy")
+        curve.legend(loc="upper left")
+        _draw_histogram(histogram, counts)
+        for axis in (curve.yaxis, histogram.xaxis):
+            axis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        histogram.set_xlabel("confidence: the probability of the predicted label")
+        return svg(figure) if as_svg else png(figure)
+
+
+def _draw_histogram(axes: "Axes", counts: NDArray[np.int64]) -> None:
+    """A bar with its number for each of the equal parts from 0 to 1."""
+    places = (np.arange(len(counts)) + 0.5) / len(counts)
+    words = [f"{count:,}" if count < 10_000 else f"{count / 1000:,.0f}k" for count in counts]
+    bars = axes.bar(places, counts, width=0.86 / len(counts), color=FAINT)
+    axes.bar_label(bars, [word if word != "0" else "" for word in words], size=7, color=MUTED, padding=2)
+    axes.set_title("rows")
+    axes.set(yticks=[], ylim=(0, 1.25 * max(1, counts.max())))
+    axes.spines.left.set_visible(False)
+
+
 def png(figure: "Figure", **options: Any) -> bytes:
     """The picture's bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None}, **options)  # no version among the bytes
     return buffer.getvalue()
+
+
+def svg(figure: "Figure") -> bytes:
+    """The picture as an SVG element in UTF-8, to stand in a page: as wide as there is room, on no ground, in
+    the page's VARIABLES, with ids that no other picture has. It has no namespaces, which HTML does without.
+    """
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of glyphs that matplotlib's fonts lack
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    picture = UNFIT_FOR_MARKUP.sub("\ufffd", buffer.getvalue())
+    root = ElementTree.fromstring(picture)
+    width = float(root.attrib["viewBox"].split()[2])
+    _fit_attributes(root, hashlib.sha256(picture.encode()).hexdigest()[:8])
+    room = f"width: 100%; min-width: {0.65 * width:.0f}pt; max-width: {width:.0f}pt"  # less cannot be read
+    root.attrib = {"viewBox": root.attrib["viewBox"], "style": f"{room}; stroke-linejoin: round"}
+    for rules in root.findall("defs[style]"):  # they would hold for the whole page
+        root.remove(rules)
+    return ElementTree.tostring(root, encoding="unicode").encode()
+
+
+def _fit_attributes(root: ElementTree.Element, digest: str) -> None:
+    """Makes ids the picture's own, and colours and fonts the page's; texts are left alone."""
+    ids = {f"#{element.get('id')}": f"#{element.get('id')}-{digest}" for element in root.iter()}
+    words = ids | {color: f"var({name}, {color})" for color, name in VARIABLES.items()}
+
+    def fit(value: str) -> str:
+        value = re.sub(r"(\.\d\d)\d+", r"\1", value).replace("'DejaVu Sans'", "var(--font, sans-serif)")
+        return re.sub(r"#\w+", lambda found: words.get(found[0], found[0]), value)
+
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {name.rpartition("}")[2]: fit(value) for name, value in element.attrib.items()}
+        if "id" in element.attrib:
+            element.attrib["id"] += f"-{digest}"
+        if not (element.tail or "").strip():
+            element.tail = "\n"
 
 
 @contextmanager
@@ -231,4 +322,5 @@ def find_fonts(text: str) -> tuple[list[str], set[str]]:
 def printable(text: str, max_length: int) -> str:
     """The text without control and joining characters, which no font draws, cut where it is longer."""
     text = "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf"))
+    text = UNFIT_FOR_MARKUP.sub("\ufffd", text)  # matplotlib, too, takes no half of a surrogate pair
     return text if len(text) <= max_length else text[: max_length - 1] + "…"

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bertpair.data.dataset import Pairs
 from bertpair.evaluation.classifier import Prediction
-from bertpair.evaluation.metrics import PerClass, best_of, finite_or_null
+from bertpair.evaluation.metrics import Ids, best_of, finite_or_null
+from bertpair.evaluation.significance import Comparison
 
 MAX_TABLE_WIDTH = 110
+SIGNIFICANCE_HEAD = ["against", "figure", "difference", "95 % interval", "rows won", "rows lost", "p"]
 ESCAPES = {ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}
 
 
@@ -30,26 +33,51 @@ def format_eval_results(metrics: Mapping[str, float | int | str]) -> dict[str, b
 
 def format_predictions(
     predictions: Sequence[Prediction],
-    lines: Iterable[int],
-    *,
-    files: Iterable[str] | None = None,
-    gold: Iterable[str | float] | None = None,
+    pairs: Pairs,
     labels: Sequence[str] | None = None,
+    *,
+    with_texts: bool = False,
 ) -> bytes:
-    """`predictions.tsv`, a row per prediction: file (if given), line, gold (if given), predicted, score,
-    truncated (0 or 1), and a column `prob_<label>` for each of `labels`; none for regression, where the score
-    is the value."""
-    columns: dict[str, Iterable[str]] = {} if files is None else {"file": map(_cell, files)}
-    columns["line"] = map(str, lines)
-    if gold is not None:
-        columns["gold"] = map(_cell, gold)
+    """`predictions.tsv`, a row per prediction: file (of several), line, gold (if there is any), predicted,
+    score, truncated (0 or 1), a column `prob_<label>` for each of `labels`, and perhaps the texts; no labels
+    for regression, where the score is the value."""
+    columns: dict[str, Iterable[str]] = {}
+    if len(pairs.files) > 1:
+        columns["file"] = [_cell(pairs.files[number]) for number in pairs.file_of_row]
+    columns["line"] = map(str, pairs.line_of_row)
+    if pairs.labels is not None:
+        columns["gold"] = map(_cell, pairs.labels)
     columns["predicted"] = [_cell(p.score if p.label is None else p.label) for p in predictions]
     columns["score"] = [format(p.score, ".6f" if labels else ".6g") for p in predictions]
     columns["truncated"] = [str(int(p.truncated)) for p in predictions]
     for label in labels or ():
         column = [f"{p.probabilities[label]:.6f}" for p in predictions]
         columns[f"prob_{label.translate(ESCAPES)}"] = column
+    columns |= _texts(pairs) if with_texts else {}
     return tsv([list(columns), *zip(*columns.values(), strict=True)])
+
+
+def format_errors(predictions: Sequence[Prediction], pairs: Pairs, rows: Sequence[int] | Ids) -> bytes:
+    """`errors.tsv`: these rows, each with its file, line, label, what was answered, how surely, and texts."""
+    chosen, found = pairs.take(np.asarray(rows, np.int64)), [predictions[row] for row in rows]
+    columns = {
+        "file": [_cell(chosen.files[number]) for number in chosen.file_of_row],
+        "line": map(str, chosen.line_of_row),
+        "gold": map(_cell, chosen.labels or ()),
+        "predicted": [_cell(p.score if p.label is None else p.label) for p in found],
+    }
+    if found and found[0].label is not None:
+        columns["score"] = [f"{p.score:.6f}" for p in found]
+        columns["prob_gold"] = [
+            f"{p.probabilities[gold]:.6f}" for p, gold in zip(found, chosen.labels or (), strict=True)
+        ]
+    columns |= _texts(chosen)
+    return tsv([list(columns), *zip(*columns.values(), strict=True)])
+
+
+def _texts(pairs: Pairs) -> dict[str, list[str]]:
+    texts = {"text_a": pairs.text_a} | ({} if pairs.text_b is None else {"text_b": pairs.text_b})
+    return {name: [text.translate(ESCAPES) for text in column] for name, column in texts.items()}
 
 
 def tsv(lines: Iterable[Iterable[str]]) -> bytes:
@@ -62,11 +90,29 @@ def exact(value: object) -> str:
     return "" if value is None else value if isinstance(value, str) else repr(value)
 
 
-def class_table(labels: Sequence[str], measures: PerClass) -> str:
-    """Precision, recall, F1 and number of gold rows of every class."""
-    columns = measures.precision, measures.recall, measures.f1, measures.support
-    rows = [[label, *values] for label, *values in zip(labels, *columns, strict=True)]
-    return text_table(["class", "precision", "recall", "f1", "rows"], rows)
+def class_table(classes: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line of figures for every class, by its label."""
+    names = list(next(iter(classes.values())))
+    return text_table(["class", *names], [[label, *each.values()] for label, each in classes.items()])
+
+
+def group_table(groups: Sequence[Mapping[str, Any]], most: int = 20) -> str:
+    """A line of figures for every group, or for the first `most` of them."""
+    more = f"\nand {len(groups) - most:,} more groups, in figures.json" if len(groups) > most else ""
+    return text_table(list(groups[0]), [list(each.values()) for each in groups[:most]]) + more
+
+
+def figure_lines(figures: Mapping[str, Any]) -> str:
+    """`acc = 0.896 (95 % interval 0.8805 to 0.9113)`, a line for each figure, sorted."""
+    lines = []
+    for key, value in sorted(figures.items()):
+        if key.endswith(("_low", "_high")) and key.rpartition("_")[0] in figures:
+            continue
+        shown = _cell(value) if isinstance(value, str) else format(value, ".6g")
+        low, high = figures.get(f"{key}_low"), figures.get(f"{key}_high")
+        interval = "" if low is None else f" (95 % interval {low:.4f} to {high:.4f})"
+        lines.append(f"{key} = {shown}{interval}")
+    return "\n".join(lines)
 
 
 def confusion_table(labels: Sequence[str], matrix: ArrayLike) -> str:
@@ -84,6 +130,7 @@ def comparison_table(results: Mapping[str, Mapping[str, Any]], metric: str | Non
     """A line per checkpoint or run, in the order given; the best by `metric`, of equals the first, has a
     star."""
     keys = list(dict.fromkeys(key for metrics in results.values() for key in metrics))
+    keys = [key for key in keys if not key.endswith(("_low", "_high"))]
     best = (
         best_of({name: metrics.get(metric) for name, metrics in results.items()}, metric) if metric else None
     )
@@ -92,6 +139,28 @@ def comparison_table(results: Mapping[str, Mapping[str, Any]], metric: str | Non
         for name, metrics in results.items()
     ]
     return text_table(["", *keys], rows)
+
+
+def significance_table(comparisons: Mapping[str, Comparison]) -> str:
+    """How one model differs from each of others, by the name of that one."""
+    return text_table(SIGNIFICANCE_HEAD, significance_rows(comparisons))
+
+
+def significance_rows(comparisons: Mapping[str, Comparison]) -> list[list[Any]]:
+    """A line under SIGNIFICANCE_HEAD for each figure of each comparison."""
+    return [
+        [
+            *(name, figure, f"{difference.value:+.4f}", f"{difference.low:+.4f} to {difference.high:+.4f}"),
+            *(comparison.won, comparison.lost, p_text(comparison.p_value)),
+        ]
+        for name, comparison in comparisons.items()
+        for figure, difference in comparison.differences.items()
+    ]
+
+
+def p_text(p_value: float) -> str:
+    """`0.0312`, or `<0.0001`"""
+    return "<0.0001" if p_value < 0.0001 else f"{p_value:.4f}"
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -18,10 +18,8 @@ import numpy.typing as npt
 
 from bertpair.checkpoints.atomic import replace_file
 from bertpair.console import interruptible, lines_shown
-from bertpair.data.columns import Places, locate_columns
 from bertpair.data.dataset import Pairs
-from bertpair.data.records import is_blank, read_records
-from bertpair.errors import ConfigError, DataError, list_faults, listed
+from bertpair.errors import ConfigError, listed
 from bertpair.evaluation.report import ESCAPES, tsv
 from bertpair.search.runs import Materials, RunsFolder, chosen_metric
 from bertpair.search.seeds import Summary, summarise
@@ -45,23 +43,25 @@ def cross_validate(
 ) -> Summary:
     """Train once for each of `folds` parts of the training data, on the rest of it, and score the part.
 
-    The parts have like shares of each label; rows with the same text in `group_column` are in one part. The
-    dev file is not used, and no weights stay. Results are in `config.output_dir`; what was interrupted goes
-    on. Raises what `train` raises; StoppedError says how many runs are done.
+    The parts have like shares of each label; rows with the same text in `group_column` (by default that of
+    `config`) are in one part. The dev file is not used, and no weights stay. Results are in
+    `config.output_dir`; what was interrupted goes on. Raises what `train` raises; StoppedError says how many
+    runs are done.
     """
     with lines_shown(), interruptible():
         for name in CHOOSING:
             if getattr(config, name):
                 logger.warning("%s has no effect: a fold's model has its last weights", name)
-        config = check_config(config.model_copy(update=LAST_WEIGHTS), training=True)
+        grouped = {} if group_column is None else {"group_column": group_column}
+        config = check_config(config.model_copy(update=LAST_WEIGHTS | grouped), training=True)
         material = Materials().read(config.model_copy(update={"do_train": True, "do_eval": False}))
         metric = chosen_metric(config.metric_for_best_model, material)
-        parts = split_rows(material, folds, config.seed, group_column)
+        parts = split_rows(material, folds, config.seed)
         for number in range(folds) if config.class_weights else ():  # each training needs all labels
             own = material_of(material, parts, number)
             class_weight_tensor(config.class_weights, material.labels, own.train)
         digest = hashlib.sha256(digest_of(material.train).encode() + parts.tobytes()).hexdigest()[:12]
-        about: dict[str, Any] = {"folds": folds, "group_column": group_column, "training_data": digest}
+        about: dict[str, Any] = {"folds": folds, "group_column": config.group_column, "training_data": digest}
         path, keep = Path(str(config.output_dir)), "all" if keep_all_weights else "none"
         names = {f"fold-{number + 1}": number for number in range(folds)}
         with RunsFolder.locked(path, config, metric, keep=keep, ours=OURS, **about) as runs:
@@ -70,18 +70,20 @@ def cross_validate(
             return dataclasses.replace(summarise(runs, list(names), RESULTS), best_model=None)
 
 
-def split_rows(
-    material: Material, folds: int, seed: int, group_column: str | int | None
-) -> npt.NDArray[np.int64]:
+def split_rows(material: Material, folds: int, seed: int) -> npt.NDArray[np.int64]:
     """The number of each row's part, (rows,). ConfigError where rows, groups or labels are too few."""
     from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 
     train, labels = material.train, material.labels
     assert train.targets is not None
-    groups = None if group_column is None else read_groups(material, group_column)
+    groups = train.pairs.groups
     found = len(train) if groups is None else len(set(groups))
     if not 2 <= folds <= found:
-        what = "rows" if groups is None else f"different values of group_column {group_column}"
+        what = (
+            "rows"
+            if groups is None
+            else f"different values of group_column {material.source.settings.group_column}"
+        )
         raise ConfigError(f"folds: found {folds}; at least 2, and at most the {found} {what}")
     if labels is None:
         kind = KFold if groups is None else GroupKFold
@@ -101,31 +103,6 @@ def split_rows(
         if few := [label for label, number in zip(labels, num_parts, strict=True) if number < folds]:
             logger.warning("too few rows, or groups, for each fold to have some: %s", listed(few))
     return parts
-
-
-def read_groups(material: Material, column: str | int) -> list[str]:
-    """The text of each training row in a column, in the order of the rows; DataError where there is none."""
-    pairs = material.train.pairs
-    columns, header = material.source.columns, pairs.header
-    columns = dataclasses.replace(columns, text_a=column, text_b=None, label=None, header=header)
-    groups: list[str] = []
-    faults: list[str] = []
-    for number, path in enumerate(pairs.files):
-        lines = set(pairs.line_of_row[pairs.file_of_row == number].tolist())
-        places: Places | None = None
-        for line, cells, _ in read_records(path, columns.quoting):
-            if places is None and cells:
-                try:
-                    places = locate_columns(columns, cells, f"{path}:{line}: ")
-                except DataError as error:
-                    raise DataError(str(error).replace("text_a_column", "group_column")) from None
-            if places is not None and line in lines:
-                groups.append(cells[places.text_a] if places.text_a < len(cells) else "")
-                if is_blank(groups[-1]):
-                    faults.append(f"{path}:{line}: group_column {column!r} is empty; a text is expected")
-    if faults:
-        raise DataError(list_faults(faults))
-    return groups
 
 
 def material_of(material: Material, parts: npt.NDArray[np.int64], number: int) -> Material:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bertpair.console import program
+from bertpair.evaluation.html_report import settings_section
 from bertpair.evaluation.metrics import is_better
-from bertpair.evaluation.plots import BLUE, MUTED, ORANGE, drawing, png, printable
+from bertpair.evaluation.page import Code, Figure, Page, Picture, Section, Table
+from bertpair.evaluation.plots import BLUE, MUTED, ORANGE, drawing, png, printable, svg
 from bertpair.evaluation.report import ESCAPES, display_width, exact, text_table, tsv
-from bertpair.search.space import Dimension, Params
+from bertpair.search.space import Dimension, Params, with_params
+from bertpair.settings.config import Config
 from bertpair.settings.fields import as_word
+from bertpair.settings.stored import as_flags
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,7 +116,56 @@ def _exact(value: Any) -> str:
     return repr(value) if isinstance(value, float) else value_text(value)
 
 
-def draw_sweep(trials: Sequence[Trial], metric: str, space: Sequence[Dimension]) -> bytes:
+def sweep_page(
+    trials: Sequence[Trial], metric: str, seeds: Sequence[int], space: Sequence[Dimension], base: Config
+) -> Page:
+    """report.html of a sweep: the table, the picture, the best settings."""
+    best = next((trial for trial in trials if trial.is_whole), None)
+    names = [each.name for each in space]
+    head = [
+        "trial",
+        *names,
+        f"{metric}, mean",
+        "std",
+        *(f"seed {seed}" for seed in seeds),
+        "seconds",
+        "status",
+    ]
+    rows = [
+        [
+            *(trial.number, *map(_cell, trial.settings.values()), trial.mean, trial.deviation),
+            *(trial.figures.get(seed) for seed in seeds),
+            *(round(trial.seconds), trial.status),
+        ]
+        for trial in trials
+    ]
+    picture = Picture(draw_sweep(trials, metric, space, as_svg=True), f"{metric} against each setting")
+    sections = [Section("Trials", [picture, Table(head, rows, is_sortable=True)])]
+    figures = [Figure("trials", len(trials)), Figure("seeds each", len(seeds))]
+    if best is not None:
+        note = "" if best.deviation is None else f"± {best.deviation:.4f} over seeds"
+        figures.insert(0, Figure(f"best {metric}", best.mean, note))
+        flags = shlex.join(as_flags(with_params(base, best.settings)))
+        best_settings = Table(["setting", "value"], [[*item] for item in _cells(best.settings)])
+        again = Code(f"{program('train')} {flags}", caption="One run with these settings")
+        sections.append(Section("Best settings", [best_settings, again]))
+    sections.append(settings_section(base))
+    folder = Path(str(base.output_dir)).absolute().name
+    return Page(folder, f"A sweep: {len(trials):,} trials of {', '.join(names)}.", figures, sections)
+
+
+def _cells(params: Params) -> list[tuple[str, Any]]:
+    return [(name, _cell(value)) for name, value in params.items()]
+
+
+def _cell(value: Any) -> Any:
+    """A number as one, which can be sorted; anything else as text."""
+    return value if type(value) in (int, float) else value_text(value)
+
+
+def draw_sweep(
+    trials: Sequence[Trial], metric: str, space: Sequence[Dimension], *, as_svg: bool = False
+) -> bytes:
     """The metric against each of up to MAX_PANELS settings: a point for each trial with an error bar of one
     standard deviation over its seeds, which are small dots; the best has a star."""
     done = [trial for trial in trials if trial.is_whole]
@@ -132,7 +188,7 @@ def draw_sweep(trials: Sequence[Trial], metric: str, space: Sequence[Dimension])
             panels[0].text(0.5, 0.5, "no trial is done", ha="center", transform=panels[0].transAxes)
         if num_more:
             figure.supxlabel(f"settings that are not shown: {num_more}", size=9, color=MUTED)
-        return png(figure)
+        return svg(figure) if as_svg else png(figure)
 
 
 def _draw_panel(axes: Axes, done: Sequence[Trial], dimension: Dimension, no_glyph: set[str]) -> None:

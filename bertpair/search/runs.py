@@ -14,15 +14,17 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from bertpair.checkpoints.atomic import remove, replace_file
+from bertpair.checkpoints.checkpoint import RUNS_FILE
 from bertpair.checkpoints.lock import LOCK_NAME, RunLock
 from bertpair.checkpoints.run_folder import RunFolder, drop_weights
 from bertpair.console import stop_flag
 from bertpair.errors import CheckpointError, ConfigError, StoppedError, list_faults
+from bertpair.evaluation.card import discard_card
 from bertpair.evaluation.metrics import best_of, finite_or_null
 from bertpair.search.report import spread
 from bertpair.settings.config import SETTINGS, Config, DataSettings, ModelSettings
@@ -31,7 +33,6 @@ from bertpair.settings.tasks import check_measured
 from bertpair.training.setup import Material, read_material
 from bertpair.training.train import train
 
-RUNS_FILE = "runs.json"
 # Whose lines are for a single run.
 _QUIET = ("checkpoints", "console", "data", "evaluation", "model", "training")
 _READ = {*DataSettings.model_fields, *ModelSettings.model_fields, "do_train", "do_eval"}
@@ -76,17 +77,20 @@ class RunsFolder:
         *,
         keep: Keep,
         ours: Sequence[str] = (),
+        dev_data: str | None = None,
         **more: object,
     ) -> None:
-        """`keep` says whose weights stay. ConfigError where the folder has runs of another recipe, to which
-        `more` belongs. Hold the folder's lock."""
-        self.path, self.metric, self.keep = path, metric, keep
+        """`keep` says whose weights stay, `dev_data` on which rows all are measured. ConfigError where the
+        folder has runs of another recipe, to which `more` belongs. Hold the folder's lock."""
+        self.path, self.metric, self.keep, self.dev_data = path, metric, keep, dev_data
         self._recipe = {**recipe_of(recipe), **more}
         overwrite = recipe.overwrite_output_dir
         stored = claim_folder(path, RUNS_FILE, self._recipe, overwrite=overwrite, ours=ours)
         done = {name: Figures(**figures) for name, figures in stored.get("runs", {}).items()}
         # One whose files somebody deleted is done again.
         self.done = {name: each for name, each in done.items() if (path / name / "predictions.tsv").exists()}
+        if self.done and stored.get("dev_data") != dev_data:  # an earlier version did not say
+            self._write()
 
     @classmethod
     @contextmanager
@@ -142,13 +146,21 @@ class RunsFolder:
 
     def _write(self) -> None:
         runs = {name: dataclasses.asdict(figures) for name, figures in self.done.items()}
-        text = json.dumps({"recipe": self._recipe, "runs": runs}, ensure_ascii=False, indent=1)
+        known = {"recipe": self._recipe, "dev_data": self.dev_data, "runs": runs}
+        text = json.dumps(known, ensure_ascii=False, indent=1)
         replace_file(self.path / RUNS_FILE, f"{text}\n".encode())
 
     def _tidy(self) -> None:
         for name in self.done:
             if self.keep == "none" or (self.keep == "best" and name != self.best):
-                drop_weights(self.path / name)
+                leave_figures(self.path / name)
+
+
+def leave_figures(path: Path) -> None:
+    """Leave of a finished run what it measured, without its weights."""
+    drop_weights(path)
+    with suppress(OSError):
+        discard_card(path)
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
@@ -198,7 +210,8 @@ def claim_folder(
 def chosen_metric(metric: str | None, material: Material) -> str:
     """The metric to choose by, by default the task's first; ConfigError for one that is never measured."""
     chosen = metric or material.source.metrics[0]
-    check_measured("metric", chosen, None if material.labels is None else len(material.labels))
+    num_labels = None if material.labels is None else len(material.labels)
+    check_measured("metric", chosen, num_labels, has_order=material.label_ranks is not None)
     return chosen
 
 
@@ -206,12 +219,15 @@ def check_recipe(stored: Any, recipe: Mapping[str, Any], where: object) -> None:
     """ConfigError that lists the settings in which runs in `where` differ from the recipe."""
     if stored == recipe:
         return
-    before = stored if isinstance(stored, dict) else {}
+    before = {name: SETTINGS[name].default for name in recipe if name in SETTINGS}  # new ones are not stored
+    before |= stored if isinstance(stored, dict) else {}
     faults = [
         f"{name}: they have {before.get(name)!r}, found {recipe.get(name)!r}"
         for name in {**before, **recipe}
         if before.get(name) != recipe.get(name)
     ]
+    if not faults:
+        return
     advice = "--output_dir names another folder, --overwrite_output_dir starts anew in its place"
     raise ConfigError(f"{where} has runs with other settings; {advice}\n{list_faults(faults)}")
 

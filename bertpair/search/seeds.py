@@ -63,7 +63,7 @@ def run_seeds(config: Config, seeds: int, *, keep_all_weights: bool = False) -> 
         keep = "all" if keep_all_weights else "best"
         path, numbers = Path(str(config.output_dir)), range(config.seed, config.seed + seeds)
         configs = {f"seed-{seed}": config.model_copy(update={"seed": seed}) for seed in numbers}
-        about = {"training_data": digest_of(material.train)[:12]}
+        about = {"training_data": digest_of(material.train)[:12], "dev_data": material.dev.pairs.digest}
         with RunsFolder.locked(path, config, metric, keep=keep, ours=OURS, **about) as runs:
             runs.run_all(configs, lambda name: material)
             return summarise(runs, list(configs), RESULTS)

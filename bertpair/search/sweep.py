@@ -21,16 +21,26 @@ from filelock import FileLock
 from optuna.trial import TrialState
 
 from bertpair.checkpoints.atomic import replace_file
-from bertpair.checkpoints.run_folder import drop_weights
 from bertpair.console import format_seconds, interruptible, lines_shown, stop_flag
 from bertpair.errors import ConfigError, DataError, StoppedError, TrainingError, first_line
 from bertpair.evaluation.metrics import best_of, is_better
-from bertpair.search.report import Trial, draw_sweep, ranked, shown_params, spread, sweep_table, sweep_tsv
+from bertpair.evaluation.page import render
+from bertpair.search.report import (
+    Trial,
+    draw_sweep,
+    ranked,
+    shown_params,
+    spread,
+    sweep_page,
+    sweep_table,
+    sweep_tsv,
+)
 from bertpair.search.runs import (
     Materials,
     RunsFolder,
     chosen_metric,
     claim_folder,
+    leave_figures,
     mean_and_deviation,
     recipe_of,
 )
@@ -42,10 +52,11 @@ from bertpair.settings.stored import dump_yaml
 from bertpair.training.setup import digest_of
 
 RESULTS, PICTURE, BEST_CONFIG = "sweep_results.tsv", "sweep.png", "best_config.yaml"
+REPORT = "report.html"
 PICTURE_SECONDS = 60.0  # between two drawings while trials are run
 POLL_SECONDS = 2.0  # while only other workers have trials
 MARK = "sweep.json"
-OURS = ("sweep.db*", ".sweep.*", "trial-*", MARK, RESULTS, PICTURE, BEST_CONFIG)
+OURS = ("sweep.db*", ".sweep.*", "trial-*", MARK, RESULTS, PICTURE, BEST_CONFIG, REPORT)
 logger = logging.getLogger(__name__)
 
 
@@ -111,7 +122,8 @@ class _Worker:
         of_sweep = settings.model_dump(mode="json", exclude={"trials", "timeout", "storage"})
         digests = {"training_data": digest_of(material.train)[:12], "dev_data": digest_of(material.dev)[:12]}
         recipe = {**recipe_of(config), **of_sweep, **digests}
-        claim_folder(self.folder, MARK, recipe, overwrite=config.overwrite_output_dir, ours=OURS)
+        overwrite = config.overwrite_output_dir
+        recipe = claim_folder(self.folder, MARK, recipe, overwrite=overwrite, ours=OURS)["recipe"]
         identity = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
         self.study = Study(
             self.sweep, self.folder, identity, settings.storage, anew=config.overwrite_output_dir
@@ -249,6 +261,8 @@ class _Worker:
             if trials and with_picture:
                 self.drawn = time.monotonic()
                 replace_file(self.folder / PICTURE, draw_sweep(trials, self.metric, self.sweep.space))
+                page = sweep_page(trials, self.metric, self.seeds, self.sweep.space, self.sweep.base)
+                replace_file(self.folder / REPORT, render(page))
             model = None
             if best is not None:
                 output_dir = f"{self.folder}-best"
@@ -265,5 +279,5 @@ class _Worker:
             for trial in trials:
                 if trial is not best and not self.keep_all_weights:
                     for seed in self.seeds:
-                        drop_weights(self.study.trial_folder(trial.number) / f"seed-{seed}")
+                        leave_figures(self.study.trial_folder(trial.number) / f"seed-{seed}")
         return SweepResult(trials, self.metric, table, str(self.folder), model)

@@ -186,11 +186,14 @@ class Service:
         config, predictor, agreement = self.config, self.predictor, self.predictor.agreement
         limits = {name: getattr(config, name) for name in LIMITS} | asdict(predictor.limits)
         limits["max_batch_tokens"] = self.batcher.limits.max_batch_tokens if self.is_warm else None
+        decision, labels, threshold = predictor.classifier.decision, predictor.labels, None
+        if decision.threshold is not None and labels is not None:
+            threshold = {labels[decision.positive]: decision.threshold}
         return Info(
             model=predictor.name,
             model_version=predictor.version,
-            problem_type="regression" if predictor.labels is None else "classification",
-            labels=None if predictor.labels is None else list(predictor.labels),
+            problem_type="regression" if labels is None else "classification",
+            labels=None if labels is None else list(labels),
             takes_pairs=predictor.takes_pairs,
             max_seq_length=predictor.cut,
             engine=predictor.engine,
@@ -199,6 +202,8 @@ class Service:
             num_threads=predictor.num_threads,
             limits=limits,
             agreement_with_float32=asdict(agreement) if agreement else None,
+            temperature=decision.temperature,
+            threshold=threshold,
         )
 
     @cached_property

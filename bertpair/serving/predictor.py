@@ -156,6 +156,8 @@ def load_predictor(config: ServeConfig) -> Predictor:
         quantize=config.quantize,
         calibration_pairs=config.calibration_file,
         quantize_check=config.quantize_check if config.quantize else None,
+        temperature=config.temperature,
+        threshold=config.threshold,
         max_batch_tokens=2**31,  # the queue cuts batches, not the scorer
     )
     takes_pairs = classifier.takes_pairs = classifier.takes_pairs is not False  # where nothing says so, pairs

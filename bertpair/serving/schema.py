@@ -43,6 +43,8 @@ class Info(Strict):
     num_threads: int
     limits: dict[str, Figure]
     agreement_with_float32: dict[str, Figure] | None
+    temperature: float | None  # that the logits are divided by
+    threshold: dict[str, float] | None  # the label, and the probability from which it is the answer
 
 
 Live = create_model("Live", __base__=Strict, status=Literal["live"])

@@ -159,7 +159,7 @@ def _help_groups(script: Script) -> dict[str, list[str]]:
     evaluating = names.pop("Evaluating a trained model")
     if script == "evaluate":
         of_files = [name for name in names["Data"] if name != "max_train_samples"]
-        evaluating[-1:] = ["output_dir", "metric_for_best_model"]  # the first is eval_output_dir's name here
+        evaluating[-1:] = ["output_dir", "with_texts", "metric_for_best_model"]  # eval_output_dir's name here
         batches = ["per_device_eval_batch_size", "pad_to_multiple_of"]
         hub = ["revision", "cache_dir"]
         names = {"Model": evaluating + hub, "Data": of_files, "Device": batches + names["Device"]}
@@ -393,7 +393,8 @@ def _parser(
             meant = "eval_output_dir" if name == "output_dir" and script == "evaluate" else name
             facts: Any = fields[meant].json_schema_extra or {}
             example = f"\nExample: --{name} {facts['example']}".rstrip() if "example" in facts else ""
-            group.add_argument(f"--{name}", action="append", nargs="*", help=texts[meant] + example)
+            text = (texts[meant] + example).replace("%", "%%")
+            group.add_argument(f"--{name}", action="append", nargs="*", help=text)
     shown_names = {name for members in shown.values() for name in members}
     for name in fields:
         if name not in shown_names:

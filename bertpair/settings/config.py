@@ -28,6 +28,7 @@ from bertpair.settings.fields import (
     Group,
     Label,
     Labels,
+    NamedColumn,
     Path,
     Paths,
     Real,
@@ -66,13 +67,10 @@ Resume = Annotated[
     Literal[False] | str, PlainValidator(_as_resume), said("false, auto or the path of a checkpoint")
 ]
 Reports = Annotated[
-    list[Literal["none"]],
-    Field(min_length=1),
-    ONE_OR_MORE,
-    said("none, the only one there is for now"),
+    list[Literal["none", "tensorboard"]], Field(min_length=1), ONE_OR_MORE, said("none or tensorboard")
 ]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-Metric = Literal["acc", "f1", "macro_f1", "mcc", "pearson", "spearmanr", "corr", "loss"]
+Metric = Literal["acc", "f1", "macro_f1", "mcc", "qwk", "pearson", "spearmanr", "corr", "loss"]
 
 
 class DataSettings(Group):
@@ -144,6 +142,20 @@ class DataSettings(Group):
         None,
         "The label whose f1 is measured, if there are two labels. Not given: the task's, else that of id 1.",
         resume="end",
+    )
+    label_order: Labels = _model(
+        None,
+        "The labels from the lowest to the highest, if they have an order: quadratic weighted kappa (qwk) is "
+        "then measured too. Not given: they have none.",
+        resume="end",
+        example="wrong partly right",
+    )
+    group_column: NamedColumn | None = _model(
+        None,
+        "Column whose text says which group a row belongs to, such as its question or its language. Each "
+        "group is measured by itself; with folds, the rows of a group are kept in one part. Not given: none.",
+        resume="end",
+        example="question_id",
     )
     problem_type: Literal["classification", "regression"] | None = _model(
         None,
@@ -386,7 +398,13 @@ class RunSettings(Group):
         "Stop after this many evaluations in a row without a better result. Not given: never stop early.",
         ge=1,
     )
-    report_to: Reports = _free(["none"], "Other programs that metrics are sent to.")
+    with_texts: Switch = _end(False, "Put the texts into predictions.tsv too.")
+    report_to: Reports = _free(
+        ["none"],
+        "Where metrics are written besides metrics.jsonl. tensorboard: event files for TensorBoard, which "
+        "must be installed.",
+        example="tensorboard",
+    )
 
 
 class EvaluateSettings(EngineSettings):
@@ -418,6 +436,29 @@ class EvaluateSettings(EngineSettings):
         "Folders of other trained models. They are evaluated on the same rows, and one table shows all. "
         "Not given: none.",
         example="other_model",
+    )
+    all_figures: Switch = _free(
+        False,
+        "Measure more: 95 % intervals of acc and macro_f1, AUC and average precision of each label, and how "
+        "far the probabilities can be trusted.",
+        example="",
+    )
+    report: Switch = _free(
+        False,
+        "Write report.html too: a page with all figures, pictures, and the worst errors with their texts.",
+        example="",
+    )
+    fit_temperature: Switch = _free(
+        False,
+        "Find the temperature that suits these rows best, and keep it in the model folder, for --temperature "
+        "stored.",
+        example="",
+    )
+    fit_threshold: Switch = _free(
+        False,
+        "With two labels: find the threshold that gives the best f1 on these rows, and keep it in the model "
+        "folder, for --threshold stored.",
+        example="",
     )
     eval_output_dir: Path = _free(
         None,

@@ -51,7 +51,10 @@ def _clashes(c: Config) -> Iterator[str]:
     foreign = {"regression": CLASS_METRICS, "classification": SCORE_METRICS}.get(c.problem_type or "", ())
     if c.metric_for_best_model in foreign:
         yield f"metric_for_best_model {c.metric_for_best_model} is not measured in a {c.problem_type}"
-    for name in ("labels", "class_weights", "label_smoothing") if c.problem_type == "regression" else ():
+    if c.metric_for_best_model == "qwk" and not c.label_order and c.problem_type != "regression":
+        yield "metric_for_best_model qwk needs label_order"
+    of_labels = ("labels", "label_order", "class_weights", "label_smoothing")
+    for name in of_labels if c.problem_type == "regression" else ():
         if getattr(c, name):
             yield f"{name} is only for classification"
     weights = c.class_weights if c.labels and isinstance(c.class_weights, dict) else {}
@@ -78,8 +81,18 @@ def _clashes(c: Config) -> Iterator[str]:
     if c.amp == "fp16" and c.device == "cpu":
         yield "amp fp16 needs a GPU, found device cpu; on a CPU use auto, off or bf16"
     yield from engine_faults(c, c.device)
+    yield from _fitting_faults(c)
     if c.quantize_check and not c.quantize:
         yield "quantize_check has no effect without quantize int8"
+
+
+def _fitting_faults(c: Config) -> Iterator[str]:
+    for name, other in ("fit_temperature", "temperature"), ("fit_threshold", "threshold"):
+        if getattr(c, name) and getattr(c, other) is not None:
+            yield f"{name} finds what {other} gives: set only one"
+        for needless in ("predict", "all_checkpoints") if getattr(c, name) else ():
+            if getattr(c, needless):
+                yield f"{name} needs one model and rows with labels, found {needless}"
 
 
 def _column_faults(config: Config) -> Iterator[str]:

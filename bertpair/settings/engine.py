@@ -1,9 +1,28 @@
 """How a trained model computes its answers, in evaluate.py and in serve.py."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from bertpair.settings.fields import Group, Path, setting
+from pydantic import PlainValidator
+
+from bertpair.settings.fields import Group, Path, as_number, said, setting
+
+
+def _stored_or(low: float, high: float) -> Any:
+    def check(value: object) -> object:
+        number = as_number(value)
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if value != "stored" and not (is_number and low <= number <= high):  # type: ignore[operator]
+            raise ValueError
+        return float(number) if is_number else value  # type: ignore[arg-type]
+
+    return PlainValidator(check)
+
+
+Temperature = Annotated[
+    float | Literal["stored"], _stored_or(0.01, 100), said("stored, or a number from 0.01 to 100")
+]
+Threshold = Annotated[float | Literal["stored"], _stored_or(0, 1), said("stored, or a number from 0 to 1")]
 
 
 class EngineSettings(Group):
@@ -37,6 +56,21 @@ class EngineSettings(Group):
         "file; otherwise nothing is compared.",
         resume="free",
         example="my_dev.tsv",
+    )
+
+    temperature: Temperature | None = setting(
+        None,
+        "Number that the model's outputs are divided by before they become probabilities; labels stay the "
+        "same. stored: the one that evaluate.py --fit_temperature found. Not given: none, as in training.",
+        resume="free",
+        example="stored",
+    )
+    threshold: Threshold | None = setting(
+        None,
+        "With two labels: the probability of positive_label from which that is the answer. stored: the one "
+        "that evaluate.py --fit_threshold found. Not given: the label with the higher probability.",
+        resume="free",
+        example="stored",
     )
 
     @property

@@ -215,7 +215,8 @@ def as_path(value: object) -> str:
     return os.path.expanduser(text)
 
 
-def _as_number(value: object) -> object:
+def as_number(value: object) -> object:
+    """A number that PyYAML or a command line left as text; anything else as it is."""
     return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
 
 
@@ -248,7 +249,7 @@ def _as_weights(value: object) -> object:
         value = {label: weight for label, _, weight in (str(item).rpartition("=") for item in value)}
     if not isinstance(value, Mapping) or not value:
         raise ValueError
-    weights = dict(zip(_as_labels(list(value), least=1), map(_as_number, value.values()), strict=True))
+    weights = dict(zip(_as_labels(list(value), least=1), map(as_number, value.values()), strict=True))
     for weight in weights.values():  # float32 holds a sum of losses so weighted
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not 1e-6 <= weight <= 1e6:
             raise ValueError(f"expected weights of at least 1e-06 and at most 1e+06, found {show(weight)}")
@@ -280,7 +281,7 @@ ONE_OR_MORE = BeforeValidator(lambda value: [value] if isinstance(value, str | o
 Switch = Annotated[bool, Field(strict=True)]
 Whole = Annotated[int, Field(strict=True)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Real = Annotated[Finite, BeforeValidator(_as_number)]
+Real = Annotated[Finite, BeforeValidator(as_number)]
 Text = Annotated[Annotated[str, PlainValidator(as_text), said("a text")] | None, _UNSET]
 _Path = Annotated[str, PlainValidator(as_path), said("a path")]
 Path = Annotated[_Path | None, _UNSET]

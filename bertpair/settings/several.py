@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from bertpair.settings.config import Config
-from bertpair.settings.fields import Group, NamedColumn, Path, Switch, Whole, setting
+from bertpair.settings.fields import Group, Path, Switch, Whole, setting
 
 
 class SeveralRuns(Group):
@@ -31,11 +31,6 @@ class SeveralRuns(Group):
         le=1000,
         example="5",
     )
-    group_column: NamedColumn | None = setting(
-        None,
-        "With folds: rows with the same text in this column, such as the question, are kept in one part.",
-        example="question_id",
-    )
     keep_all_weights: Switch = setting(
         False,
         "Keep the weights of every run. Without this, seeds and a sweep leave those of the best run, and "
@@ -61,8 +56,6 @@ def several_faults(several: SeveralRuns, config: Config) -> Iterator[str]:
     if len(asked) > 1:
         hint = "; a sweep's file says how many seeds" if several.sweep and several.seeds else ""
         yield f"{' and '.join(asked)} are different kinds of several runs: give only one{hint}"
-    if several.group_column is not None and not several.folds:
-        yield "--group_column has no effect without --folds"
     if several.keep_all_weights and not asked:
         yield "--keep_all_weights has no effect without --sweep, --seeds or --folds"
     if asked and config.resume:

@@ -1,6 +1,7 @@
 """training_args.yaml: the settings that a run leaves in its folder, written and read again."""
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,27 @@ def stored_settings(folder: Path) -> dict[str, Any]:
 def model_settings(folder: Path) -> dict[str, Any]:
     """Those of them that go where the model goes: the model's own, and the names of its data files."""
     return {name: value for name, value in stored_settings(folder).items() if SETTINGS[name].owner != "run"}
+
+
+def as_flags(config: Config, names: Iterable[str] | None = None) -> list[str]:
+    """The words of a command line that set these settings, by default all that are not as by default."""
+    if names is None:
+        names = [name for name in SETTINGS if getattr(config, name) != SETTINGS[name].default]
+    words: list[str] = []
+    for name in names:
+        flag = "output_dir" if name == "eval_output_dir" else name
+        words += [f"--{flag}", *_words(getattr(config, name))]
+    return words
+
+
+def _words(value: object) -> list[str]:
+    if isinstance(value, Mapping):
+        return [f"{key}={weight!r}" for key, weight in value.items()]
+    if isinstance(value, list):
+        return [word for each in value for word in _words(each)]
+    if value is None or isinstance(value, bool):
+        return [{None: "null", True: "true", False: "false"}[value]]
+    return [value if isinstance(value, str) else repr(value)]
 
 
 class _PlainDumper(yaml.SafeDumper):

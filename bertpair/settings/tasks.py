@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from bertpair.errors import ConfigError, near_misses
 
-CLASS_METRICS = ("acc", "f1", "macro_f1", "mcc")
+CLASS_METRICS = ("acc", "f1", "macro_f1", "mcc", "qwk")
 SCORE_METRICS = ("pearson", "spearmanr", "corr")
 
 
@@ -63,17 +63,20 @@ GLUE_TASKS = (
 )
 
 
-def measured_metrics(num_labels: int | None) -> list[str]:
-    """What is measured with so many labels, None for a regression; the loss is always."""
+def measured_metrics(num_labels: int | None, *, has_order: bool = False) -> list[str]:
+    """What is measured with so many labels, None for a regression; the loss is always. `has_order`: whether
+    label_order is set."""
     if num_labels is None:
         return [*SCORE_METRICS, "loss"]
-    return [name for name in (*CLASS_METRICS, "loss") if name != "f1" or num_labels == 2]
+    needs = {"f1": num_labels == 2, "qwk": has_order}
+    return [name for name in (*CLASS_METRICS, "loss") if needs.get(name, True)]
 
 
-def check_measured(setting: str, metric: str, num_labels: int | None) -> None:
+def check_measured(setting: str, metric: str, num_labels: int | None, *, has_order: bool = False) -> None:
     """ConfigError naming the `setting` for a metric that is not measured (num_labels None: a regression)."""
-    if metric not in (measured := measured_metrics(num_labels)):
+    if metric not in (measured := measured_metrics(num_labels, has_order=has_order)):
         kind = "a regression" if num_labels is None else f"{num_labels} labels"
+        kind += "" if has_order or metric != "qwk" else " without label_order"
         raise ConfigError(f"{setting}: {metric} is not measured with {kind}; allowed: {', '.join(measured)}")
 
 

@@ -17,7 +17,7 @@ from bertpair.checkpoints.run_folder import RunFolder, WriteCheckpoint
 from bertpair.console import Progress, is_command, program, stop_flag
 from bertpair.data.batching import BatchStream, pad_batch, padded_lengths, slice_batch
 from bertpair.errors import StoppedError, TrainingError, plain
-from bertpair.evaluation.evaluate import Evaluation
+from bertpair.evaluation.measure import Evaluation
 from bertpair.evaluation.metrics import finite_or_null, is_better
 from bertpair.runtime import peak_memory_gb
 from bertpair.training.setup import Job, Plan, digest_of

@@ -39,6 +39,7 @@ from bertpair.settings.config import Config
 from bertpair.settings.tasks import check_measured
 from bertpair.training.optim import learning_rate_at
 from bertpair.training.step import Objective
+from bertpair.training.tracking import check_trackers
 
 FEW_ROWS = 1000  # recipes/small-data.yaml did better with up to as many: benchmarks/LOG.md
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Job:
     folder: ModelFolder  # where the weights came from
     tokenizer: Tokenizer
     labels: tuple[str, ...] | None  # in id order; None: regression
+    label_ranks: tuple[int, ...] | None  # the place of each id in label_order
     train: Split
     dev: Split | None
     metrics: tuple[str, ...]  # the task's; the first is the one to watch
@@ -73,6 +75,7 @@ class Material:
     tokenizer: Tokenizer
     labels: tuple[str, ...] | None  # in id order; None: regression
     positive_label: str | None  # that f1 is of
+    label_ranks: tuple[int, ...] | None  # the place of each id in label_order
     train: Split
     dev: Split | None
     read_weights: Callable[[Path], Mapping[str, Tensor]]
@@ -83,20 +86,22 @@ def read_material(config: Config, resumed_from: RunState | None = None) -> Mater
 
     Raises ConfigError, DataError or CheckpointError for whatever does not fit.
     """
+    check_trackers(config.report_to)
     source = resolve_source(config, evaluates=config.runs_evaluation)
     folder = read_folder(resumed_from.folder) if resumed_from else _open_model(config)
     check_model_type(folder, config.model_type)
     train_pairs, dev_pairs, labels = _read_pairs(config, source, folder)
     if train_pairs.text_b is not None:
         check_pairs(folder, " (text_b_column: null)")
-    positive = source.positive_label(labels, config.positive_label)
+    positive, ranks = source.positive_label(labels, config.positive_label), source.label_ranks(labels)
     _check_watched(config, labels, has_dev=dev_pairs is not None)
     tokenizer, cut = _read_tokenizer(config, folder, is_new=resumed_from is None), config.max_seq_length
     train = make_split(train_pairs, labels, tokenizer, cut, name="train")
     dev = None if dev_pairs is None else make_split(dev_pairs, labels, tokenizer, cut, name="dev")
     for line in source.notes:
         logger.info("%s", line)
-    return Material(source, folder, tokenizer, labels, positive, train, dev, functools.cache(read_weights))
+    read = functools.cache(read_weights)
+    return Material(source, folder, tokenizer, labels, positive, ranks, train, dev, read)
 
 
 def prepare(config: Config, resumed_from: RunState | None, material: Material | None = None) -> Job:
@@ -151,6 +156,7 @@ def prepare(config: Config, resumed_from: RunState | None, material: Material | 
         folder=folder,
         tokenizer=material.tokenizer,
         labels=labels,
+        label_ranks=material.label_ranks,
         train=train,
         dev=dev,
         metrics=material.source.metrics,
@@ -217,7 +223,8 @@ def _read_pairs(
 def _check_watched(config: Config, labels: Sequence[str] | None, *, has_dev: bool) -> None:
     """ConfigError for a metric that is never measured; a warning for settings that need a dev file."""
     if (metric := config.metric_for_best_model) is not None:
-        check_measured("metric_for_best_model", metric, None if labels is None else len(labels))
+        num_labels, has_order = None if labels is None else len(labels), config.label_order is not None
+        check_measured("metric_for_best_model", metric, num_labels, has_order=has_order)
     for name in () if has_dev else ("load_best_model_at_end", "early_stopping_patience"):
         if getattr(config, name):
             logger.warning("%s has no effect: there is no dev file to evaluate on", name)

@@ -21,9 +21,10 @@ from bertpair.checkpoints.atomic import Staging
 from bertpair.checkpoints.run_folder import OPTIMIZER_FILE, STATE_FILE, RunFolder, RunState
 from bertpair.console import interruptible, lines_shown, stop_flag
 from bertpair.errors import CheckpointError, ConfigError, StoppedError, TrainingError, first_line
-from bertpair.evaluation.evaluate import Evaluation, class_figures, evaluate_split, result_files
+from bertpair.evaluation.measure import Evaluation, collapse, detail, evaluate_split, result_files
 from bertpair.evaluation.metrics import finite_or_null
 from bertpair.evaluation.plots import draw_curves
+from bertpair.evaluation.report import class_table
 from bertpair.evaluation.scorer import Scorer
 from bertpair.model.config import config_json
 from bertpair.model.pretrained import load_state, state_tensors, word_table_name
@@ -40,13 +41,16 @@ from bertpair.settings.stored import TRAINING_ARGS, dump_yaml
 from bertpair.training.loop import Loop
 from bertpair.training.optim import AdamW, load_state_tensors, parameter_groups
 from bertpair.training.optim import state_tensors as optimizer_tensors
+from bertpair.training.report import write_report
 from bertpair.training.resume import check_same_run, find_start
 from bertpair.training.setup import Job, Material, prepare
 from bertpair.training.step import Stepper
+from bertpair.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
 RANDOM = "rng."  # begins the names of random states among a checkpoint's tensors
+COLLAPSE_ADVICE = "lower learning_rate, or try warmup_ratio 0.1, another seed, or class_weights balanced"
 USED_IDS = "vocabulary.used_ids"  # the compact vocabulary's name there
 
 
@@ -131,14 +135,27 @@ class _Run:
         budget = config.per_device_eval_batch_size * cut
         self.scorer = Scorer(model, job.pad_id, device, precision, cut, budget, config.pad_to_multiple_of)
         self.loop = Loop(job, self.stepper, folder, self._evaluate, self._write_checkpoint)
+        self._has_collapsed = False  # at the evaluation before: it is said once
         self._last: tuple[dict[str, Tensor], Tensor | None] | None = None  # weights, once the best are loaded
         if start is not None:
             self._restore(start)
 
     def _evaluate(self) -> Evaluation:
-        job, positive = self.job, self.job.config.positive_label
+        job = self.job
         assert job.dev is not None
-        return evaluate_split(self.scorer, job.dev, job.labels, positive_label=positive, label="dev")
+        evaluation = evaluate_split(
+            self.scorer,
+            job.dev,
+            job.labels,
+            positive_label=job.config.positive_label,
+            label_ranks=job.label_ranks,
+            label="dev",
+        )
+        line = collapse(evaluation, job.dev, job.labels)
+        if line is not None and not self._has_collapsed:
+            logger.warning("dev: %s; if it stays so, %s", line, COLLAPSE_ADVICE)
+        self._has_collapsed = line is not None
+        return evaluation
 
     def _restore(self, start: RunState) -> None:
         check_same_run(self.job, start)
@@ -161,6 +178,9 @@ class _Run:
         sizes = {"weights_bytes": weights, "optimizer_bytes": 2 * trained}
         kept = self.loop.plan.checkpoints_kept(limit)
         self.folder.begin(self.start, num_kept=kept, save_total_limit=limit, **sizes)
+        step = self.loop.progression.global_step
+        tracker = Tracker(self.job.config.report_to, self.folder.path, self.folder.run_id, step)
+        self.folder.listeners.append(tracker.record)
         try:
             self.loop.run()
             return self._finish()
@@ -198,16 +218,25 @@ class _Run:
             raise loop.kept(stopped) from None
         records = self.folder.read_metrics()
         files = {"curves.png": draw_curves(records, loop.plan.metric)} if records else {}
+        details = None
         if evaluation is not None and job.dev is not None:
-            files |= result_files(evaluation, job.dev, job.labels)
-            if job.labels is not None:
-                table = class_figures(evaluation, job.dev, job.labels)
+            known = None if job.train.pairs.groups is None else frozenset(job.train.pairs.groups)
+            details = detail(evaluation, job.dev, job.labels, known_groups=known)
+            texts = job.config.with_texts
+            files |= result_files(evaluation, job.dev, job.labels, details, with_texts=texts)
+            if details.classes is not None:
+                table = class_table(details.classes)
                 logger.info("dev, with the %s weights (step %d):\n%s", source, step, table)
         measured, folder = {} if evaluation is None else evaluation.figures, str(self.folder.path)
         mean_loss, best = self.stepper.meter.mean_loss, state.best_metric
         result = TrainResult(folder, state.global_step, loop.epoch, mean_loss, best, measured)
-        said = {"weights": source, "weights_step": step, "result": {**result.summary(), "output_dir": None}}
-        self.folder.write_final(self._write_model, {**loop.state_dict(), **said}, files)
+        final = {"weights": source, "weights_step": step, "result": {**result.summary(), "output_dir": None}}
+        self.folder.write_final(self._write_model, {**loop.state_dict(), **final}, files)
+        if not self.folder.save_failed:
+            of_best = source == "best" and step != state.global_step
+            said = f"the best weights, of step {step:,}" if of_best else "the last weights"
+            said = f"{state.global_step:,} steps; {said}"
+            write_report(self.folder.path, job, evaluation, records, said)
         return dataclasses.replace(result, save_failed=self.folder.save_failed)
 
     def _load_best(self) -> str:

@@ -14,7 +14,8 @@ from bertpair import CheckpointError, Config, ConfigError, DataError, PairClassi
 from bertpair.checkpoints.atomic import Staging
 from bertpair.checkpoints.derived import derive
 from bertpair.checkpoints.manifest import verify_folder
-from bertpair.evaluation.evaluate import EvaluationResult, evaluate_models, measure
+from bertpair.evaluation.evaluate import EvaluationResult, evaluate_models
+from bertpair.evaluation.measure import measure
 from bertpair.settings.command_line import parse_command_line
 
 OLD = Path(__file__).parents[1] / "written_by_0_1_0"
@@ -61,9 +62,15 @@ def test_figures_and_files_of_one_model(hf_folder: Path, dev: Path) -> None:
         "confusion_matrix.png",
         "eval_results.json",
         "eval_results.txt",
+        "errors.tsv",
+        "figures.json",
         "input.json",
         "predictions.tsv",
     }
+    wrong = [row for row in rows_of(folder / "predictions.tsv")[1:] if row[1] != row[2]]
+    listed = rows_of(folder / "errors.tsv")[1:]
+    assert sorted(row[1:5] for row in listed) == sorted(row[:4] for row in wrong)
+    assert [row[4] for row in listed] == sorted((row[4] for row in listed), reverse=True)
     said = json.loads((folder / "input.json").read_text(encoding="utf-8"))
     digest = hashlib.sha256(dev.read_bytes()).hexdigest()
     assert said["data"] == [{"path": str(dev.resolve()), "sha256": digest, "rows": 40}]

@@ -1,6 +1,7 @@
 """Folds: every training row is scored once, by a model that has not seen it or a row of its group."""
 
 import csv
+import dataclasses
 import logging
 import shutil
 import signal
@@ -13,7 +14,9 @@ from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, Str
 
 from bertpair import Config, ConfigError, DataError, StoppedError, cross_validate, train
 from bertpair.console import stop_flag
-from bertpair.search.folds import read_groups, split_rows, suspicious_labels
+from bertpair.data import groups
+from bertpair.search import folds
+from bertpair.search.folds import suspicious_labels
 from bertpair.training.setup import Material, read_material
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -63,6 +66,22 @@ def material_of_rows(folder: Path, **changes: object) -> Material:
     return read_material(make_config(folder, dev_file=None, **changes))
 
 
+def read_groups(material: Material, column: str | int) -> list[str]:
+    return groups.read_groups(material.train.pairs, material.source.columns, column)
+
+
+def split_rows(material: Material, count: int, column: str | int | None) -> np.ndarray:
+    """The part of each row, cut as a run with this `group_column` does it."""
+    if column is not None:
+        pairs = dataclasses.replace(material.train.pairs, groups=read_groups(material, column))
+        source = dataclasses.replace(
+            material.source, settings=material.source.settings.model_copy(update={"group_column": column})
+        )
+        train = dataclasses.replace(material.train, pairs=pairs)
+        material = dataclasses.replace(material, source=source, train=train)
+    return folds.split_rows(material, count, SEED)
+
+
 def read_table(path: Path) -> list[dict[str, str]]:
     lines = path.read_bytes().decode().removesuffix("\n").split("\n")
     head, *rows = (line.split("\t") for line in lines)
@@ -88,15 +107,15 @@ def test_the_parts_are_those_of_scikit_learn(
     rows = [(*row[:3], f"{i % 7}.5") for i, row in enumerate(ROWS)] if scores else ROWS
     write_rows(tmp_path / "train.tsv", rows)
     material = material_of_rows(tmp_path, problem_type="regression" if scores else None)
-    parts = split_rows(material, 4, SEED, "question_id" if grouped else None)
+    parts = split_rows(material, 4, "question_id" if grouped else None)
     theirs = splitter(4, shuffle=True, random_state=SEED)
     wanted = np.full(len(rows), -1)
-    groups = [row[0] for row in rows] if grouped else None
-    for number, (_, held_out) in enumerate(theirs.split(rows, [row[3] for row in rows], groups)):
+    of_rows = [row[0] for row in rows] if grouped else None
+    for number, (_, held_out) in enumerate(theirs.split(rows, [row[3] for row in rows], of_rows)):
         wanted[held_out] = number
     assert parts.tolist() == wanted.tolist()
-    if groups:
-        assert len(set(zip(groups, parts.tolist(), strict=True))) == len(set(groups))
+    if of_rows:
+        assert len(set(zip(of_rows, parts.tolist(), strict=True))) == len(set(of_rows))
 
 
 @pytest.mark.parametrize("column", ["question_id", 0, -4, "sentence1"])
@@ -137,11 +156,11 @@ def test_groups_stay_with_their_rows(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_quoted_groups_are_read_as_texts_are(tmp_path: Path) -> None:
-    groups = [f'a "question"\nof {i % 5}\tlines' for i in range(len(ROWS))]
+    quoted = [f'a "question"\nof {i % 5}\tlines' for i in range(len(ROWS))]
     with (tmp_path / "train.tsv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerows([HEADER, *((group, *row[1:]) for group, row in zip(groups, ROWS, strict=True))])
-    assert read_groups(material_of_rows(tmp_path, quoting="csv"), "question_id") == groups
+        writer.writerows([HEADER, *((group, *row[1:]) for group, row in zip(quoted, ROWS, strict=True))])
+    assert read_groups(material_of_rows(tmp_path, quoting="csv"), "question_id") == quoted
 
 
 @pytest.mark.parametrize("on_bad_row", ["error", "skip"])
@@ -170,18 +189,18 @@ def test_a_group_column_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.tsv", ROWS)
-    material, groups = material_of_rows(tmp_path), len({row[0] for row in ROWS})
-    of_groups = f"found {groups + 1}; at least 2, and at most the {groups} different values of group_column"
-    for folds, column, said in (
+    material, number = material_of_rows(tmp_path), len({row[0] for row in ROWS})
+    of_groups = f"found {number + 1}; at least 2, and at most the {number} different values of group_column"
+    for count, column, said in (
         (41, None, "folds: found 41; at least 2, and at most the 40 rows"),
-        (groups + 1, "question_id", of_groups),
+        (number + 1, "question_id", of_groups),
         (1, None, "folds: found 1; at least 2, and at most the 40 rows"),
     ):
         with pytest.raises(ConfigError, match=said):
-            split_rows(material, folds, SEED, column)
+            split_rows(material, count, column)
     most = max([row[3] for row in ROWS].count(label) for label in ("right", "wrong", "partly"))
     with pytest.raises(ConfigError, match=f"folds: found 40; no label has more than {most} rows"):
-        split_rows(material, 40, SEED, None)
+        split_rows(material, 40, None)
 
 
 def test_labels_that_a_fold_lacks_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -189,9 +208,9 @@ def test_labels_that_a_fold_lacks_are_named(tmp_path: Path, caplog: pytest.LogCa
     rows = [(f"q{i % 4}", "cat", f"sat {i}", "rare" if i % 4 == 1 else "ab"[i // 4 % 2]) for i in range(24)]
     write_rows(tmp_path / "train.tsv", rows)
     material = material_of_rows(tmp_path)
-    split_rows(material, 3, SEED, None)
+    split_rows(material, 3, None)
     assert not [each for each in caplog.records if "too few" in each.message]
-    split_rows(material, 3, SEED, "question_id")
+    split_rows(material, 3, "question_id")
     assert "too few rows, or groups, for each fold to have some: 'rare'" in caplog.text
     balanced = make_config(tmp_path, class_weights="balanced")
     with pytest.raises(ConfigError, match="class_weights balanced: a label without a training row"):
@@ -216,7 +235,7 @@ def test_every_row_is_there_once_in_the_files_order(done: Path) -> None:
     table = read_table(done / "fold_predictions.tsv")
     assert [int(row["line"]) for row in table] == list(range(2, len(ROWS) + 2))
     assert [row["gold"] for row in table] == [row[3] for row in ROWS]
-    parts = split_rows(material_of_rows(done.parent), 3, SEED, "question_id")
+    parts = split_rows(material_of_rows(done.parent), 3, "question_id")
     assert [int(row["fold"]) for row in table] == (parts + 1).tolist()
     fold_of = {}
     for row, (group, *_) in zip(table, ROWS, strict=True):

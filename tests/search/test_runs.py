@@ -73,7 +73,7 @@ def test_material_that_could_not_be_read_leaves_none(config: Config) -> None:
 
 def test_every_setting_that_reading_looks_at_is_compared(config: Config) -> None:
     """`read_material` sees no other setting than those that make `Materials` read again, and the watched
-    metric, which it refuses early where that is not measured."""
+    metric and the trackers, which it refuses early where they cannot be had."""
     seen = set()
 
     class Watched(Config):
@@ -83,4 +83,4 @@ def test_every_setting_that_reading_looks_at_is_compared(config: Config) -> None
             return super().__getattribute__(name)
 
     read_material(Watched(**config.model_dump(exclude_unset=True)))
-    assert "max_seq_length" in seen and seen - _READ == {"metric_for_best_model"}, seen - _READ
+    assert "max_seq_length" in seen and seen - _READ == {"metric_for_best_model", "report_to"}

@@ -21,8 +21,8 @@ from bertpair.settings.tasks import CLASS_METRICS, SCORE_METRICS
 
 DESIGNED = {
     "Data": """data_dir train_file dev_file test_file task_name text_a_column text_b_column
-        label_column has_header quoting labels positive_label problem_type on_bad_row max_seq_length
-        truncation max_train_samples max_eval_samples""",
+        label_column has_header quoting labels positive_label label_order group_column problem_type
+        on_bad_row max_seq_length truncation max_train_samples max_eval_samples""",
     "Model": """model_name_or_path model_type pooling revision cache_dir config_name tokenizer_name
         do_lower_case from_scratch new_head compact_vocabulary""",
     "Training": """learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
@@ -32,9 +32,11 @@ DESIGNED = {
     "Device": "device amp deterministic num_threads",
     "Output, checkpoints and evaluations": """do_train do_eval output_dir overwrite_output_dir resume
         resume_anyway logging_steps save_steps eval_strategy eval_steps evaluate_during_training
-        save_total_limit metric_for_best_model load_best_model_at_end early_stopping_patience report_to""",
-    "Evaluating a trained model": """engine quantize calibration_file quantize_check model_dir data_file
-        predict all_checkpoints compare eval_output_dir""",
+        save_total_limit metric_for_best_model load_best_model_at_end early_stopping_patience with_texts
+        report_to""",
+    "Evaluating a trained model": """engine quantize calibration_file quantize_check temperature
+        threshold model_dir data_file predict all_checkpoints compare all_figures report fit_temperature
+        fit_threshold eval_output_dir""",
 }
 RUN_GLUE_DEFAULTS = {
     "adam_epsilon": 1e-8,
@@ -248,7 +250,9 @@ def test_changed_settings_are_listed_with_both_values() -> None:
 
 def test_metrics_to_watch_are_those_that_are_measured() -> None:
     for metric in (*CLASS_METRICS, *SCORE_METRICS, "loss"):
-        assert check_config(Config(metric_for_best_model=metric)).metric_for_best_model == metric
+        order = ["a", "b"] if metric == "qwk" else None
+        config = check_config(Config(metric_for_best_model=metric, label_order=order))
+        assert config.metric_for_best_model == metric
     assert "metric_for_best_model: expected one of acc, f1" in refusal(metric_for_best_model="accuracy")
 
 

@@ -114,8 +114,11 @@ RESULT_FILES = {
     "curves.png",
     "eval_results.json",
     "eval_results.txt",
+    "errors.tsv",
+    "figures.json",
     "predictions.tsv",
 }
+FOR_PEOPLE = {"README.md", "report.html"}  # who may edit them
 
 
 def names(folder: Path) -> set[str]:
@@ -125,7 +128,10 @@ def names(folder: Path) -> set[str]:
 def test_the_files_of_a_run(whole: Path) -> None:
     found = names(whole)
     checkpoints = {name for name in found if name.startswith("checkpoint-")}
-    assert found - checkpoints == MODEL_FILES | RESULT_FILES | {".lock", ".run.json", "metrics.jsonl"}
+    of_run = {".lock", ".run.json", "metrics.jsonl"}
+    assert found - checkpoints == MODEL_FILES | RESULT_FILES | FOR_PEOPLE | of_run
+    vouched = {entry.name for entry in verify_folder(whole).files}
+    assert vouched == (MODEL_FILES | RESULT_FILES) - {"manifest.json"}
     assert checkpoints >= {f"checkpoint-{step}" for step in (4, 8, 12, 16, 20, 24)}
     for checkpoint in checkpoints:
         assert names(whole / checkpoint) == MODEL_FILES | {"optimizer.safetensors"}
