@@ -24,7 +24,7 @@ from bertpair.evaluation.significance import bootstrap_intervals
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[Any]
-SEEN, UNSEEN = "groups that training has", "groups that training does not have"
+SEEN, UNSEEN = "groups seen in training", "groups not seen in training"
 
 
 def weighted_kappa(gold: Ids, chosen: Ids, ranks: Sequence[int]) -> float:

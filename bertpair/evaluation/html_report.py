@@ -15,7 +15,7 @@ from bertpair.evaluation.compare import changed_rows
 from bertpair.evaluation.measure import Details, Evaluation, Scored, wrong_rows
 from bertpair.evaluation.page import Block, Code, Column, Figure, Matrix, Note, Page, Picture, Section, Table
 from bertpair.evaluation.plots import draw_reliability
-from bertpair.evaluation.report import SIGNIFICANCE_HEAD, significance_rows
+from bertpair.evaluation.report import SIGNIFICANCE_HEAD, figure_names, significance_rows
 from bertpair.evaluation.significance import Comparison
 from bertpair.settings.config import SETTINGS, Config
 from bertpair.settings.fields import as_word
@@ -191,7 +191,7 @@ def evaluation_page(
     labels, details = scored.labels, scored.details
     sections = []
     if by_model:
-        names = list(dict.fromkeys(name for figures in by_model.values() for name in figures))
+        names = figure_names(by_model)
         rows = [[model, *(figures.get(name) for name in names)] for model, figures in by_model.items()]
         sections.append(Section("Models", [Table(["model", *names], rows, is_sortable=True)]))
     if comparisons:

@@ -126,11 +126,16 @@ def confusion_table(labels: Sequence[str], matrix: ArrayLike) -> str:
     return text_table(["gold \\ predicted", *heads], rows)
 
 
+def figure_names(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The figures that a table of models has room for: no ends of intervals."""
+    keys = dict.fromkeys(key for metrics in results.values() for key in metrics)
+    return [key for key in keys if not key.endswith(("_low", "_high"))]
+
+
 def comparison_table(results: Mapping[str, Mapping[str, Any]], metric: str | None = None) -> str:
     """A line per checkpoint or run, in the order given; the best by `metric`, of equals the first, has a
     star."""
-    keys = list(dict.fromkeys(key for metrics in results.values() for key in metrics))
-    keys = [key for key in keys if not key.endswith(("_low", "_high"))]
+    keys = figure_names(results)
     best = (
         best_of({name: metrics.get(metric) for name, metrics in results.items()}, metric) if metric else None
     )

@@ -6,6 +6,7 @@ import logging
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def write_report(
     ]
     if evaluation is not None and job.dev is not None:
         sections.append(error_section(evaluation, job.dev, job.labels))
-    page = Page(path.absolute().name, said, headline(figures) if figures else [], sections)
+    subtitle = f"{said}; {date.today():%Y-%m-%d}"
+    page = Page(path.absolute().name, subtitle, headline(figures) if figures else [], sections)
     try:
         replace_file(path / REPORT, render(page))
     except OSError as error:
