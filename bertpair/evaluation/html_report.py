@@ -12,7 +12,7 @@ import numpy as np
 from bertpair.data.dataset import Pairs, Rows, Split
 from bertpair.evaluation.calibration import NUM_BINS
 from bertpair.evaluation.compare import changed_rows
-from bertpair.evaluation.measure import Details, Evaluation, Scored, wrong_rows
+from bertpair.evaluation.measure import Details, Evaluation, Scored, collapse, wrong_rows
 from bertpair.evaluation.page import Block, Code, Column, Figure, Matrix, Note, Page, Picture, Section, Table
 from bertpair.evaluation.plots import draw_reliability
 from bertpair.evaluation.report import SIGNIFICANCE_HEAD, figure_names, significance_rows
@@ -45,6 +45,13 @@ def headline(figures: Mapping[str, Any]) -> list[Figure]:
             note = "" if low is None else f"95 % interval {low:.4f} to {high:.4f}"
             found.append(Figure(meaning, figures[name], note))
     return [*found, Figure("rows", figures["n"])]
+
+
+def warning_sections(evaluation: Evaluation, split: Split, labels: Sequence[str] | None) -> list[Section]:
+    """One for a model that gives all rows the same label; else none."""
+    line = collapse(evaluation, split, labels)
+    note = Note(f"{str(line).capitalize()}: the model cannot tell them apart.", is_warning=True)
+    return [] if line is None else [Section("Warning", [note])]
 
 
 def data_section(sets: Mapping[str, Split], labels: Sequence[str] | None, notes: Sequence[str]) -> Section:
@@ -189,7 +196,7 @@ def evaluation_page(
 ) -> Page:
     """report.html of an evaluation: of one model, with the figures of all that were measured beside it."""
     labels, details = scored.labels, scored.details
-    sections = []
+    sections = warning_sections(scored.evaluation, scored.split, labels)
     if by_model:
         names = figure_names(by_model)
         rows = [[model, *(figures.get(name) for name in names)] for model, figures in by_model.items()]

@@ -133,7 +133,7 @@ def sweep_page(
     ]
     rows = [
         [
-            *(trial.number, *map(_cell, trial.settings.values()), trial.mean, trial.deviation),
+            *(f"{trial.number:03}", *map(_cell, trial.settings.values()), trial.mean, trial.deviation),
             *(trial.figures.get(seed) for seed in seeds),
             *(round(trial.seconds), trial.status),
         ]
@@ -145,7 +145,9 @@ def sweep_page(
     if best is not None:
         note = "" if best.deviation is None else f"± {best.deviation:.4f} over seeds"
         figures.insert(0, Figure(f"best {metric}", best.mean, note))
-        flags = shlex.join(as_flags(with_params(base, best.settings)))
+        chosen = with_params(base, best.settings)
+        chosen = chosen.model_copy(update={"output_dir": f"{base.output_dir}-best"})
+        flags = shlex.join(as_flags(chosen))
         best_settings = Table(["setting", "value"], [[*item] for item in _cells(best.settings)])
         again = Code(f"{program('train')} {flags}", caption="One run with these settings")
         sections.append(Section("Best settings", [best_settings, again]))

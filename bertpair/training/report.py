@@ -23,10 +23,11 @@ from bertpair.evaluation.html_report import (
     headline,
     result_sections,
     settings_section,
+    warning_sections,
 )
-from bertpair.evaluation.measure import Details, Evaluation, collapse, detail
+from bertpair.evaluation.measure import Details, Evaluation, detail
 from bertpair.evaluation.metrics import per_class
-from bertpair.evaluation.page import Note, Page, Picture, Section, render
+from bertpair.evaluation.page import Page, Picture, Section, render
 from bertpair.evaluation.plots import draw_curves
 from bertpair.settings.config import SETTINGS
 from bertpair.settings.stored import as_flags
@@ -45,39 +46,36 @@ def write_report(
     if evaluation is not None and job.dev is not None:
         known = None if job.train.pairs.groups is None else frozenset(job.train.pairs.groups)
         details = detail(evaluation, job.dev, job.labels, with_further=True, known_groups=known)
-    figures: dict[str, Any] = {} if details is None else details.figures
-    sets = {"train": job.train} | ({} if job.dev is None else {"dev": job.dev})
-    dev_pairs = None if job.dev is None else job.dev.pairs
-    notes = overlap_warnings(job.train.pairs, dev_pairs, regression=job.labels is None)
-    notes += label_warnings(job.labels or ())
-    sections = []
-    if evaluation is not None and job.dev is not None and details is not None:
-        sections = result_sections(job.labels, details)
-        if (line := collapse(evaluation, job.dev, job.labels)) is not None:
-            sections.insert(
-                0,
-                Section(
-                    "Warning",
-                    [Note(f"On the dev file, {line}: the model cannot tell them apart.", is_warning=True)],
-                ),
-            )
-    metric = job.config.metric_for_best_model or job.metrics[0]
-    curves = Picture(draw_curves(records, metric, as_svg=True), f"Loss, {metric} and learning rate by step")
-    command = f"{program('train')} {shlex.join(as_flags(job.config))}"
-    sections += [
-        *([Section("Training", [said, curves])] if records else []),
-        data_section(sets, job.labels, notes),
-        settings_section(job.config, command),
-    ]
-    if evaluation is not None and job.dev is not None:
-        sections.append(error_section(evaluation, job.dev, job.labels))
-    subtitle = f"{said}; {date.today():%Y-%m-%d}"
-    page = Page(path.absolute().name, subtitle, headline(figures) if figures else [], sections)
+    sections = _sections(job, evaluation, details, records)
+    figures = headline(details.figures) if details is not None else []
+    name = path.absolute().name
     try:
+        page = Page(name, f"{said}; {date.today():%Y-%m-%d}", figures, sections)
         replace_file(path / REPORT, render(page))
     except OSError as error:
         logger.warning("%s was not written: %s", path / REPORT, error.strerror or error)
-    write_card(path, model_card(_card_facts(path.absolute().name, job, details)))
+    write_card(path, model_card(_card_facts(name, job, details)))
+
+
+def _sections(
+    job: Job, evaluation: Evaluation | None, details: Details | None, records: Sequence[Mapping[str, Any]]
+) -> list[Section]:
+    labels, dev, sections, errors = job.labels, job.dev, [], []
+    if evaluation is not None and dev is not None and details is not None:
+        sections = [*warning_sections(evaluation, dev, labels), *result_sections(labels, details)]
+        errors = [error_section(evaluation, dev, labels)]
+    if records:
+        metric = job.config.metric_for_best_model or job.metrics[0]
+        curves = draw_curves(records, metric, as_svg=True)
+        sections.append(
+            Section("Training", [Picture(curves, f"Loss, {metric} and learning rate over the steps")])
+        )
+    sets = {"train": job.train} | ({} if dev is None else {"dev": dev})
+    dev_pairs = None if dev is None else dev.pairs
+    notes = overlap_warnings(job.train.pairs, dev_pairs, regression=labels is None)
+    notes += label_warnings(labels or ())
+    command = f"{program('train')} {shlex.join(as_flags(job.config))}"
+    return [*sections, data_section(sets, labels, notes), settings_section(job.config, command), *errors]
 
 
 def _card_facts(name: str, job: Job, details: Details | None) -> CardFacts:

@@ -53,6 +53,7 @@ def pretend(
 
     monkeypatch.setattr(runs, "train", train)
     monkeypatch.setattr("bertpair.search.sweep.draw_sweep", lambda *given: b"")
+    monkeypatch.setattr("bertpair.search.report.draw_sweep", lambda *given, as_svg: b"<svg></svg>")
     monkeypatch.setattr("bertpair.search.sweep.POLL_SECONDS", 0.05)
     return done
 

@@ -57,6 +57,7 @@ def test_a_trial_is_the_mean_of_the_runs_of_its_seeds() -> None:
             left = {path.name for path in Path(f"out/trial-{trial.number:03}/seed-{seed}").iterdir()}
             assert {"predictions.tsv", "eval_results.json", "training_args.yaml"} <= left
     assert Path("out/sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in Path("out/report.html").read_bytes()
     again = train(Config(**yaml.safe_load(Path("out/best_config.yaml").read_text())))
     assert again.metrics["loss"] == best.figures[42] and again.output_dir == "out-best"
 
@@ -75,6 +76,11 @@ def test_a_grid_is_run_in_order_and_ranked(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(left) == 4 and Path("out/sweep.png").exists()
     lines = Path("out/sweep_results.tsv").read_text().splitlines()
     assert len(lines) == 5 and lines[1].startswith(f"002\t0.1\t0.001\t{best.mean!r}\t{best.deviation!r}\t")
+    page = Path("out/report.html").read_text("utf-8")
+    assert all(f">{k:03}<" in page for k in range(4)) and f"{best.mean:.4f}" in page
+    assert (
+        "--weight_decay 0.1 " in page and "--learning_rate 0.001 " in page and "--output_dir out-best" in page
+    )
 
 
 def test_a_sweep_that_is_done_is_read_again_and_more_trials_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
