@@ -36,7 +36,7 @@ from bertpair.data.source import Source, resolve_source
 from bertpair.errors import CheckpointError, ConfigError, DataError, first_line
 from bertpair.evaluation.classifier import PairClassifier
 from bertpair.evaluation.compare import COMPARISON, as_json, compare_models
-from bertpair.evaluation.fit import fit
+from bertpair.evaluation.fit import check_fit, fit
 from bertpair.evaluation.html_report import evaluation_page
 from bertpair.evaluation.measure import Scored, collapse, detail, evaluate_split, result_files
 from bertpair.evaluation.metrics import finite_or_null
@@ -133,6 +133,7 @@ def evaluate_models(config: Config, *, explicit: Collection[str] = ()) -> Evalua
             if is_model_folder(folder := Path(config.eval_output_dir, place)):
                 raise ConfigError(f"output_dir: {folder} is a model folder; name another one for the results")
     first = _open(candidates[0], config, explicit)
+    check_fit(config, first.labels)
     rows = _read_rows(config, first, explicit)
     if config.eval_output_dir is not None:
         discard_parts(Path(config.eval_output_dir))

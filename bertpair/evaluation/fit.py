@@ -17,12 +17,19 @@ from bertpair.evaluation.scorer import softmax
 from bertpair.settings.config import Config
 
 
+def check_fit(config: Config, labels: Sequence[str] | None) -> None:
+    """ConfigError where the model's labels (None: a regression) do not allow what is to be found."""
+    if (config.fit_temperature or config.fit_threshold) and labels is None:
+        raise ConfigError("fit_temperature and fit_threshold are for labels; this model is a regression")
+    if config.fit_threshold and labels is not None and len(labels) != 2:
+        raise ConfigError(f"fit_threshold is for two labels; this model has {len(labels)}")
+
+
 def fit(config: Config, scored: Scored, data: Sequence[Mapping[str, Any]]) -> list[str]:
     """Find what `fit_temperature` and `fit_threshold` ask for, and keep it; a line about each. `data` are the
-    files of the rows."""
+    files of the rows. DataError where these rows do not tell."""
     labels, evaluation, gold = scored.labels, scored.evaluation, scored.split.targets
-    if labels is None or gold is None:
-        raise ConfigError("fit_temperature and fit_threshold are for labels; this model is a regression")
+    assert labels is not None and gold is not None
     decision, lines = evaluation.decision, []
     if config.fit_temperature:
         temperature = fit_temperature(evaluation.logits, gold)
@@ -35,8 +42,7 @@ def fit(config: Config, scored: Scored, data: Sequence[Mapping[str, Any]]) -> li
         )
         decision = fitted
     if config.fit_threshold:
-        if (positive := evaluation.positive_label) is None:
-            raise ConfigError(f"fit_threshold is for two labels; this model has {len(labels)}")
+        positive = str(evaluation.positive_label)
         number = labels.index(positive)
         scores = softmax(decision.scale(evaluation.logits))[:, number]
         threshold, f1 = best_threshold(scores, gold == number)

@@ -20,7 +20,7 @@ from bertpair.evaluation.significance import Comparison
 from bertpair.settings.config import SETTINGS, Config
 from bertpair.settings.fields import as_word
 
-MAX_ERRORS, MAX_CHANGED, MAX_CHARACTERS, MAX_GROUPS, MAX_LABELS = 200, 30, 500, 200, 200
+MAX_ERRORS, MAX_CHANGED, MAX_CHARACTERS, MAX_GROUPS, MAX_LABELS = 200, 30, 500, 100, 200
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # tokens; the upper ends of what is counted
 MEANINGS = {
     "acc": "accuracy",

@@ -15,6 +15,7 @@ from sklearn.metrics import f1_score
 from bertpair import CheckpointError, Config, ConfigError, DataError, PairClassifier, train
 from bertpair.__main__ import evaluate
 from bertpair.checkpoints.manifest import verify_folder
+from bertpair.evaluation.evaluate import evaluate_models
 from bertpair.settings.stored import stored_settings
 
 pytestmark = [pytest.mark.usefixtures("fresh_process"), pytest.mark.slow]
@@ -217,6 +218,9 @@ def test_rows_that_no_temperature_suits_are_refused_and_nothing_is_kept(model: P
 
 
 def test_a_model_of_three_labels_has_no_threshold(hf_folder: Path) -> None:
+    asked = {"model_dir": str(hf_folder), "data_file": "nothing.tsv"}
+    with pytest.raises(ConfigError, match="fit_threshold is for two labels; this model has 3"):
+        evaluate_models(Config(**asked, fit_threshold=True))
     with pytest.raises(ConfigError, match="threshold is for two labels; this model has 3"):
         PairClassifier.from_pretrained(hf_folder, threshold=0.4)
     assert PairClassifier.from_pretrained(hf_folder, temperature=2).decision.temperature == 2
