@@ -97,7 +97,9 @@ def compare_seeds(config: Config) -> SeedsResult:
 def _read(path: Path, order: Sequence[str] | None) -> _Seeds:
     said = read_json(path / RUNS_FILE)
     if not said.get("dev_data"):
-        advice = "only --seeds measures all runs on the same rows; the same command again completes its file"
+        advice = (
+            "--seeds and --sweep measure all runs on the same rows; the same command again completes its file"
+        )
         raise CheckpointError(
             f"{path / RUNS_FILE} does not say on which rows its runs were measured; {advice}"
         )

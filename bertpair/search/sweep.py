@@ -36,6 +36,7 @@ from bertpair.search.report import (
     sweep_tsv,
 )
 from bertpair.search.runs import (
+    Keep,
     Materials,
     RunsFolder,
     chosen_metric,
@@ -118,7 +119,7 @@ class _Worker:
         self.sweep = dataclasses.replace(wanted, settings=settings)
         self.metric, self.keep_all_weights = metric, keep_all_weights
         self.seeds = [config.seed + k for k in range(settings.seeds)]
-        self.folder = Path(str(config.output_dir))
+        self.folder, self.dev_data = Path(str(config.output_dir)), material.dev.pairs.digest
         of_sweep = settings.model_dump(mode="json", exclude={"trials", "timeout", "storage"})
         digests = {"training_data": digest_of(material.train)[:12], "dev_data": digest_of(material.dev)[:12]}
         recipe = {**recipe_of(config), **of_sweep, **digests}
@@ -176,7 +177,8 @@ class _Worker:
     def _run(self, claim: Claim) -> None:
         started, config = time.monotonic(), with_params(self.sweep.base, claim.params)
         folder = self.study.trial_folder(claim.point)
-        runs = RunsFolder(folder, config, self.metric, keep="all" if self.keep_all_weights else "best")
+        keep: Keep = "all" if self.keep_all_weights else "best"
+        runs = RunsFolder(folder, config, self.metric, keep=keep, dev_data=self.dev_data)
         values: list[float] = []
         is_behind, failure = False, {}
         for seed in self.seeds:

@@ -1,5 +1,6 @@
 """One worker of a sweep: what it runs and in which order, what it keeps, what it says, and how it goes on."""
 
+import json
 import logging
 import re
 import signal
@@ -74,6 +75,8 @@ def test_a_grid_is_run_in_order_and_ranked(monkeypatch: pytest.MonkeyPatch) -> N
     assert result.summary()["best_settings"] == best.settings
     left = sorted(path.parent for path in Path("out").rglob("runs.json"))
     assert len(left) == 4 and Path("out/sweep.png").exists()
+    digests = {json.loads((folder / "runs.json").read_text())["dev_data"] for folder in left}
+    assert len(digests) == 1 and digests != {None}, "trials can be compared"
     lines = Path("out/sweep_results.tsv").read_text().splitlines()
     assert len(lines) == 5 and lines[1].startswith(f"002\t0.1\t0.001\t{best.mean!r}\t{best.deviation!r}\t")
     page = Path("out/report.html").read_text("utf-8")
