@@ -19,7 +19,7 @@ from bertpair.evaluation.metrics import classification_metrics, regression_metri
 from bertpair.evaluation.page import Page, Section, Table, render
 from bertpair.evaluation.report import p_text, text_table
 from bertpair.evaluation.significance import SeedComparison
-from bertpair.evaluation.significance import compare_seeds as test_seeds
+from bertpair.evaluation.significance import compare_seeds as paired_test
 from bertpair.search.report import spread
 from bertpair.search.runs import mean_and_deviation
 from bertpair.settings.config import Config
@@ -60,38 +60,40 @@ def compare_seeds(config: Config) -> SeedsResult:
     """
     path = Path(str(config.model_dir))
     if not config.compare:
-        runs = list_runs(path)
-        raise ConfigError(
-            f"model_dir: {path} holds several runs: name the model of one, such as {runs[0]}, or another "
-            "such folder with --compare"
-        )
-    ours, comparisons, folders, texts = _read(path, config.label_order), {}, {}, []
+        advice = f"name the model of one, such as {list_runs(path)[0]}, or another such folder with --compare"
+        raise ConfigError(f"model_dir: {path} holds several runs: {advice}")
+    comparisons, folders, texts = {}, {}, []
     for other in config.compare:
-        theirs = _read(Path(other), config.label_order)
-        if ours.dev_data != theirs.dev_data:
-            raise ConfigError(f"compare: {other} was not measured on the same dev rows as {path}")
-        shared = [name for name in ours.by_seed if name in theirs.by_seed]
-        if len(shared) < 2:
-            raise ConfigError(f"compare: {other} and {path} have {len(shared)} seeds in common; 2 are needed")
-        both = [[each.by_seed[name] for name in shared] for each in (ours, theirs)]
-        metrics = [name for name in both[0][0] if name in both[1][0]]
-        columns = {name: [[figures[name] for figures in each] for each in both] for name in metrics}
-        comparisons[other] = {name: test_seeds(*values) for name, values in columns.items()}
-        head = ["", str(path), other, "difference", "95 % interval", "p"]
-        rows = _rows(columns, comparisons[other])
-        texts.append(f"{len(shared)} seeds, {shared[0]} to {shared[-1]}\n{text_table(head, rows)}")
-        page = Page(
-            f"{path.absolute().name} and {Path(other).absolute().name}",
-            f"{len(shared)} seeds each, on the same dev rows",
-            [],
-            [Section("Comparison", [SAID, Table(["figure", *head[1:]], rows)]), _each_seed(columns, shared)],
-        )
-        files = {"comparison.json": json.dumps(_as_plain(comparisons[other]), indent=1).encode() + b"\n"}
-        files |= {"report.html": render(page)} if config.report else {}
+        seeds, columns = _shared(path, Path(other), config.label_order)
+        tests = {name: paired_test(*values) for name, values in columns.items()}
+        head, rows = ["", str(path), other, "difference", "95 % interval", "p"], _rows(columns, tests)
+        texts.append(f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}\n{text_table(head, rows)}")
+        files = {"comparison.json": json.dumps(_as_plain(tests), indent=1).encode() + b"\n"}
+        if config.report:
+            table = Table(["figure", *head[1:]], rows)
+            sections = [Section("Comparison", [SAID, table]), _each_seed(columns, seeds)]
+            title = f"{path.absolute().name} and {Path(other).absolute().name}"
+            page = Page(title, f"{len(seeds)} seeds each, on the same dev rows", [], sections)
+            files["report.html"] = render(page)
         folder = _output_folder(config, path, Path(other))
         write_results(folder, files)
-        folders[other] = str(folder)
+        comparisons[other], folders[other] = tests, str(folder)
     return SeedsResult(comparisons, folders, "\n\n".join(texts))
+
+
+def _shared(
+    path: Path, other: Path, order: Sequence[str] | None
+) -> tuple[list[str], dict[str, list[list[float]]]]:
+    """The seeds that two folders have in common, and for each metric its values of these in either folder."""
+    ours, theirs = (_read(each, order) for each in (path, other))
+    if ours.dev_data != theirs.dev_data:
+        raise ConfigError(f"compare: {other} was not measured on the same dev rows as {path}")
+    seeds = [name for name in ours.by_seed if name in theirs.by_seed]
+    if len(seeds) < 2:
+        raise ConfigError(f"compare: {other} and {path} have {len(seeds)} seeds in common; 2 are needed")
+    both = [[each.by_seed[name] for name in seeds] for each in (ours, theirs)]
+    metrics = [name for name in both[0][0] if name in both[1][0]]
+    return seeds, {name: [[figures[name] for figures in each] for each in both] for name in metrics}
 
 
 def _read(path: Path, order: Sequence[str] | None) -> _Seeds:

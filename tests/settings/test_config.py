@@ -16,7 +16,7 @@ from bertpair.settings.command_line import parse_command_line
 from bertpair.settings.config import GROUPS, SETTINGS, Config, EvaluateSettings, changed_settings
 from bertpair.settings.contradictions import check_config, settle
 from bertpair.settings.files import parse_settings, read_settings
-from bertpair.settings.stored import dump_yaml, stored_settings
+from bertpair.settings.stored import as_flags, dump_yaml, stored_settings
 from bertpair.settings.tasks import CLASS_METRICS, SCORE_METRICS
 
 DESIGNED = {
@@ -324,6 +324,8 @@ def test_yaml_and_flags_give_the_same_and_every_fault_its_place(
         by_file = parse_command_line(["--config", "own.yaml"], "train")
         assert by_file.config.model_dump() == parse_command_line(flags, "train").config.model_dump(), flags
         assert by_file.explicit >= given.keys()
+        again = parse_command_line(as_flags(by_file.config), "train").config
+        assert again.model_dump() == by_file.config.model_dump()
         return
     with pytest.raises(ConfigError) as of_file:
         parse_command_line(["--config", "own.yaml"], "train")
