@@ -99,12 +99,8 @@ def _shared(
 def _read(path: Path, order: Sequence[str] | None) -> _Seeds:
     said = read_json(path / RUNS_FILE)
     if not said.get("dev_data"):
-        advice = (
-            "--seeds and --sweep measure all runs on the same rows; the same command again completes its file"
-        )
-        raise CheckpointError(
-            f"{path / RUNS_FILE} does not say on which rows its runs were measured; {advice}"
-        )
+        why = "they are folds, or an earlier version finished them"
+        raise CheckpointError(f"{path / RUNS_FILE} does not say on which rows its runs were measured: {why}")
     return _Seeds(said["dev_data"], {run.name: _measure(run, order) for run in list_runs(path)})
 
 
