@@ -17,7 +17,7 @@ from bertpair.errors import CheckpointError, ConfigError
 from bertpair.evaluation.figures import weighted_kappa
 from bertpair.evaluation.metrics import classification_metrics, regression_metrics
 from bertpair.evaluation.page import Page, Section, Table, render
-from bertpair.evaluation.report import p_text, text_table
+from bertpair.evaluation.report import ESCAPES, p_text, text_table
 from bertpair.evaluation.significance import SeedComparison
 from bertpair.evaluation.significance import compare_seeds as paired_test
 from bertpair.search.report import spread
@@ -110,17 +110,18 @@ def _measure(run: Path, order: Sequence[str] | None) -> dict[str, float]:
     try:
         head, *rows = (line.split("\t") for line in path.read_text("utf-8").removesuffix("\n").split("\n"))
         gold, found = ([row[head.index(name)] for row in rows] for name in ("gold", "predicted"))
+        labels = [name.removeprefix("prob_") for name in head if name.startswith("prob_")]
+        if not labels:
+            figures = regression_metrics([*map(float, gold)], [*map(float, found)])
+        else:
+            known = read_json(run / "eval_results.json").get("positive_label", labels[1])
+            positive = labels.index(known.translate(ESCAPES))
+            ids, named = (np.array([labels.index(label) for label in column]) for column in (gold, found))
+            figures = classification_metrics(ids, named, len(labels), positive)
+            if order is not None and set(order) == set(labels):
+                figures["qwk"] = weighted_kappa(ids, named, [order.index(label) for label in labels])
     except (OSError, ValueError, IndexError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    labels = [name.removeprefix("prob_") for name in head if name.startswith("prob_")]
-    if not labels:
-        figures = regression_metrics([*map(float, gold)], [*map(float, found)])
-    else:
-        positive = read_json(run / "eval_results.json").get("positive_label", labels[1])
-        ids, named = (np.array([labels.index(label) for label in column]) for column in (gold, found))
-        figures = classification_metrics(ids, named, len(labels), labels.index(positive))
-        if order is not None and set(order) == set(labels):
-            figures["qwk"] = weighted_kappa(ids, named, [order.index(label) for label in labels])
     del figures["n"]
     return figures
 
