@@ -21,6 +21,7 @@ import numpy.typing as npt
 from bertpair.checkpoints.checkpoint import weights_digest
 from bertpair.checkpoints.derived import derive, find_part
 from bertpair.errors import CheckpointError, ConfigError
+from bertpair.evaluation.metrics import finite_or_null
 from bertpair.evaluation.scorer import softmax
 from bertpair.settings.engine import EngineSettings
 
@@ -75,30 +76,33 @@ def read_decision(
         return AS_TRAINED
     if labels is None:
         raise ConfigError("temperature and threshold are for labels; this model is a regression")
+    found: float | None = None
     notes = []
-    if temperature == "stored":
-        stored = _read(folder, "temperature")
-        temperature = stored["temperature"]
-        notes.append(f"temperature {temperature:.4g}, found on {stored['on']}")
-    elif temperature is not None:
-        notes.append(f"temperature {temperature:.4g}, as set")
+    stored: Mapping[str, Any]
+    if temperature is not None:
+        stored = _read(folder, "temperature") if temperature == "stored" else {"temperature": temperature}
+        found = stored["temperature"]
+        notes.append(f"temperature {found:.4g}, {_origin(stored)}")
+    least: float | None = None
     positive = 1
     if threshold is not None:
         if len(labels) != 2:
             raise ConfigError(f"threshold is for two labels; this model has {len(labels)}")
-        found, where = threshold, "as set"
+        stored = {"threshold": threshold, "label": positive_label or labels[1], "temperature": found}
         if threshold == "stored":
             stored = _read(folder, "threshold")
-            if stored["label"] not in labels:
-                raise ConfigError(f"threshold: the stored one is of {stored['label']!r}, no label here")
-            positive_label, where = stored["label"], f"found on {stored['on']}"
-            found = at_temperature(stored["threshold"], stored["temperature"] or 1.0, temperature or 1.0)
-        threshold = found
-        positive = 1 if positive_label is None else list(labels).index(positive_label)
-        notes.append(f"threshold {threshold:.4g} for {labels[positive]}, {where}")
+        if stored["label"] not in labels:
+            raise ConfigError(f"threshold: it is for {stored['label']!r}, which is no label of this model")
+        least = at_temperature(stored["threshold"], stored["temperature"] or 1.0, found or 1.0)
+        positive = list(labels).index(stored["label"])
+        notes.append(f"threshold {least:.4g} for {stored['label']}, {_origin(stored)}")
     for note in notes:
         logger.info("%s", note)
-    return Decision(temperature, threshold, positive, tuple(notes))  # type: ignore[arg-type]
+    return Decision(found, least, positive, tuple(notes))
+
+
+def _origin(stored: Mapping[str, Any]) -> str:
+    return f"found on {stored['on']}" if "on" in stored else "as set"
 
 
 def _read(folder: Path, name: str) -> Mapping[str, Any]:
@@ -122,7 +126,7 @@ def store(folder: Path, name: str, data: Sequence[Mapping[str, Any]], found: Map
 
 def at_temperature(threshold: float, found_at: float, used_at: float) -> float:
     """The threshold that decides alike when the logits are divided by another number."""
-    if not 0 < threshold < 1:
+    if found_at == used_at or not 0 < threshold < 1:
         return threshold
     return 1 / (1 + math.exp(-math.log(threshold / (1 - threshold)) * found_at / used_at))
 
@@ -139,6 +143,11 @@ class Bins(NamedTuple):
         """The expected calibration error: the mean distance of confidence and accuracy, by rows."""
         gaps = np.abs(self.confidence - self.accuracy)[self.rows > 0]
         return float(gaps @ self.rows[self.rows > 0] / self.rows.sum())
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """A dict for each part, with null for NaN."""
+        columns = zip(*(each.tolist() for each in self), strict=True)
+        return [finite_or_null(dict(zip(self._fields, values, strict=True))) for values in columns]
 
 
 def calibration_bins(probabilities: Floats, chosen: Ids, gold: Ids) -> Bins:

@@ -38,9 +38,9 @@ from bertpair.evaluation.classifier import PairClassifier
 from bertpair.evaluation.compare import COMPARISON, as_json, compare_models
 from bertpair.evaluation.fit import check_fit, fit
 from bertpair.evaluation.html_report import evaluation_page
-from bertpair.evaluation.measure import Scored, collapse, detail, evaluate_split, result_files
+from bertpair.evaluation.measure import Scored, collapse, detail, evaluate_split, result_files, with_further
 from bertpair.evaluation.metrics import finite_or_null
-from bertpair.evaluation.page import render
+from bertpair.evaluation.page import REPORT, render
 from bertpair.evaluation.report import (
     class_table,
     comparison_table,
@@ -53,8 +53,9 @@ from bertpair.evaluation.significance import Comparison
 from bertpair.model.config import check_model_type, read_folder
 from bertpair.model.pretrained import resolve_folder
 from bertpair.runtime import allowed_precisions, resolve_device, set_deterministic, set_threads
-from bertpair.settings.config import Config, EvaluateSettings
+from bertpair.settings.config import Config
 from bertpair.settings.contradictions import check_config
+from bertpair.settings.evaluate import EvaluateSettings
 from bertpair.settings.stored import as_flags, model_settings
 
 logger = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ def _conclude(
         }
         command = f"{program('evaluate')} {shlex.join(as_flags(config, sorted(names)))}"
         page = evaluation_page(asked, by_model if len(found) > 1 else {}, others, comparisons, command)
-        write_results(asked.folder, {"report.html": render(page)}, adds=True)
+        write_results(asked.folder, {REPORT: render(page)}, adds=True)
     if config.fit_temperature or config.fit_threshold:
         texts += fit(config, asked, rows.data)
     folders = {each.name: str(each.folder) for each in found}
@@ -337,9 +338,9 @@ def _score(
     )
     details = None
     if split.targets is not None:
-        further = config.all_figures or config.report
-        known = rows.known_groups
-        details = detail(evaluation, split, model.labels, with_further=further, known_groups=known)
+        details = detail(evaluation, split, model.labels, rows.known_groups)
+        if config.all_figures or config.report:
+            details = with_further(details, evaluation, split, model.labels)
     if (line := collapse(evaluation, split, model.labels)) is not None:
         logger.warning("%s: %s: the model cannot tell them apart", candidate.name, line)
     folder = _output_folder(config, model_dir, candidate, rows.data)

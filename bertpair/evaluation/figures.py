@@ -12,18 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bertpair.evaluation.calibration import calibration_bins
-from bertpair.evaluation.metrics import (
-    classification_metrics,
-    confusion_matrix,
-    finite_or_null,
-    per_class,
-    regression_metrics,
-)
+from bertpair.evaluation.calibration import Floats, Ids
+from bertpair.evaluation.metrics import classification_metrics, finite_or_null, per_class, regression_metrics
 from bertpair.evaluation.significance import bootstrap_intervals
 
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[Any]
+CLASS_FIGURES = ("precision", "recall", "f1", "auc", "ap", "rows")
 SEEN, UNSEEN = "groups seen in training", "groups not seen in training"
 
 
@@ -41,10 +34,9 @@ def weighted_kappa(gold: Ids, chosen: Ids, ranks: Sequence[int]) -> float:
     return float(kappa) if np.isfinite(kappa) else 0.0
 
 
-def class_figures(gold: Ids, chosen: Ids, labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`precision recall f1 rows` of each label."""
-    measures = per_class(confusion_matrix(gold, chosen, len(labels)))
-    columns = zip(*(each.tolist() for each in measures), strict=True)
+def class_figures(matrix: npt.ArrayLike, labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`precision recall f1 rows` of each label, from the counts (C, C)."""
+    columns = zip(*(each.tolist() for each in per_class(np.asarray(matrix))), strict=True)
     names = ("precision", "recall", "f1", "rows")
     return {
         label: dict(zip(names, values, strict=True)) for label, values in zip(labels, columns, strict=True)
@@ -66,19 +58,12 @@ def ranking_figures(gold: Ids, probabilities: Floats, labels: Sequence[str]) -> 
     return figures
 
 
-def further_figures(
-    gold: Ids, chosen: Ids, probabilities: Floats, labels: Sequence[str]
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """What `all_figures` adds: flat ones (`acc_low acc_high macro_f1_low macro_f1_high ece`), and nested
-    ones, of `classes` and `calibration`."""
-    matrix, flat = confusion_matrix(gold, chosen, len(labels)), dict[str, float]()
-    for name, (low, high) in bootstrap_intervals(matrix).items():
-        flat |= {f"{name}_low": low, f"{name}_high": high}
-    bins = calibration_bins(probabilities, chosen, gold)
-    columns = zip(*(each.tolist() for each in bins), strict=True)
-    calibration = [finite_or_null(dict(zip(bins._fields, values, strict=True))) for values in columns]
-    nested = {"classes": ranking_figures(gold, probabilities, labels), "calibration": calibration}
-    return {**flat, "ece": bins.error}, nested
+def interval_figures(matrix: npt.ArrayLike) -> dict[str, float]:
+    """The ends of 95 % intervals, `acc_low acc_high macro_f1_low macro_f1_high`, from the counts (C, C)."""
+    ends: dict[str, float] = {}
+    for name, (low, high) in bootstrap_intervals(np.asarray(matrix)).items():
+        ends |= {f"{name}_low": low, f"{name}_high": high}
+    return ends
 
 
 def group_figures(

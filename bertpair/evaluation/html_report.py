@@ -17,7 +17,7 @@ from bertpair.evaluation.page import Block, Code, Column, Figure, Matrix, Note, 
 from bertpair.evaluation.plots import draw_reliability
 from bertpair.evaluation.report import SIGNIFICANCE_HEAD, figure_names, significance_rows
 from bertpair.evaluation.significance import Comparison
-from bertpair.settings.config import SETTINGS, Config
+from bertpair.settings.config import Config, changed_settings
 from bertpair.settings.fields import as_word
 
 MAX_ERRORS, MAX_CHANGED, MAX_CHARACTERS, MAX_GROUPS, MAX_LABELS = 200, 30, 500, 100, 200
@@ -164,9 +164,7 @@ def error_section(evaluation: Evaluation, split: Split, labels: Sequence[str] | 
     return Section("Errors", [f"{what}. errors.tsv has all.", row_table(split.pairs, rows, found)])
 
 
-def row_table(
-    pairs: Pairs, rows: Sequence[int] | np.ndarray[Any, Any], answers: Sequence[list[Any]]
-) -> Table:
+def row_table(pairs: Pairs, rows: Rows, answers: Sequence[list[Any]]) -> Table:
     """Rows with their label, what was answered (a label and its probability, or a value), texts and place."""
     has_score = bool(answers) and len(answers[0]) > 1
     answer = ["predicted", *(["probability"] if has_score else [])]
@@ -226,10 +224,8 @@ def comparison_section(
         Table(SIGNIFICANCE_HEAD, significance_rows(comparisons)),
     ]
     for other in others if asked.labels is not None else ():
-        for rows, better, worse in zip(
-            changed_rows(asked, other), (asked, other), (other, asked), strict=True
-        ):
-            blocks += _changed(rows, better, worse)
+        won, lost = changed_rows(asked, other)
+        blocks += [*_changed(won, asked, other), *_changed(lost, other, asked)]
     return Section("Comparison", blocks)
 
 
@@ -246,16 +242,9 @@ def _changed(rows: Rows, better: Scored, worse: Scored) -> list[Block]:
 
 def settings_section(config: Config, command: str | None = None) -> Section:
     """The settings that are not as by default, and the command that does the same again."""
-    rows = [
-        [name, _setting_text(value), _setting_text(SETTINGS[name].default)]
-        for name, value in config.model_dump().items()
-        if value != SETTINGS[name].default
-    ]
+    changed = changed_settings(Config(), config)
+    table = Table(
+        ["setting", "value", "default"], [[name, as_word(new), as_word(old)] for name, old, new in changed]
+    )
     again = [] if command is None else [Code(command, caption="The same again")]
-    return Section("Settings", [Table(["setting", "value", "default"], rows), *again])
-
-
-def _setting_text(value: object) -> str:
-    if isinstance(value, Mapping):
-        return " ".join(f"{key}={as_word(each)}" for key, each in value.items())
-    return "not given" if value is None else as_word(value)
+    return Section("Settings", [table, *again])

@@ -17,9 +17,16 @@ import numpy.typing as npt
 from bertpair.console import Progress
 from bertpair.data.dataset import Split, Targets
 from bertpair.errors import plain
-from bertpair.evaluation.calibration import AS_TRAINED, Decision
+from bertpair.evaluation.calibration import AS_TRAINED, Decision, calibration_bins
 from bertpair.evaluation.classifier import make_predictions
-from bertpair.evaluation.figures import class_figures, further_figures, group_figures, weighted_kappa
+from bertpair.evaluation.figures import (
+    CLASS_FIGURES,
+    class_figures,
+    group_figures,
+    interval_figures,
+    ranking_figures,
+    weighted_kappa,
+)
 from bertpair.evaluation.metrics import (
     Ids,
     classification_metrics,
@@ -119,7 +126,7 @@ class Details:
     classes: dict[str, dict[str, Any]] | None  # by label; None for a regression, as the next one
     confusion_matrix: list[list[int]] | None
     groups: list[dict[str, Any]] | None  # None: the rows have none
-    calibration: list[dict[str, Any]] | None  # None: not asked for
+    calibration: list[dict[str, Any]] | None = None  # None: not asked for
 
     def as_json(self) -> bytes:
         """figures.json."""
@@ -132,31 +139,39 @@ def detail(
     evaluation: Evaluation,
     split: Split,
     labels: Sequence[str] | None,
-    *,
-    with_further: bool = False,
     known_groups: Collection[str] | None = None,
 ) -> Details:
-    """The figures of `evaluation`; `with_further`: intervals, ranking and calibration too. `split` has gold
-    labels; `known_groups` are those of the training data, where they are known."""
+    """The figures of `evaluation`, whose `split` has gold labels. `known_groups` are those of the training
+    data, where they are known."""
     gold, groups = split.targets, split.pairs.groups
     assert gold is not None
     found = evaluation.logits[:, 0] if labels is None else evaluation.chosen
     num_labels = None if labels is None else len(labels)
     lines = None if groups is None else group_figures(groups, gold, found, num_labels, known_groups)
-    figures: dict[str, Any] = dict(evaluation.figures)
     if labels is None:
-        return Details(figures, None, None, lines, None)
-    classes, calibration = class_figures(gold, found, labels), None
-    if with_further:
-        flat, nested = further_figures(gold, found, evaluation.probabilities, labels)
-        figures, calibration = {**figures, **flat}, nested["calibration"]
-        rows = {label: each.pop("rows") for label, each in classes.items()}
-        classes = {
-            label: {**each, **nested["classes"][label], "rows": rows[label]}
-            for label, each in classes.items()
-        }
-    matrix = confusion_matrix(gold, found, len(labels)).tolist()
-    return Details(figures, classes, matrix, lines, calibration)
+        return Details(evaluation.figures, None, None, lines)
+    matrix = confusion_matrix(gold, found, len(labels))
+    return Details(evaluation.figures, class_figures(matrix, labels), matrix.tolist(), lines)
+
+
+def with_further(
+    details: Details, evaluation: Evaluation, split: Split, labels: Sequence[str] | None
+) -> Details:
+    """The same with intervals, with `auc` and `ap` of each class, and with the calibration; of a regression
+    as it is."""
+    gold, classes, matrix = split.targets, details.classes, details.confusion_matrix
+    if labels is None or classes is None or matrix is None or gold is None:
+        return details
+    chosen, probabilities = evaluation.chosen, evaluation.probabilities
+    bins = calibration_bins(probabilities, chosen, gold)
+    ranking = ranking_figures(gold, probabilities, labels)
+    merged = {label: {**classes[label], **ranking[label]} for label in labels}
+    return dataclasses.replace(
+        details,
+        figures={**details.figures, **interval_figures(matrix), "ece": bins.error},
+        classes={label: {name: merged[label][name] for name in CLASS_FIGURES} for label in labels},
+        calibration=bins.as_dicts(),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

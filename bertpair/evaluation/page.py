@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike
 from bertpair import __version__
 from bertpair.evaluation.plots import UNFIT_FOR_MARKUP, largest_classes
 
+REPORT = "report.html"
+
 Value = str | int | float | None  # of a cell; None is a dash
 
 

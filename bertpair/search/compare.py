@@ -14,9 +14,10 @@ import numpy as np
 
 from bertpair.checkpoints.checkpoint import COMPARED, RUNS_FILE, list_runs, write_results
 from bertpair.errors import CheckpointError, ConfigError
+from bertpair.evaluation.compare import COMPARISON
 from bertpair.evaluation.figures import weighted_kappa
 from bertpair.evaluation.metrics import classification_metrics, regression_metrics
-from bertpair.evaluation.page import Page, Section, Table, render
+from bertpair.evaluation.page import REPORT, Page, Section, Table, render
 from bertpair.evaluation.report import ESCAPES, p_text, text_table
 from bertpair.evaluation.significance import SeedComparison
 from bertpair.evaluation.significance import compare_seeds as paired_test
@@ -68,13 +69,13 @@ def compare_seeds(config: Config) -> SeedsResult:
         tests = {name: paired_test(*values) for name, values in columns.items()}
         head, rows = ["", str(path), other, "difference", "95 % interval", "p"], _rows(columns, tests)
         texts.append(f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}\n{text_table(head, rows)}")
-        files = {"comparison.json": json.dumps(_as_plain(tests), indent=1).encode() + b"\n"}
+        files = {COMPARISON: json.dumps(_as_plain(tests), indent=1).encode() + b"\n"}
         if config.report:
             table = Table(["figure", *head[1:]], rows)
             sections = [Section("Comparison", [SAID, table]), _each_seed(columns, seeds)]
             title = f"{path.absolute().name} and {Path(other).absolute().name}"
             page = Page(title, f"{len(seeds)} seeds each, on the same dev rows", [], sections)
-            files["report.html"] = render(page)
+            files[REPORT] = render(page)
         folder = _output_folder(config, path, Path(other))
         write_results(folder, files)
         comparisons[other], folders[other] = tests, str(folder)

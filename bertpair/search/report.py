@@ -16,7 +16,7 @@ from bertpair.evaluation.metrics import is_better
 from bertpair.evaluation.page import Code, Figure, Page, Picture, Section, Table
 from bertpair.evaluation.plots import BLUE, MUTED, ORANGE, drawing, png, printable, svg
 from bertpair.evaluation.report import ESCAPES, display_width, exact, text_table, tsv
-from bertpair.search.space import Dimension, Params, with_params
+from bertpair.search.space import Dimension, Params
 from bertpair.settings.config import Config
 from bertpair.settings.fields import as_word
 from bertpair.settings.stored import as_flags
@@ -67,16 +67,9 @@ def spread(mean: float | None, deviation: float | None = None) -> str:
     return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
 
 
-def value_text(value: Any) -> str:
-    """A value as a table shows it; a mapping as it stands after a flag."""
-    if isinstance(value, Mapping):
-        return " ".join(f"{key}={as_word(each)}" for key, each in value.items())
-    return as_word(value)
-
-
 def shown_params(params: Params) -> str:
     """`weight_decay 0.01, learning_rate 2e-5`"""
-    return ", ".join(f"{name} {value_text(value)}" for name, value in params.items())
+    return ", ".join(f"{name} {as_word(value)}" for name, value in params.items())
 
 
 def sweep_table(trials: Sequence[Trial], metric: str, seeds: Sequence[int]) -> str:
@@ -86,7 +79,7 @@ def sweep_table(trials: Sequence[Trial], metric: str, seeds: Sequence[int]) -> s
     has_status = any(not trial.is_whole for trial in trials)
     rows = [
         [
-            *map(value_text, trial.settings.values()),
+            *map(as_word, trial.settings.values()),
             spread(trial.mean, trial.deviation),
             *(trial.figures.get(seed) for seed in seeds),
             f"{trial.seconds:.0f}",
@@ -113,14 +106,18 @@ def sweep_tsv(trials: Sequence[Trial], metric: str, seeds: Sequence[int]) -> byt
 
 
 def _exact(value: Any) -> str:
-    return repr(value) if isinstance(value, float) else value_text(value)
+    return repr(value) if isinstance(value, float) else as_word(value)
 
 
 def sweep_page(
-    trials: Sequence[Trial], metric: str, seeds: Sequence[int], space: Sequence[Dimension], base: Config
+    trials: Sequence[Trial],
+    metric: str,
+    seeds: Sequence[int],
+    space: Sequence[Dimension],
+    base: Config,
+    chosen: Config | None,
 ) -> Page:
-    """report.html of a sweep: the table, the picture, the best settings."""
-    best = next((trial for trial in trials if trial.is_whole), None)
+    """report.html of a sweep: the table, the picture, and `chosen`, the settings that did best."""
     names = [each.name for each in space]
     head = [
         "trial",
@@ -142,27 +139,21 @@ def sweep_page(
     picture = Picture(draw_sweep(trials, metric, space, as_svg=True), f"{metric} against each setting")
     sections = [Section("Trials", [picture, Table(head, rows, is_sortable=True)])]
     figures = [Figure("trials", len(trials)), Figure("seeds each", len(seeds))]
-    if best is not None:
+    if chosen is not None:
+        best = trials[0]  # they are ranked
         note = "" if best.deviation is None else f"± {best.deviation:.4f} over seeds"
         figures.insert(0, Figure(f"best {metric}", best.mean, note))
-        chosen = with_params(base, best.settings)
-        chosen = chosen.model_copy(update={"output_dir": f"{base.output_dir}-best"})
-        flags = shlex.join(as_flags(chosen))
-        best_settings = Table(["setting", "value"], [[*item] for item in _cells(best.settings)])
-        again = Code(f"{program('train')} {flags}", caption="One run with these settings")
-        sections.append(Section("Best settings", [best_settings, again]))
+        settings = [[name, _cell(value)] for name, value in best.settings.items()]
+        again = Code(f"{program('train')} {shlex.join(as_flags(chosen))}", "One run with these settings")
+        sections.append(Section("Best settings", [Table(["setting", "value"], settings), again]))
     sections.append(settings_section(base))
     folder = Path(str(base.output_dir)).absolute().name
     return Page(folder, f"A sweep: {len(trials):,} trials of {', '.join(names)}.", figures, sections)
 
 
-def _cells(params: Params) -> list[tuple[str, Any]]:
-    return [(name, _cell(value)) for name, value in params.items()]
-
-
 def _cell(value: Any) -> Any:
     """A number as one, which can be sorted; anything else as text."""
-    return value if type(value) in (int, float) else value_text(value)
+    return value if type(value) in (int, float) else as_word(value)
 
 
 def draw_sweep(
@@ -239,7 +230,7 @@ def _spans_decades(values: Sequence[Any]) -> bool:
 
 def _tick_word(value: Any) -> str:
     """A value short enough for a tick: the end of a text, as paths differ there."""
-    text = value_text(value)
+    text = as_word(value)
     text = printable(text, len(text))
     return text if len(text) <= MAX_WORD_LENGTH else f"…{text[1 - MAX_WORD_LENGTH :]}"
 

@@ -14,8 +14,9 @@ from pydantic import Field, PlainValidator
 
 from bertpair.errors import ConfigError, plain, raise_faults, show
 from bertpair.settings.command_line import REPLACES
-from bertpair.settings.config import SETTINGS, Config, EvaluateSettings, Metric
+from bertpair.settings.config import SETTINGS, Config, Metric
 from bertpair.settings.contradictions import contradictions
+from bertpair.settings.evaluate import EvaluateSettings
 from bertpair.settings.fields import Group, Real, Switch, Text, Whole, placed, said, setting, suggest, typed
 from bertpair.settings.files import Layer, read_settings
 from bertpair.settings.several import seeds_fault

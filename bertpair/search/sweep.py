@@ -24,7 +24,7 @@ from bertpair.checkpoints.atomic import replace_file
 from bertpair.console import format_seconds, interruptible, lines_shown, stop_flag
 from bertpair.errors import ConfigError, DataError, StoppedError, TrainingError, first_line
 from bertpair.evaluation.metrics import best_of, is_better
-from bertpair.evaluation.page import render
+from bertpair.evaluation.page import REPORT, render
 from bertpair.search.report import (
     Trial,
     draw_sweep,
@@ -53,7 +53,6 @@ from bertpair.settings.stored import dump_yaml
 from bertpair.training.setup import digest_of
 
 RESULTS, PICTURE, BEST_CONFIG = "sweep_results.tsv", "sweep.png", "best_config.yaml"
-REPORT = "report.html"
 PICTURE_SECONDS = 60.0  # between two drawings while trials are run
 POLL_SECONDS = 2.0  # while only other workers have trials
 MARK = "sweep.json"
@@ -258,20 +257,20 @@ class _Worker:
             trials = self._trials()
             table = sweep_table(trials, self.metric, self.seeds)
             best = next((trial for trial in trials if trial.is_whole), None)
+            model, chosen = None, None
+            if best is not None:
+                changes = {"output_dir": f"{self.folder}-best", "overwrite_output_dir": False}
+                chosen = with_params(self.sweep.base, best.settings).model_copy(update=changes)
+                replace_file(self.folder / BEST_CONFIG, dump_yaml(chosen).encode())
             if trials:
                 replace_file(self.folder / RESULTS, sweep_tsv(trials, self.metric, self.seeds))
             if trials and with_picture:
                 self.drawn = time.monotonic()
                 replace_file(self.folder / PICTURE, draw_sweep(trials, self.metric, self.sweep.space))
-                page = sweep_page(trials, self.metric, self.seeds, self.sweep.space, self.sweep.base)
+                space, base = self.sweep.space, self.sweep.base
+                page = sweep_page(trials, self.metric, self.seeds, space, base, chosen)
                 replace_file(self.folder / REPORT, render(page))
-            model = None
             if best is not None:
-                output_dir = f"{self.folder}-best"
-                chosen = with_params(self.sweep.base, best.settings).model_copy(
-                    update={"output_dir": output_dir, "overwrite_output_dir": False}
-                )
-                replace_file(self.folder / BEST_CONFIG, dump_yaml(chosen).encode())
                 name = best_of({f"seed-{seed}": value for seed, value in best.figures.items()}, self.metric)
                 path = self.study.trial_folder(best.number) / str(name)
                 if (path / "config.json").exists():

@@ -19,8 +19,9 @@ from typing import Any, Literal, NoReturn
 from bertpair.console import program, say
 from bertpair.errors import ConfigError, plain, raise_faults, show
 from bertpair.settings import fields as kinds
-from bertpair.settings.config import GROUPS, SETTINGS, Config, EvaluateSettings
+from bertpair.settings.config import GROUPS, SETTINGS, Config
 from bertpair.settings.contradictions import contradictions, missing, settle
+from bertpair.settings.evaluate import EvaluateSettings
 from bertpair.settings.fields import Group, described, expected, from_words, placed, suggest, typed
 from bertpair.settings.files import Layer, read_settings
 from bertpair.settings.run_glue import OldNames, translate

@@ -26,7 +26,7 @@ Threshold = Annotated[float | Literal["stored"], _stored_or(0, 1), said("stored,
 
 
 class EngineSettings(Group):
-    """The engine of a trained model, and what a model in 8-bit integers is made with."""
+    """What computes, what a model in 8-bit integers is made with, and how its outputs become answers."""
 
     engine: Literal["torch", "openvino"] | None = setting(
         None,

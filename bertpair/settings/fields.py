@@ -144,7 +144,9 @@ def described(model: type[Group]) -> dict[str, str]:
 
 
 def as_word(value: object) -> str:
-    """A default as it would be typed."""
+    """A value as it would be typed, a number to six digits."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={as_word(each)}" for key, each in value.items())
     if isinstance(value, list):
         return " ".join(map(as_word, value))
     if isinstance(value, float):

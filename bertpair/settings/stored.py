@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from bertpair.errors import CheckpointError, ConfigError, raise_faults
-from bertpair.settings.config import SETTINGS, Config, EvaluateSettings
+from bertpair.settings.config import SETTINGS, Config, changed_settings
+from bertpair.settings.evaluate import EvaluateSettings
 from bertpair.settings.fields import RETIRED, placed, typed
 from bertpair.settings.files import read_settings
 
@@ -37,7 +38,7 @@ def model_settings(folder: Path) -> dict[str, Any]:
 def as_flags(config: Config, names: Iterable[str] | None = None) -> list[str]:
     """The words of a command line that set these settings, by default all that are not as by default."""
     if names is None:
-        names = [name for name in SETTINGS if getattr(config, name) != SETTINGS[name].default]
+        names = [name for name, _, _ in changed_settings(Config(), config)]
     words: list[str] = []
     for name in names:
         flag = "output_dir" if name == "eval_output_dir" else name

@@ -25,27 +25,29 @@ from bertpair.evaluation.html_report import (
     settings_section,
     warning_sections,
 )
-from bertpair.evaluation.measure import Details, Evaluation, detail
+from bertpair.evaluation.measure import Details, Evaluation, with_further
 from bertpair.evaluation.metrics import per_class
-from bertpair.evaluation.page import Page, Picture, Section, render
+from bertpair.evaluation.page import REPORT, Page, Picture, Section, render
 from bertpair.evaluation.plots import draw_curves
-from bertpair.settings.config import SETTINGS
+from bertpair.settings.config import Config, changed_settings
 from bertpair.settings.stored import as_flags
 from bertpair.training.setup import Job
 
-REPORT = "report.html"
 logger = logging.getLogger(__name__)
 
 
 def write_report(
-    path: Path, job: Job, evaluation: Evaluation | None, records: Sequence[Mapping[str, Any]], said: str
+    path: Path,
+    job: Job,
+    evaluation: Evaluation | None,
+    details: Details | None,
+    records: Sequence[Mapping[str, Any]],
+    said: str,
 ) -> None:
     """Write both files into the model folder; `said` is what the final weights are. A disk that is full costs
     them, not the run."""
-    details = None
-    if evaluation is not None and job.dev is not None:
-        known = None if job.train.pairs.groups is None else frozenset(job.train.pairs.groups)
-        details = detail(evaluation, job.dev, job.labels, with_further=True, known_groups=known)
+    if evaluation is not None and details is not None and job.dev is not None:
+        details = with_further(details, evaluation, job.dev, job.labels)
     sections = _sections(job, evaluation, details, records)
     figures = headline(details.figures) if details is not None else []
     name = path.absolute().name
@@ -96,9 +98,7 @@ def _card_facts(name: str, job: Job, details: Details | None) -> CardFacts:
         dev_files=() if job.dev is None else job.dev.pairs.files,
         figures=figures,
         classes=classes,
-        settings={
-            name: value for name, value in config.model_dump().items() if value != SETTINGS[name].default
-        },
+        settings={name: value for name, _, value in changed_settings(Config(), config)},
         versions=versions(),
         in_transformers=job.model.config.pooling == "cls",
     )

@@ -221,7 +221,7 @@ class _Run:
         details = None
         if evaluation is not None and job.dev is not None:
             known = None if job.train.pairs.groups is None else frozenset(job.train.pairs.groups)
-            details = detail(evaluation, job.dev, job.labels, known_groups=known)
+            details = detail(evaluation, job.dev, job.labels, known)
             texts = job.config.with_texts
             files |= result_files(evaluation, job.dev, job.labels, details, with_texts=texts)
             if details.classes is not None:
@@ -236,7 +236,7 @@ class _Run:
             of_best = source == "best" and step != state.global_step
             said = f"the best weights, of step {step:,}" if of_best else "the last weights"
             said = f"{state.global_step:,} steps; {said}"
-            write_report(self.folder.path, job, evaluation, records, said)
+            write_report(self.folder.path, job, evaluation, details, records, said)
         return dataclasses.replace(result, save_failed=self.folder.save_failed)
 
     def _load_best(self) -> str:

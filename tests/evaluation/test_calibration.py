@@ -1,5 +1,6 @@
 """Temperatures, thresholds and the calibration error, against scipy, scikit-learn and loops."""
 
+import json
 import math
 
 import numpy as np
@@ -112,3 +113,14 @@ def test_the_calibration_error_equals_a_loop(seed: int) -> None:
 def test_perfect_confidence_has_no_error() -> None:
     bins = calibration_bins(np.eye(3)[[0, 1, 2, 1]], np.array([0, 1, 2, 1]), np.array([0, 1, 2, 1]))
     assert bins.error == 0 and bins.rows[-1] == 4
+
+
+def test_parts_are_plain_values_also_where_a_probability_is_nan() -> None:
+    logits, gold = draw(4)
+    probabilities = softmax(logits)
+    probabilities[3] = np.nan
+    bins = calibration_bins(probabilities, logits.argmax(axis=1), gold)
+    parts = bins.as_dicts()
+    assert json.loads(json.dumps(parts, allow_nan=False)) == parts and len(parts) == NUM_BINS
+    assert sum(part["rows"] for part in parts) == len(gold) and math.isnan(bins.error)
+    assert all(part["accuracy"] is None for part in parts if not part["rows"])

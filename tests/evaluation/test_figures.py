@@ -1,7 +1,6 @@
 """Kappa, AUC, average precision and the figures of groups, against loops; ties and empty classes included."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -11,11 +10,12 @@ from bertpair.evaluation.figures import (
     SEEN,
     UNSEEN,
     class_figures,
-    further_figures,
     group_figures,
+    interval_figures,
     ranking_figures,
     weighted_kappa,
 )
+from bertpair.evaluation.metrics import confusion_matrix
 
 SEEDS = range(8)
 LABELS = ["wrong", "partly", "right", "never"]
@@ -77,13 +77,10 @@ def test_auc_and_average_precision_equal_brute_force(seed: int) -> None:
         assert each["ap"] == pytest.approx(brute_ap(is_gold, scores))
 
 
-def test_probabilities_that_are_nan_have_no_figures() -> None:
-    gold, chosen, probabilities = draw(1)
+def test_probabilities_that_are_nan_have_no_ranking() -> None:
+    gold, _, probabilities = draw(1)
     probabilities[3] = np.nan
-    flat, nested = further_figures(gold, chosen, probabilities, LABELS)
-    assert np.isnan(flat["ece"]) and flat["acc_low"] > 0
-    assert nested["classes"]["right"] == {"auc": None, "ap": None}
-    assert json.loads(json.dumps(nested, allow_nan=False)) == nested
+    assert ranking_figures(gold, probabilities, LABELS)["right"] == {"auc": None, "ap": None}
 
 
 def test_a_class_of_all_rows_has_no_ranking() -> None:
@@ -95,7 +92,7 @@ def test_a_class_of_all_rows_has_no_ranking() -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_class_figures_equal_scikit_learn(seed: int) -> None:
     gold, chosen, _ = draw(seed)
-    figures = class_figures(gold, chosen, LABELS)
+    figures = class_figures(confusion_matrix(gold, chosen, 4), LABELS)
     wanted = precision_recall_fscore_support(gold, chosen, labels=range(4), zero_division=0)
     assert list(figures) == LABELS
     for each, values in zip(figures.values(), zip(*wanted, strict=True), strict=True):
@@ -103,15 +100,12 @@ def test_class_figures_equal_scikit_learn(seed: int) -> None:
         assert list(each.values()) == pytest.approx(list(values))
 
 
-def test_further_figures_are_plain_values() -> None:
-    gold, chosen, probabilities = draw(2)
-    flat, nested = further_figures(gold, chosen, probabilities, LABELS)
-    assert set(flat) == {"acc_low", "acc_high", "macro_f1_low", "macro_f1_high", "ece"}
-    assert flat["acc_low"] < (gold == chosen).mean() < flat["acc_high"]
-    assert json.loads(json.dumps(nested, allow_nan=False)) == nested
-    assert sum(part["rows"] for part in nested["calibration"]) == len(gold)
-    empty = [part for part in nested["calibration"] if not part["rows"]]
-    assert empty and all(part["accuracy"] is None for part in empty)
+def test_intervals_hold_their_figures() -> None:
+    gold, chosen, _ = draw(2)
+    ends = interval_figures(confusion_matrix(gold, chosen, 4).tolist())
+    assert set(ends) == {"acc_low", "acc_high", "macro_f1_low", "macro_f1_high"}
+    assert ends["acc_low"] < (gold == chosen).mean() < ends["acc_high"]
+    assert ends["macro_f1_low"] < f1_score(gold, chosen, average="macro") < ends["macro_f1_high"]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -9,7 +9,7 @@ import pytest
 from bertpair.data.dataset import Pairs, Split
 from bertpair.data.tokenizer import Tokens, offsets_of
 from bertpair.evaluation.html_report import evaluation_page
-from bertpair.evaluation.measure import Evaluation, Scored, detail, measure
+from bertpair.evaluation.measure import Evaluation, Scored, detail, measure, with_further
 from bertpair.evaluation.page import render
 
 SCRIPTS = "数据库索引", "مرحبا بالعالم", "<b>&amp;</b>", "слово"
@@ -32,7 +32,7 @@ def scored_rows(num_rows: int, labels: Sequence[str], characters: int) -> Scored
     logits = rng.normal(size=(num_rows, len(labels))).astype(np.float32)
     logits[np.arange(num_rows), gold] += 1
     split, evaluation = Split(pairs, tokens, gold), Evaluation(measure(logits, gold, labels), logits)
-    details = detail(evaluation, split, labels, with_further=True, known_groups={"q1"})
+    details = with_further(detail(evaluation, split, labels, {"q1"}), evaluation, split, labels)
     return Scored("model", Path("m"), Path("m"), tuple(labels), evaluation, details, split)
 
 

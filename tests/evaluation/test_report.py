@@ -139,7 +139,7 @@ def test_tables_align_by_display_width() -> None:
 
 
 def test_class_table_shows_every_class() -> None:
-    classes = class_figures(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]), ["对", "wrong", "half"])
+    classes = class_figures(confusion_matrix([0, 0, 1, 1], [0, 1, 1, 1], 3), ["对", "wrong", "half"])
     assert class_table(classes).split("\n") == [
         "class  precision  recall      f1  rows",
         "对        1.0000  0.5000  0.6667     2",
