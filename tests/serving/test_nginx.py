@@ -1,23 +1,27 @@
 """The nginx example of examples/serve.md, taken from there, in a real nginx before real servers."""
 
 import asyncio
-import collections
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import write_hf_folder
 from live_server import PAIR, make_predictor, serving
+from safetensors.numpy import load_file, save_file
 from server_process import Process
+
+from bertpair import PairClassifier, Prediction
 
 PAGE = Path(__file__).parents[2] / "examples" / "serve.md"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
@@ -149,32 +153,118 @@ def test_a_post_that_meets_a_503_goes_to_the_other_server(folder: Path, tmp_path
         assert refused >= 1 and warm.metric("bertpair_predictions_total") == 8
 
 
-def test_a_server_that_goes_loses_no_post(folder: Path, tmp_path: Path) -> None:
-    found: collections.Counter[int] = collections.Counter()
+Answers = list[tuple[int, bytes]]  # status and body, in the order in which they came
 
-    async def keep_asking(port: int, stop: asyncio.Event) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        while not stop.is_set():
-            writer.write(request("POST", "/pairs/v1/predict", PAIR))
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
-            await reader.readexactly(length)
-            found[int(head[9:12])] += 1
+
+async def keep_asking(port: int, stop: asyncio.Event, found: Answers, pause: float = 0) -> None:
+    """On one connection, and on another one where the answer says that this one closes."""
+    writer = None
+    while not stop.is_set():
+        if writer is None:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request("POST", "/pairs/v1/predict", PAIR))
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(head.partition(b"content-length: ")[2].split(b"\r\n")[0])
+        found.append((int(head[9:12]), await reader.readexactly(length)))
+        if b"connection: close" in head:
+            writer.close()
+            writer = None
+        await asyncio.sleep(pause)
+    if writer is not None:
         writer.close()
 
-    async def main(port: int, leaving: Process) -> None:
-        stop = asyncio.Event()
-        clients = [asyncio.create_task(keep_asking(port, stop)) for _ in range(16)]
-        await asyncio.sleep(1)
-        leaving.process.send_signal(signal.SIGTERM)
-        assert await asyncio.to_thread(leaving.wait) == 0
-        await asyncio.sleep(1)
+
+@contextlib.asynccontextmanager
+async def under_load(port: int, clients: int, pause: float = 0) -> AsyncIterator[Answers]:
+    """What the clients are answered, until the block ends and then to their last answer."""
+    stop, found = asyncio.Event(), Answers()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(clients):
+            group.create_task(keep_asking(port, stop, found, pause))
+        yield found
         stop.set()
-        await asyncio.wait_for(asyncio.gather(*clients), 20)
+
+
+def test_a_server_that_goes_loses_no_post(folder: Path, tmp_path: Path) -> None:
+    async def main(port: int, leaving: Process) -> Answers:
+        async with under_load(port, 16) as found:
+            await asyncio.sleep(1)
+            leaving.process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(leaving.wait) == 0
+            await asyncio.sleep(1)
+        return found
 
     flags = ["--model_dir", str(folder), "--port", "0", "--drain_seconds", "1", *documented_flags()]
     with Process(*flags) as leaving, Process(*flags) as staying:
         with nginx(tmp_path, [leaving.port, staying.port]) as port:
-            asyncio.run(main(port, leaving))
+            found = asyncio.run(asyncio.wait_for(main(port, leaving), 60))
         assert leaving.access and staying.access
-    assert set(found) == {200}
+    assert {status for status, _ in found} == {200}
+
+
+def free_port() -> int:
+    """Below those that go to outgoing connections: none takes it while its server is away."""
+    for port in random.sample(range(15_000, 30_000), 100):
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+def write_new_model(folder: Path, new: Path) -> Path:
+    """The same model with another head, that is, with other answers."""
+    shutil.copytree(folder, new)
+    weights = load_file(new / "model.safetensors")
+    head = weights["classifier.weight"]
+    weights["classifier.weight"] = np.random.default_rng(1).normal(0, 0.2, head.shape).astype(head.dtype)
+    save_file(weights, new / "model.safetensors", {"format": "pt"})
+    return new
+
+
+def test_a_new_model_takes_over_under_load_and_no_post_is_lost(folder: Path, tmp_path: Path) -> None:
+    """As the page says it: one process after the other, nginx untouched, `drain_seconds` as it comes."""
+    new = write_new_model(folder, tmp_path / "new")
+    before, after = (
+        PairClassifier.from_pretrained(each).predict([tuple(PAIR.values())])[0] for each in (folder, new)
+    )
+    assert abs(before.probabilities["neutral"] - after.probabilities["neutral"]) > 0.1
+    ports = [free_port(), free_port()]
+    at_work = contextlib.ExitStack()
+
+    def start(model: Path, port: int) -> Process:
+        flags = ["--model_dir", str(model), "--port", str(port), *documented_flags()]
+        return at_work.enter_context(Process(*flags))
+
+    def exchange(old: Process, port: int) -> Process:
+        old.process.send_signal(signal.SIGTERM)
+        assert old.wait() == 0
+        process = start(new, port)
+        assert process.port == port and ask(port, request("GET", "/readyz"))[0] == 200
+        return process
+
+    async def main(port: int, old: list[Process]) -> tuple[Answers, Answers, Answers]:
+        async with under_load(port, 8, pause=0.02) as found:
+            await asyncio.sleep(1)
+            num_old = len(found)
+            started = [await asyncio.to_thread(exchange, *each) for each in zip(old, ports, strict=True)]
+            num_mixed = len(found)
+            await asyncio.sleep(4)  # nginx leaves a server that failed alone for up to 3 s
+        assert all("/v1/predict" in "".join(process.access) for process in (*old, *started))
+        return found[:num_old], found[num_old:num_mixed], found[num_mixed:]
+
+    with at_work:
+        old = [start(folder, port) for port in ports]
+        with nginx(tmp_path, [process.port for process in old]) as port:
+            parts = asyncio.run(asyncio.wait_for(main(port, old), 240))
+    assert {status for part in parts for status, _ in part} == {200}
+    versions = [answered_by(part, {"old": before, "new": after}) for part in parts]
+    assert versions == [{"old"}, {"old", "new"}, {"new"}]
+
+
+def answered_by(answers: Answers, models: Mapping[str, Prediction]) -> set[str]:
+    """Which of the models, each with its prediction for the pair, gave the answers."""
+    found = set()
+    for body in {body for _, body in answers}:
+        near = pytest.approx(json.loads(body)["probabilities"], abs=1e-5)
+        found |= {name for name, model in models.items() if model.probabilities == near} or {"none of them"}
+    return found
