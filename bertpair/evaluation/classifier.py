@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +16,12 @@ from torch import nn
 
 from bertpair.checkpoints.checkpoint import open_model
 from bertpair.data.tokenizer import Tokenizer, Tokens
-from bertpair.errors import ConfigError, DataError, raise_faults
+from bertpair.errors import ConfigError, raise_faults
 from bertpair.evaluation.agreement import Agreement
 from bertpair.evaluation.calibration import AS_TRAINED, Decision, read_decision
 from bertpair.evaluation.conversion import Conversion, Samples
 from bertpair.evaluation.openvino import OpenVINOScorer
-from bertpair.evaluation.rows import Pairs, as_rows, split_pairs
+from bertpair.evaluation.rows import WINDOW_ROWS, Pairs, as_rows, row_windows, split_pairs
 from bertpair.evaluation.scorer import Scorer, softmax
 from bertpair.model.bert import BertClassifier
 from bertpair.model.config import ModelFolder, check_pairs, name_labels
@@ -168,7 +170,23 @@ class PairClassifier:
         mappings with text_a and text_b; arrays, generators, data frames and mappings of columns do too. Two
         texts alone, given to a model of pairs, are one pair. Raises DataError for anything else.
         """
-        return self.predict_tokens(self._encode(pairs))
+        return self._predict_rows(as_rows(pairs, self.takes_pairs))
+
+    def predict_iter(self, pairs: Pairs, *, window_rows: int = WINDOW_ROWS) -> Iterator[Prediction]:
+        """One `Prediction` a row, in the order given, for rows that need not fit into memory.
+
+        Reads `window_rows` rows of `pairs`, an iterable, answers them as `predict` does, and only then
+        reads more. Each item is one row: two texts in an iterator are no pair. What is no stream (one pair
+        alone, a mapping of columns, a data frame) is taken whole, as by `predict`.
+        Raises ConfigError for a bad `window_rows`. The iterator raises DataError, with the number of the row
+        in all of `pairs`, when it comes to its window, and is then at its end.
+        """
+        if window_rows < 1:
+            raise ConfigError(f"window_rows: found {window_rows}; expected at least 1")
+        windows = row_windows(pairs, self.takes_pairs, window_rows)
+        answers = map(self._predict_rows, windows, itertools.count(step=window_rows))
+        # No variable keeps a window while the next one is made; only a generator ends with its first fault.
+        return (answer for answer in itertools.chain.from_iterable(answers))
 
     def predict_tokens(self, tokens: Tokens) -> list[Prediction]:
         """One `Prediction` a row of token ids, as `tokenizer.encode` gives them."""
@@ -176,16 +194,18 @@ class PairClassifier:
 
     def logits(self, pairs: Pairs) -> npt.NDArray[np.float32]:
         """Raw logits, (rows, C) float32, in the order given."""
-        return self.scorer.logits(self._encode(pairs))
+        return self.scorer.logits(self._encode(as_rows(pairs, self.takes_pairs)))
 
-    def _encode(self, pairs: Pairs) -> Tokens:
-        text_a, text_b = split_pairs(as_rows(pairs, self.takes_pairs), self.takes_pairs)
-        came, kinds = text_b is not None, {True: "pairs of texts", False: "single texts"}
+    def _predict_rows(self, rows: Sequence[Any], first: int = 0) -> list[Prediction]:
+        """`first` is the number of the first row, for faults."""
+        return self.predict_tokens(self._encode(rows, first))
+
+    def _encode(self, rows: Sequence[Any], first: int = 0) -> Tokens:
+        text_a, text_b = split_pairs(rows, self.takes_pairs, first)
         if text_a and self.takes_pairs is None:
-            logger.info("nothing in the model folder says so: from here on it takes %s", kinds[came])
-            self.takes_pairs = came
-        if text_a and self.takes_pairs is not came:
-            raise DataError(f"pairs: this model takes {kinds[bool(self.takes_pairs)]}, found {kinds[came]}")
+            self.takes_pairs = text_b is not None
+            kind = "pairs of texts" if self.takes_pairs else "single texts"
+            logger.info("nothing in the model folder says so: from here on it takes %s", kind)
         return self.tokenizer.encode(text_a, text_b, self.max_seq_length)
 
 

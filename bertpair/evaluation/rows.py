@@ -1,14 +1,17 @@
 """What a caller of `PairClassifier` may give as pairs of texts, and what of it are the texts."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from bertpair.errors import DataError
+from bertpair.errors import DataError, half_character
 
+WINDOW_ROWS = 10_000  # held at a time where rows are read as they come
 NAMES = (("text_a", "text_b"), ("sentence1", "sentence2"))  # of the service's routes, the new and the old
 _SINGLE = "this model takes pairs of texts, found single texts"
+_PAIRS = "this model takes single texts, found pairs of texts"
 _EXPECTED_NAMES = "text_a and text_b, or sentence1 and sentence2 (the first alone for a single text)"
 
 Pairs = Iterable[Any]  # (text_a, text_b) each, or single texts, or mappings with `NAMES`; or a table
@@ -34,6 +37,22 @@ def as_rows(pairs: Pairs, takes_pairs: bool | None) -> list[Any]:
     return [rows] if is_bare and len(rows) == 2 and all(isinstance(row, str) for row in rows) else rows
 
 
+def row_windows(pairs: Pairs, takes_pairs: bool | None, window_rows: int) -> Iterator[list[Any]]:
+    """The rows in order, `window_rows` in a list, the last list shorter; each is read when it is asked for.
+
+    What is no stream of rows (one pair alone, a mapping, a table) is read at once, by `as_rows`.
+    """
+    rows = iter(pairs if _is_stream(pairs) else as_rows(pairs, takes_pairs))
+    return iter(lambda: list(islice(rows, window_rows)), [])
+
+
+def _is_stream(pairs: Pairs) -> bool:
+    """Whether each item is a row for certain: two items in a list may be the texts of one pair."""
+    if hasattr(pairs, "columns") or isinstance(pairs, str | bytes | Mapping | np.ndarray):
+        return False
+    return isinstance(pairs, Iterable) and not (isinstance(pairs, Sized) and len(pairs) == 2)
+
+
 def _rows_of_table(table: Any, columns: Sequence[Any], takes_pairs: bool | None) -> list[Any]:
     """The columns by the service's names; other names only where the table has nothing but the texts."""
     names = next((names for names in NAMES if names[0] in columns), None)
@@ -53,21 +72,25 @@ def _rows_of_table(table: Any, columns: Sequence[Any], takes_pairs: bool | None)
     return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
 
 
-def split_pairs(rows: Sequence[Any], takes_pairs: bool | None = None) -> tuple[list[str], list[str] | None]:
-    """Rows as two columns; the second is None for single texts.
+def split_pairs(
+    rows: Sequence[Any], takes_pairs: bool | None = None, first: int = 0
+) -> tuple[list[str], list[str] | None]:
+    """Rows as two columns; the second is None for single texts. Faults count the rows from `first` on.
 
-    Raises DataError naming the row where the two are mixed, something is not a text, or, for a model that
-    takes pairs, a mapping holds one text.
+    Raises DataError naming the row that is not what the model takes (where `takes_pairs` is None: not what
+    the first row is) or holds something that is not a text.
     """
-    found = [_texts_of(number, row, takes_pairs) for number, row in enumerate(rows)]
-    count = len(found[0]) if found else 2
+    found = [_texts_of(number, row, takes_pairs) for number, row in enumerate(rows, first)]
+    expected = 1 + takes_pairs if takes_pairs is not None else len(found[0]) if found else 2
     for number, texts in enumerate(found):
-        if len(texts) != count:
-            expected = "a single text" if count == 1 else "two texts"
-            raise DataError(
-                f"pairs[{number}]: expected {expected} like the first row, found {rows[number]!r:.80}"
-            )
-    return [texts[0] for texts in found], None if count == 1 else [texts[1] for texts in found]
+        if len(texts) == expected:
+            continue
+        if takes_pairs is not None:
+            raise DataError(f"pairs[{first + number}]: {_SINGLE if takes_pairs else _PAIRS}")
+        kind = "a single text" if expected == 1 else "two texts"
+        row = rows[number]
+        raise DataError(f"pairs[{first + number}]: expected {kind} like the first row, found {row!r:.80}")
+    return [texts[0] for texts in found], None if expected == 1 else [texts[1] for texts in found]
 
 
 def _texts_of(number: int, row: Any, takes_pairs: bool | None) -> list[str]:
@@ -89,4 +112,6 @@ def _texts_of(number: int, row: Any, takes_pairs: bool | None) -> list[str]:
     for text in texts:
         if not isinstance(text, str):
             raise DataError(f"pairs[{number}]: expected texts, found {text!r:.80} ({type(text).__name__})")
+        if (at := half_character(text)) is not None:
+            raise DataError(f"pairs[{number}]: character {at} is {text[at]!r}, half of a surrogate pair")
     return texts
