@@ -113,12 +113,13 @@ def evaluate(argv: Sequence[str]) -> int:
 
 def serve(argv: Sequence[str]) -> int:
     """Serve a trained model over HTTP."""
-    from bertpair.console import install_signal_handlers
+    from bertpair.console import check_alone, install_signal_handlers
     from bertpair.settings.serve import parse_serve_command_line
 
     config, notes = parse_serve_command_line(argv)
     from bertpair.serving.server import configure_serve_logging, serve
 
+    check_alone("a server")
     install_signal_handlers()
     configure_serve_logging()
     try:

@@ -26,7 +26,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from bertpair.errors import BertpairError, StoppedError
+from bertpair.errors import BertpairError, ConfigError, StoppedError
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ MAX_LINES = 10_000  # that a log keeps while nobody takes them
 FLUSH_SECONDS = 1.0
 _LINES_AT_ONCE = 100
 SCRIPTS = ("train.py", "evaluate.py", "serve.py")
+SEEN_BY_ALL = ("bertpair.data", "bertpair.training")  # the same rows and steps in each process of a run
 
 
 class StopFlag:
@@ -57,6 +58,21 @@ class StopFlag:
 
 
 stop_flag = StopFlag()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Which of how many processes of a run this one is, as torchrun says; (0, 1) where it runs alone."""
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        return 0, 1
+    return (rank, size) if 0 <= rank < size else (0, 1)
+
+
+def check_alone(what: str) -> None:
+    """ConfigError where torchrun started several processes for what only one can do."""
+    if rank_and_size()[1] > 1:
+        raise ConfigError(f"{what} runs in one process: start it without torchrun")
 
 
 def install_signal_handlers() -> None:
@@ -119,8 +135,10 @@ def run_script(main: Callable[[], int]) -> int:
         return main()
     except StoppedError as stopped:
         line, code = str(stopped), 1 if stopped.save_failed else 128 + stopped.signum
+        if rank_and_size()[0]:  # all were stopped, and the first one says so
+            return code
     except BertpairError as error:
-        line, code = f"error: {error}", 2
+        line, code = f"{_process_name()}error: {error}", 2
     with suppress(OSError):  # there is nowhere else to say it
         sys.stderr.write(f"{line}\n")
     return code
@@ -138,15 +156,20 @@ def _is_module() -> bool:
 
 def program(command: str) -> str:
     """How whoever started this program starts `command`: as a script if it was one, else `bertpair …`."""
-    own = Path(sys.argv[0])
+    own, size = Path(sys.argv[0]), rank_and_size()[1]
+    if size > 1 and command == "train":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        several = "" if here == size else f"--nnodes {size // here} … "
+        return f"torchrun {several}--nproc_per_node {here} {shlex.quote(str(own))}"
     if own.name in SCRIPTS:
         return f"python {shlex.quote(str(own.with_name(f'{command}.py')))}"
     return f"{'python -m ' * _is_module()}bertpair {command}"
 
 
 def say(text: str) -> None:
-    """A line on standard output, at once; BertpairError if it cannot be written. Nothing if it is closed."""
-    if sys.stdout is None:
+    """A line on standard output, at once; BertpairError if it cannot be written. Nothing if it is closed,
+    and from the first of several processes only."""
+    if sys.stdout is None or rank_and_size()[0]:
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every locale has every label
@@ -194,20 +217,33 @@ def _screen() -> TextIO:
     return sys.stdout if _in_notebook() else sys.stderr
 
 
+def _process_name() -> str:
+    """What leads the lines of a process that is not the first: `process 1: `."""
+    rank = rank_and_size()[0]
+    return f"process {rank}: " if rank else ""
+
+
 class _PlainFormatter(logging.Formatter):
     """The message alone; from WARNING upwards with the level before it."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
-        return f"{record.levelname.lower()}: {message}" if record.levelno >= logging.WARNING else message
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return f"{_process_name()}{level}{message}"
 
 
 class _AboveTheBar(logging.StreamHandler[TextIO]):
-    """Writes a line above a progress bar, if one is shown, not through it."""
+    """Writes a line above a progress bar, if one is shown, not through it.
+
+    Of several processes the first says all; the others only warn, and not of what the first one sees too.
+    """
 
     def __init__(self) -> None:
         super().__init__(_screen())
         self.setFormatter(_PlainFormatter("%(message)s"))
+        if rank_and_size()[0]:
+            self.setLevel(logging.WARNING)
+            self.addFilter(lambda record: not record.name.startswith(SEEN_BY_ALL))
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(file=self.stream):
@@ -299,14 +335,14 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, unit: str, *, initial: int = 0, label: str = "", transient: bool = False
+        self, total: int | None, unit: str, *, initial: int = 0, label: str = "", transient: bool = False
     ) -> None:
-        self._left, self._num_done = total - initial, 0
+        self._left, self._num_done = (total or 0) - initial, 0
         self._started = time.monotonic()
         bar: dict[str, Any] = {"total": total, "initial": initial, "unit": unit, "desc": label or None}
         bar |= {"leave": not transient, "dynamic_ncols": True, "smoothing": 0.1}
         is_within = transient and bool(getattr(tqdm, "_instances", None))  # another bar: one line is enough
-        is_shown = sys.stderr.isatty() or (_in_notebook() and not is_within)
+        is_shown = (sys.stderr.isatty() or (_in_notebook() and not is_within)) and not rank_and_size()[0]
         self._bar = _bar(bar) if is_shown else None
 
     @property

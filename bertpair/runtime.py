@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bertpair.console import rank_and_size
 from bertpair.errors import BertpairError, ConfigError, first_line
 
 logger = logging.getLogger(__name__)
@@ -40,13 +41,16 @@ ONEDNN_LEVELS = {  # what is left of those flags where ONEDNN_MAX_CPU_ISA is set
 def resolve_device(name: str) -> torch.device:
     """`auto` (first GPU, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`; ConfigError says what is there.
 
-    On CUDA, cuDNN's attention is switched off for the process.
+    Of several processes of a run, each has a GPU of its own, counted as torchrun counts the processes of a
+    machine. On CUDA, cuDNN's attention is switched off for the process.
     """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise ConfigError(f"device: found {name!r}; allowed: auto, cpu, cuda, cuda:N, mps")
     here = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     here += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
-    if name == "auto":
+    if rank_and_size()[1] > 1 and (name == "cuda" or (name == "auto" and here[0] == "cuda:0")):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif name == "auto":
         name = here[0]
     elif name == "cuda" and "cuda:0" in here:
         name = f"cuda:{torch.cuda.current_device()}"
@@ -57,6 +61,8 @@ def resolve_device(name: str) -> torch.device:
     if name.startswith("cuda"):
         # It makes a plan for every shape of batch, up to 440 ms each, and a masked backward has given NaN.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        if rank_and_size()[1] > 1:  # where the processes' own messages go through
+            torch.cuda.set_device(name)
     return torch.device(name)
 
 
@@ -215,6 +221,11 @@ def set_deterministic(on: bool) -> None:
     torch.backends.cudnn.deterministic = on
     if torch.are_deterministic_algorithms_enabled() != on:  # the call imports torch's compiler: over a second
         torch.use_deterministic_algorithms(on)
+
+
+def seed_apart(seed: int, rank: int, step: int) -> None:
+    """Seed torch's generators for a process after the first, so that its dropout differs from the others'."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0]))
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

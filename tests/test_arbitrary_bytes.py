@@ -4,6 +4,8 @@ Each reading has a few seconds of processor time and a few hundred MB of address
 """
 
 import contextlib
+import csv
+import gzip
 import json
 import mmap
 import resource
@@ -125,13 +127,68 @@ ROWS = 'index\tsentence1\tsentence2\tlabel\n0\t中文\tb\tx\n1\t"a\tb"\ty\n'.enc
 def test_any_bytes_as_a_tsv(content: bytes, quoting: str, skip: bool) -> None:
     path = Path("train.tsv")
     path.write_bytes(content)
-    read_or_refuse(lambda: first_row(path, quoting))
     columns, on_bad_row = Columns(1, 2, 3, quoting=quoting), "skip" if skip else "error"
+    read_or_refuse(lambda: first_row(path, columns.format_of(path)))
     pairs = read_or_refuse(lambda: read_pairs([path], columns, on_bad_row=on_bad_row))
     if pairs is not None:
         text = content.decode("utf-8-sig", "surrogateescape")
         assert len(pairs.text_a) == len(pairs.labels) == len(pairs.line_of_row)
         assert all(cell.replace('"', "") in text.replace('"', "") for cell in pairs.text_a)
+
+
+ROWS_CSV = 'index,sentence1,sentence2,label\r\n0,中文,"b, c",x\r\n1,"a\n""b""",d,y\r\n'.encode()
+OBJECTS = b"".join(
+    json.dumps({"index": i, "sentence1": "é", "sentence2": "a [1]", "label": None if i else 0.5}).encode()
+    + b"\n"
+    for i in range(3)
+)
+
+
+@FUZZ
+@given(
+    JUNK | damaged(ROWS_CSV, OBJECTS, ROWS), st.sampled_from(["csv", "jsonl"]), st.booleans(), st.booleans()
+)
+@example(b'"' * 200_001, "csv", False, False)
+@example(b"a,b,c," + b'"\n"' * 100_000, "csv", True, False)
+@example(b"," * 1_000_000, "csv", False, True)
+@example(b'{"a": 1, "b": ' + DEEP, "jsonl", False, False)
+@example(OBJECTS + b'{"index": ' * 50_000, "jsonl", True, True)
+@example(b'{"index": 1, "sentence1": "' + b"\\ud800" * 20_000 + b'"}', "jsonl", True, False)
+@example(b'{"a": 1, "b": ' + DIGITS + b', "c": 1, "d": 2}', "jsonl", False, True)
+def test_any_bytes_as_csv_or_jsonl(content: bytes, file_format: str, skip: bool, packed: bool) -> None:
+    """Those that are read are what Python's own readers make of them."""
+    path = Path("train")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    columns = Columns(1, 2, 3, file_format=file_format, kept=(0,))
+    read_or_refuse(lambda: first_row(path, columns.format_of(path)))
+    on_bad_row = "skip" if skip else "error"
+    pairs = read_or_refuse(lambda: read_pairs([path], columns, on_bad_row=on_bad_row))
+    if pairs is None:
+        return
+    (kept,) = pairs.kept.values()
+    assert len(pairs.text_a) == len(pairs.labels) == len(pairs.line_of_row) == len(kept)
+    lines = content.decode("utf-8-sig", "surrogateescape").split("\n")
+    csv.field_size_limit(len(content) + 1)
+    for row, line in enumerate(pairs.line_of_row):
+        if file_format == "jsonl":
+            found = json.loads(lines[line - 1], parse_int=str, parse_float=str, parse_constant=str)
+            (value,) = (value for name, value in found.items() if name.strip() == pairs.header[1])
+            assert pairs.text_a[row] in (value, json.dumps(value))
+        elif b"\r" not in content.replace(b"\r\n", b""):  # alone, it ends a line for the csv module
+            cells = next(csv.reader(f"{each}\n" for each in lines[line - 1 :]))
+            assert pairs.text_a[row] == cells[1]
+
+
+PACKED = gzip.compress(ROWS, mtime=0)
+
+
+@FUZZ
+@given(damaged(PACKED, PACKED + PACKED))
+def test_any_damage_to_a_gzip_file(content: bytes) -> None:
+    Path("train.tsv").write_bytes(content)
+    pairs = read_or_refuse(lambda: read_pairs(["train.tsv"], Columns(1, 2, 3), on_bad_row="skip"))
+    if pairs is not None and content.startswith(PACKED[:2]):
+        assert set(pairs.text_a) <= {"中文", '"a'}
 
 
 CONFIG = json.dumps({**TINY_CONFIG, "vocab_size": 99, "id2label": {"0": "a", "1": "b"}}).encode()

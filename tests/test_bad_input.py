@@ -1,5 +1,6 @@
 """Whatever a user can get wrong: one clear error before anything is written."""
 
+import gzip
 import json
 import os
 import pickle
@@ -95,6 +96,34 @@ def test_all_faults_come_at_once(flags: list[str]) -> None:
 def test_training_files(flags: list[str], content: bytes, found: str) -> None:
     Path("data/train.tsv").write_bytes(content)
     assert found in fault(flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        (
+            "train.csv",
+            HEADER.replace("\t", ",").encode() + b"0,a,b,good\n1,a\n",
+            "train.csv:3: expected at le",
+        ),
+        ("train.csv", HEADER.replace("\t", ";").encode() + b"0;a;b;good\n", "a semicolon between them"),
+        (
+            "train.jsonl",
+            b'{"index": 0, "sentence1": "a", "sentence2": "b", "label": []}\n',
+            "train.jsonl:1: label",
+        ),
+        ("train.jsonl", b'[{"index": 0}]', "jq -c '.[]'"),
+        (
+            "train.tsv.gz",
+            gzip.compress((HEADER + ROWS).encode())[:-9],
+            "train.tsv.gz: a gzip file that is dam",
+        ),
+        ("train.tsv.gz", gzip.compress((HEADER + ROWS + "12\ta\n").encode()), "train.tsv.gz:14: expected at"),
+    ],
+)
+def test_training_files_of_other_formats(flags: list[str], name: str, content: bytes, found: str) -> None:
+    Path(name).write_bytes(content)
+    assert found in fault(flags, "--train_file", name)
 
 
 def test_an_unknown_label_in_dev(flags: list[str]) -> None:

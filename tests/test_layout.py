@@ -18,7 +18,7 @@ IMPORTS_FROM = {  # each wing, and the wings before it that it may import from
     "search": ("settings", "data", "model", "checkpoints", "evaluation", "training"),
     "__main__": ("settings", "checkpoints", "evaluation", "training", "search", "serving"),
 }
-SHARED = ("errors", "runtime", "console")
+SHARED = ("errors", "runtime", "console", "processes")
 MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): ast.parse(path.read_text())
     for path in PACKAGE.rglob("*.py")

@@ -120,6 +120,18 @@ def append(path: Path, data: bytes) -> None:
             raise
 
 
+def cut(path: Path, length: int) -> None:
+    """Leave only the first `length` bytes of a file."""
+    with _opened(path, os.O_WRONLY | getattr(os, "O_BINARY", 0)) as descriptor:
+        os.ftruncate(descriptor, length)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Give a file that is durable another name in its folder, durably."""
+    os.replace(path, target)
+    fsync_folder(target.parent)
+
+
 def durable_length(path: Path) -> int:
     """Make a file's contents durable (made empty if it is gone); how many bytes they are."""
     with _opened(path, _APPEND) as descriptor:

@@ -8,8 +8,8 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,9 +32,11 @@ FINAL_READY = "final.ready"
 INPUT_FILE = "input.json"
 RUNS_FILE = "runs.json"  # of a folder with a folder for each of several runs
 COMPARED = "compare-"  # begins the names of folders with a compared model's results
+PROGRESS_FILE, PART_FILE = "progress.json", "predictions.part"  # of predictions that are not whole yet
 RESULT_FILES = (
     *("confusion_matrix.png", "eval_results.json", "eval_results.txt", "figures.json"),
-    *("predictions.tsv", "errors.tsv", "comparison.json", "report.html"),
+    *("predictions.tsv", "predictions.jsonl", "errors.tsv", "comparison.json", "report.html"),
+    *(PROGRESS_FILE, PART_FILE),
     INPUT_FILE,  # last: with it goes what says whose results they are
 )
 _OUR_FILES = (
@@ -319,12 +321,19 @@ def is_model_folder(folder: Path) -> bool:
 def write_results(folder: Path, files: Mapping[str, bytes], *, adds: bool = False) -> None:
     """Write an evaluation's files; those of an earlier one go first, so that nothing old stands beside new
     ones. With `adds`, files that belong to those just written."""
-    try:
+    with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in () if adds else RESULT_FILES:
             (folder / name).unlink(missing_ok=True)
         for name, data in files.items():
             atomic.replace_file(folder / name, data)
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """A ConfigError says it where a folder of results cannot be written."""
+    try:
+        yield
     except OSError as error:
         advice = "name another place with --output_dir"
         raise ConfigError(f"{folder} cannot be written: {error.strerror or error}; {advice}") from error

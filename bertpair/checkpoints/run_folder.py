@@ -76,10 +76,13 @@ def read_run_state(folder: Path, manifest: Manifest | None = None) -> RunState:
 
 
 class RunFolder:
-    """Holds the folder of one run for this process until it is closed, and writes in it."""
+    """Holds the folder of one run for this process until it is closed, and writes in it.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Of several processes of a run one writes. For the others nothing here does anything.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self.run_id = uuid.uuid4().hex[:12]
         self.listeners: list[Callable[[Mapping[str, object]], None]] = []  # to metrics.jsonl's records
         self._lock = RunLock(path)
@@ -204,6 +207,8 @@ class RunFolder:
     ) -> None:
         """Take the lock if that was not possible before, see that there is room for the `num_kept`
         checkpoints that stay, and put metrics.jsonl where the run stands."""
+        if not self.writes:
+            return
         self._limit = save_total_limit
         self._weights_bytes = weights_bytes + SMALL_FILES
         self._checkpoint_bytes = self._weights_bytes + optimizer_bytes
@@ -230,6 +235,8 @@ class RunFolder:
 
     def append_metrics(self, record: Mapping[str, object]) -> None:
         """Add one line to metrics.jsonl; a disk that is full costs the line, not the run."""
+        if not self.writes:
+            return
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
         with _forgiving(f"{METRICS_FILE}: a line could not be written"):
             atomic.append(self.path / METRICS_FILE, line.encode())
@@ -247,6 +254,8 @@ class RunFolder:
 
     def save_checkpoint(self, step: int, write: WriteCheckpoint, best_step: int | None) -> bool:
         """Have `write` fill checkpoint-`step`, then drop what it makes superfluous; False if that failed."""
+        if not self.writes:
+            return True
         target = checkpoint_folder(self.path, step)
 
         def save() -> None:

@@ -9,20 +9,28 @@ import logging
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
+from bertpair.data.formats import CSV, TSV, Format, format_of
+from bertpair.data.records import first_row
 from bertpair.errors import DataError, list_faults, listed, near_misses, show
 
 logger = logging.getLogger(__name__)
 
+Column = int | str
+_C = TypeVar("_C", int, int | str)
 _ROLES = ("text_a", "text_b", "label")
-_MARKS = (  # between the columns of other formats, what it is called, and how to get rid of it
-    (",", "a comma", ": export it as tab-separated text and read that with --quoting csv"),
-    (";", "a semicolon", ": export it as tab-separated text and read that with --quoting csv"),
-    ("[|]", "a vertical bar", ": export it as tab-separated text"),
-    (r"\\t", r"a backslash and a t", ""),
-    (" {2,}", "spaces", ""),
+_READ_CSV, _READ_TSV = "read it with --file_format csv", "read it with --file_format tsv"
+_INSTEAD = {CSV.delimiter: "write a comma there instead", TSV.delimiter: "write a tab there instead"}
+_MARKS = (  # between the columns of other formats, what it is called, and how to get rid of it, by format
+    (",", "a comma", {TSV.delimiter: _READ_CSV}),
+    ("\t", "a tab", {CSV.delimiter: _READ_TSV}),
+    (";", "a semicolon", {each: f"{word}: export it so" for each, word in _INSTEAD.items()}),
+    ("[|]", "a vertical bar", {each: f"{word}: export it so" for each, word in _INSTEAD.items()}),
+    (r"\\t", "a backslash and a t", _INSTEAD),
+    (" {2,}", "spaces", _INSTEAD),
 )
 
 
@@ -30,87 +38,160 @@ _MARKS = (  # between the columns of other formats, what it is called, and how t
 class Columns:
     """Where the texts and the label are: by header name, or by number from 0 (negative from the end).
 
-    `text_b` None: single texts. `label` None: no labels are read. `quoting`: `none` takes quotes literally;
-    with `csv`, quoted fields may hold tabs, newlines and doubled quotes. `header`: the training file's; with
-    `checks_header`, columns known by number must have its names in every file. `usual`: role → the name that
-    the column has in a usual header; where it stands in another column, that is a fault too.
+    `text_b` None: single texts. `label` None: no labels are read. A text in several columns is their cells
+    with the `separator` between them. `quoting`: `none` takes quotes in TSV literally; with `csv`, quoted
+    fields may hold tabs, newlines and doubled quotes. `header`: the training file's; with `checks_header`,
+    columns known by number must have its names in every file. `usual`: role → the name that the column has in
+    a usual header; where it stands in another column, that is a fault too. `group`: whose text says which
+    group a row belongs to. `kept`: columns whose cells come along.
     """
 
-    text_a: int | str
-    text_b: int | str | None
-    label: int | str | None
+    text_a: Column | tuple[Column, ...]
+    text_b: Column | tuple[Column, ...] | None
+    label: Column | None
     has_header: bool = True
     quoting: str = "none"
     header: tuple[str, ...] | None = None
     checks_header: bool = True
     usual: Mapping[str, str] = field(default_factory=dict, compare=False)
+    file_format: str = "auto"
+    separator: str = " "
+    group: Column | None = None
+    kept: tuple[Column, ...] = ()
 
-    def by_role(self) -> list[tuple[str, int | str | None]]:
-        return list(zip(_ROLES, (self.text_a, self.text_b, self.label), strict=True))
+    def by_role(self) -> list[tuple[str, Column]]:
+        """The columns of the texts and the label, each with what it is for."""
+        given = zip(_ROLES, (self.text_a, self.text_b, self.label), strict=True)
+        return [(role, column) for role, columns in given for column in _several(columns)]
+
+    def beside(self) -> list[tuple[str, Column]]:
+        """Those that are read beside them, each with the setting that names it."""
+        kept = [("keep_columns", column) for column in self.kept]
+        return kept if self.group is None else [("group_column", self.group), *kept]
 
     @property
     def num_used(self) -> int:
-        """How many columns are read."""
-        return sum(column is not None for _, column in self.by_role())
+        """How many columns texts and labels are in."""
+        return len(self.by_role())
+
+    def format_of(self, path: Path | str) -> Format:
+        """How the rows of this file are written."""
+        return format_of(path, self.file_format, self.quoting)
+
+
+def _several(columns: _C | tuple[_C, ...] | None) -> tuple[_C, ...]:
+    return columns if isinstance(columns, tuple) else () if columns is None else (columns,)
+
+
+def said(columns: Column | tuple[Column, ...] | None) -> str:
+    """A column as messages show it; several with a plus between them."""
+    return " + ".join(map(repr, _several(columns)))
 
 
 class Places(NamedTuple):
     """The columns of one file as positions; `width`: cells of its first row."""
 
-    text_a: int
-    text_b: int | None
+    text_a: int | tuple[int, ...]
+    text_b: int | tuple[int, ...] | None
     label: int | None
     needed: int
     width: int
+    group: int | None = None
+    kept: tuple[int, ...] = ()
+
+    @property
+    def texts(self) -> list[int]:
+        """Those of the texts."""
+        return [*_several(self.text_a), *_several(self.text_b)]
+
+    @property
+    def beside(self) -> list[int]:
+        """Those that are read beside texts and label."""
+        return [*_several(self.group), *self.kept]
 
 
 def locate_columns(columns: Columns, first: list[str], where: str) -> Places:
     """Positions from the file's first row; DataError with everything that does not fit."""
     faults: list[str] = []
-    positions: list[int | None] = []
+    roles: dict[int, str] = {}  # position → what it is for
+    found: dict[str, list[int]] = {}
     for role, column in columns.by_role():
-        position = None if column is None else _position(column, first, columns.has_header)
+        position = _position(column, first, columns.has_header)
         if isinstance(position, str):
             faults.append(f"{where}{role}_column {column!r} {position}")
-            position = None
-        elif position is not None and position in positions:
-            other = _ROLES[positions.index(position)]
+            continue
+        if position in roles:
             hint = "; has this file no labels?" if role == "label" else ""
-            faults.append(f"{where}{role}_column {column!r} is the same column as {other}_column{hint}")
-        positions.append(position)
+            faults.append(
+                f"{where}{role}_column {column!r} is the same column as {roles[position]}_column{hint}"
+            )
+        roles.setdefault(position, role)
+        found.setdefault(role, []).append(position)
+    for setting, column in columns.beside():
+        position = _position(column, first, columns.has_header)
+        if isinstance(position, str):
+            faults.append(f"{where}{setting} {column!r} {position}")
+        else:
+            found.setdefault(setting, []).append(position)
     if not faults and columns.has_header and columns.checks_header:
         faults = _header_faults(columns, first, where)
     if faults:
         raise DataError(list_faults(faults))
-    text_a, text_b, label = positions
+    return _places(found, columns, first)
+
+
+def _places(found: Mapping[str, list[int]], columns: Columns, first: Sequence[str]) -> Places:
+    text_a, text_b = (
+        places[0] if len(places) == 1 else tuple(places) or None
+        for places in (found.get(role, []) for role in _ROLES[:2])
+    )
+    label, group = (next(iter(found.get(name, [])), None) for name in ("label", "group_column"))
+    kept = tuple(found.get("keep_columns", ()))
     assert text_a is not None
-    needed = max(p for p in positions if p is not None) + 1
-    return Places(text_a, text_b, label, needed, max(needed, len(first)))
+    # Without a header nothing else says whether there is such a column.
+    read = [place for name, places in found.items() for place in places if name != "keep_columns"]
+    needed = max([*read, *(() if columns.has_header else kept)]) + 1
+    return Places(text_a, text_b, label, needed, max(needed, len(first)), group, kept)
 
 
-def other_format(row: Sequence[str], columns: Columns) -> str:
-    """What a row without a single tab seems to be instead of columns, and what to do; or ""."""
+def has_column(paths: Sequence[Path], columns: Columns, column: Column | None) -> bool:
+    """Whether all these files have it."""
+    if column is None:
+        return False
+    wanted = replace(columns, text_a=column, text_b=None, label=None, group=None, kept=())
+    try:
+        for path in paths:
+            locate_columns(wanted, first_row(path, columns.format_of(path)), "")
+    except DataError:
+        return False
+    return True
+
+
+def other_format(row: Sequence[str], columns: Columns, form: Format) -> str:
+    """What a row without a single delimiter seems to be instead of columns, and what to do; or ""."""
     if len(row) != 1 or columns.num_used < 2:
         return ""
     line = row[0].strip()
     if line.startswith(("{", "[")):
-        return "like JSON; write it as text with a tab between the columns"
+        return "like JSON; write one object a line, and read it with --file_format jsonl"
     if line.startswith("# "):
         return "like a comment; remove it"
     for mark, name, advice in _MARKS:
-        if len(re.findall(mark, line)) >= columns.num_used - 1:
-            return f"like columns with {name} between them; write a tab there instead{advice}"
+        if form.delimiter in advice and len(re.findall(mark, line)) >= columns.num_used - 1:
+            return f"like columns with {name} between them; {advice[form.delimiter]}"
     return ""
 
 
-def misfit_fault(width: int, count: int, first: Sequence[str], places: Places, columns: Columns) -> str:
+def misfit_fault(
+    width: int, count: int, first: Sequence[str], places: Places, columns: Columns, form: Format
+) -> str:
     """What `count` rows of so many cells, `first` being one, have in common, and what to do."""
-    found = f"expected {places.width} tab-separated columns, found {width} in each of {count:,} rows"
+    found = f"expected {places.width} {form.mark}-separated columns, found {width} in each of {count:,} rows"
     if width == 1:
-        other = other_format(first, columns)
-        return f"{found}; " + (f"they look {other}" if other else "write a tab between the columns")
+        other = other_format(first, columns, form)
+        return f"{found}; " + (f"they look {other}" if other else f"write a {form.mark} between the columns")
     if width > places.width:
-        return f"{found}; does the header lack a name, or do the rows have a tab too many?"
+        return f"{found}; does the header lack a name, or do the rows have a {form.mark} too many?"
     return found if columns.label is None else f"{found}; has this file no labels?"
 
 
@@ -118,14 +199,14 @@ def _header_faults(columns: Columns, first: list[str], where: str) -> list[str]:
     """What a header says against reading its file by the numbers that fit the training file."""
     here, trained = [cell.strip().casefold() for cell in first], columns.header or ()
     there = " in the training file; here that" if trained else ""
-    used: dict[str, tuple[int, str]] = {}  # role → the column known by number, and the name it should have
+    used: list[tuple[str, int, str]] = []  # each column known by number, and the name it should have
     for role, column in columns.by_role():
         if isinstance(column, int) and -len(trained) <= column < len(trained):
-            used[role] = column, trained[column].strip()
+            used.append((role, column, trained[column].strip()))
         elif isinstance(column, int) and columns.header is None and role in columns.usual:
-            used[role] = column, columns.usual[role]
+            used.append((role, column, columns.usual[role]))
     faults, num_right = [], 0
-    for role, (column, name) in used.items():
+    for role, column, name in used:
         if -len(here) <= column < len(here) and here[column] == name.casefold():
             num_right += 1
         elif name.casefold() in here:
@@ -134,20 +215,31 @@ def _header_faults(columns: Columns, first: list[str], where: str) -> list[str]:
                 f"{show(name)}{there} is column {here.index(name.casefold())}"
             )
     if columns.header is not None and used and not num_right and not faults:
-        names = listed([name for _, name in used.values()])
+        names = listed([name for _, _, name in used])
         faults.append(f"{where}expected a header with {names} as in the training file, found {listed(first)}")
     if faults:
-        names = " ".join(f"--{role}_column {shlex.quote(name)}" for role, (_, name) in used.items())
         faults.append(
             f"if this row is no header, set --has_header false; to read these columns all the same, set "
-            f"--has_header true; or name the columns, such as {names}"
+            f"--has_header true; or name the columns, such as {_naming(columns, used)}"
         )
     return faults
+
+
+def _naming(columns: Columns, used: Sequence[tuple[str, int, str]]) -> str:
+    """The flags that name the columns which are known by number."""
+    names: dict[tuple[str, Column], str] = {(role, column): name for role, column, name in used}
+    flags: dict[str, list[str]] = {role: [] for role, _, _ in used}
+    for role, column in columns.by_role():
+        if role in flags:
+            flags[role].append(shlex.quote(names.get((role, column), str(column))))
+    return " ".join(f"--{role}_column {' '.join(words)}" for role, words in flags.items())
 
 
 def _position(column: int | str, first: list[str], has_header: bool) -> int | str:
     """The column's position in this file, or what is wrong with it."""
     names = [cell.strip() for cell in first]
+    if isinstance(column, str) and not has_header:
+        return "is not in the header: there is none; give the number of the column"
     if isinstance(column, str):
         hits = [position for position, name in enumerate(names) if name == column.strip()]
         if len(hits) == 1:
@@ -183,11 +275,18 @@ _OTHER_NAME = re.compile(
 _NUMBER = re.compile(r"[-+]?[0-9]+([.,][0-9]+)?")
 
 
-def check_header(where: str, cells: Sequence[str], quoting: str) -> None:
+def check_header(where: str, cells: Sequence[str], form: Format) -> None:
     """DataError for a header that shows that its file is read in another way than it was written."""
+    if form.has_names:
+        return
     if any("\r" in cell.strip() for cell in cells):
         raise DataError(f"{where}a carriage return in the header; convert it: tr '\\r' '\\n' < OLD > NEW")
-    if quoting == "none" and cells[0].startswith('"') and cells[-1].rstrip().endswith('"') and len(cells) > 1:
+    if (
+        not form.has_quotes
+        and cells[0].startswith('"')
+        and cells[-1].rstrip().endswith('"')
+        and len(cells) > 1
+    ):
         if not is_quoted(cells[0]):
             raise DataError(f"{where}the whole line is in quotes; write the lines without them")
         raise DataError(f"{where}the names are in quotes; read the file with --quoting csv")
@@ -209,7 +308,7 @@ class FirstRow:
     def __init__(self, line: int, cells: Sequence[str], places: Places, labels: Collection[str]) -> None:
         self.line = line
         self._labels = labels
-        self._texts = [place for place in (places.text_a, places.text_b) if place is not None]
+        self._texts = places.texts
         filled = {place: name for place, cell in enumerate(cells) if (name := cell.strip(' "\t\r'))}
         beside = {place: name for place, name in filled.items() if place not in self._texts}
         are_names = len({*filled.values()}) == len(filled) and all(map(_may_be_name, filled.values()))
@@ -235,23 +334,34 @@ class FirstRow:
 
     def check(self, where: str, columns: Columns) -> bool:
         """Whether it is a row; if not, a DataError, or a warning where it was to be read as one."""
-        if self._is_sure or (self._is_likely and self._num_rows > 1):
-            what = "names of columns" if len(self._named) > 1 else "the name of a column"
-            sign = f"{listed(self._named)} as {what}"
-        elif self._unlike and self._num_rows > 1:  # a single row may differ by itself
-            place, name = next(iter(self._unlike.items()))
-            sign = f"{show(name)} in column {place}, where all other rows have a number or a label"
-        else:
+        sign = self._sign()
+        if not sign:
             return True
-        advice = ""
-        if columns.has_header and self._is_sure:
-            advice = "a header is the first line of its file"
-        elif columns.checks_header and not columns.has_header:
-            advice = "set --has_header true, or --has_header false if it is a row"
-        if advice:
+        if advice := self._advice(columns):
             raise DataError(f"{where}looks like a header: it has {sign}; {advice}")
         logger.warning("%sread as a row, but it has %s; is it a header?", where, sign)
         return False
+
+    def check_early(self, where: str, columns: Columns) -> None:
+        """The DataError, if it is one whatever rows follow."""
+        if self._is_sure and self._advice(columns):
+            self.check(where, columns)
+
+    def _sign(self) -> str:
+        """What tells that it is a header, or ""."""
+        if self._is_sure or (self._is_likely and self._num_rows > 1):
+            what = "names of columns" if len(self._named) > 1 else "the name of a column"
+            return f"{listed(self._named)} as {what}"
+        if self._unlike and self._num_rows > 1:  # a single row may differ by itself
+            place, name = next(iter(self._unlike.items()))
+            return f"{show(name)} in column {place}, where all other rows have a number or a label"
+        return ""
+
+    def _advice(self, columns: Columns) -> str:
+        if columns.has_header:
+            return "a header is the first line of its file" if self._is_sure else ""
+        asked = "set --has_header true, or --has_header false if it is a row"
+        return asked if columns.checks_header else ""
 
 
 def _are_names(texts: Sequence[str], beside: Collection[str]) -> bool:

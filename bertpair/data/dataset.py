@@ -41,6 +41,7 @@ class Pairs:
     line_of_row: npt.NDArray[np.int32]
     header: tuple[str, ...] | None  # of the first file; None: it has none
     groups: list[str] | None = None  # that the rows belong to, such as their questions; None: not read
+    kept: dict[str, list[str]] | None = None  # the cells of further columns, by their names; None: not read
 
     def __len__(self) -> int:
         return len(self.text_a)
@@ -62,8 +63,9 @@ class Pairs:
             for column in (self.text_a, self.text_b, self.labels, self.groups)
         )
         assert a is not None
+        kept = self.kept and {name: [cells[row] for row in rows] for name, cells in self.kept.items()}
         places = self.file_of_row[rows], self.line_of_row[rows]
-        return Pairs(a, b, labels, self.files, *places, self.header, groups)
+        return Pairs(a, b, labels, self.files, *places, self.header, groups, kept)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,15 +8,17 @@ said "pairs, three classes" about its own files.
 import logging
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from bertpair.data.columns import Columns
+from bertpair.data.columns import Column, Columns
 from bertpair.data.dataset import Pairs
-from bertpair.data.groups import read_groups
+from bertpair.data.formats import format_of
+from bertpair.data.lines import has_stdin
 from bertpair.data.records import first_row
-from bertpair.data.tsv import read_pairs
+from bertpair.data.tsv import count_rows, read_pairs, read_windows
 from bertpair.errors import ConfigError, DataError, list_faults, listed, show
 from bertpair.settings.config import DataSettings
 from bertpair.settings.tasks import FOUR_COLUMN, SCORE_METRICS, Task, find_task
@@ -53,16 +55,44 @@ class Source:
         limit: str = "max_eval_samples",
     ) -> Pairs:
         """The rows of these files with their groups, as many as the setting `limit` allows; `read_pairs`."""
-        pairs = read_pairs(
-            files,
-            columns,
-            labels=labels,
-            regression=self.regression,
-            on_bad_row=self.settings.on_bad_row,
-            limit=getattr(self.settings, limit),
-        )
-        column = self.settings.group_column
-        return pairs if column is None else replace(pairs, groups=read_groups(pairs, columns, column))
+        return read_pairs(files, self._grouped(columns), **self._rules(labels, limit))
+
+    def count(
+        self,
+        files: Sequence[Path | str],
+        columns: Columns,
+        labels: Sequence[str] | None,
+        limit: str = "max_eval_samples",
+    ) -> int:
+        """How many rows `read` would give, which says and raises the same; `count_rows`."""
+        return count_rows(files, self._grouped(columns), **self._rules(labels, limit))
+
+    def windows(
+        self,
+        files: Sequence[Path | str],
+        columns: Columns,
+        labels: Sequence[str] | None,
+        window_rows: int,
+        limit: str = "max_eval_samples",
+    ) -> Iterator[Pairs]:
+        """The same rows, `window_rows` at a time; `read_windows`.
+
+        Warnings are said by `count`, which comes first; those of the standard input are said here.
+        """
+        is_checked, rules = not has_stdin(files), self._rules(labels, limit)
+        columns = self._grouped(columns)
+        return read_windows(files, columns, window_rows=window_rows, is_checked=is_checked, **rules)
+
+    def _grouped(self, columns: Columns) -> Columns:
+        return replace(columns, group=self.settings.group_column)
+
+    def _rules(self, labels: Sequence[str] | None, limit: str) -> dict[str, Any]:
+        return {
+            "labels": labels,
+            "regression": self.regression,
+            "on_bad_row": self.settings.on_bad_row,
+            "limit": getattr(self.settings, limit),
+        }
 
     def columns_for(
         self,
@@ -71,24 +101,27 @@ class Source:
         with_labels: bool,
         header: tuple[str, ...] | None = None,
         checks_header: bool = True,
+        kept: Sequence[Column] = (),
     ) -> Columns:
         """How to read a later file: as in training; without labels perhaps as the preset's test file.
 
         `header` is the training file's, None where it had none or is not known; `checks_header` holds the
-        file against it. What the file's first row says decides, never the file's name.
+        file against it. What the file's first row says decides, never the file's name; the standard input is
+        read as in training. The columns `kept` come along with its rows.
         """
         trained, test = self.columns, self.test_columns
         columns = replace(trained, header=header, label=trained.label if with_labels else None)
         layouts = [(each.text_a, each.text_b, each.has_header) for each in (trained, test)]
-        if not with_labels and layouts[0] != layouts[1] and test.has_header:
-            first = [cell.strip() for cell in first_row(path, test.quoting)]
+        may_be_test = not with_labels and layouts[0] != layouts[1] and test.has_header
+        if may_be_test and not has_stdin([path]):
+            first = [cell.strip() for cell in first_row(path, test.format_of(path))]
             places = [column for column in layouts[1][:2] if isinstance(column, int)]
             if [first[p] for p in places if 0 <= p < len(first)] == list(self.task.text_names):
                 columns = test
         numbers = [column for _, column in columns.by_role() if isinstance(column, int)]
         if columns.has_header and numbers and header is None:
             logger.info("no header of the training file is known: columns by number, %s", listed(numbers))
-        return replace(columns, checks_header=checks_header)
+        return replace(columns, checks_header=checks_header, kept=tuple(dict.fromkeys(kept)))
 
     def training_labels(self, pairs: Pairs) -> tuple[str, ...] | None:
         """The classes in id order, None for a regression.
@@ -188,7 +221,7 @@ def _fitting_task(settings: DataSettings, needs: Collection[str]) -> tuple[Task,
     # Scoring a named file: that file itself tells best.
     for path in train + dev if "train" in needs else _named(settings, "dev") + train + dev:
         try:
-            width = len(first_row(path, settings.quoting))
+            width = len(first_row(path, format_of(path, settings.file_format, settings.quoting)))
         except DataError:
             continue  # whoever reads the file says why
         if all(-width <= number < width for number in numbers):
@@ -220,7 +253,7 @@ def _find_files(settings: DataSettings, task: Task, needs: Collection[str]) -> d
     faults = []
     for kind in ("train", "dev", "test"):
         named, usual = _named(settings, kind), _usual_places(settings, task, kind)
-        missing = [path for path in named if not os.path.exists(path)]
+        missing = [path for path in named if not has_stdin([path]) and not os.path.exists(path)]
         found = [path for path in usual if os.path.exists(path)][:1] or ([] if missing else named)
         is_needed = kind in needs or (kind == "dev" and named and "train" in needs)
         if is_needed and not found:
@@ -250,22 +283,24 @@ def _columns(settings: DataSettings, task: Task, *, is_test: bool = False) -> Co
     text_a = usual[0] if given[0] == "auto" else given[0]
     text_b = usual[1] if given[1] == "auto" else given[1]
     label = task.label if given[2] == "auto" else given[2]
-    has_header = settings.has_header
-    if not isinstance(has_header, bool):  # a column that is named needs a header to be found in
-        is_named = any(isinstance(column, str) for column in (text_a, text_b, label))
-        has_header = is_named or (task.test_has_header if is_test else task.has_header)
     names: dict[str, str] = {}
     if given == ("auto",) * 3 and text_b and not is_test:
         names = dict(zip(("text_a", "text_b", "label"), (*task.text_names, "label"), strict=True))
-    return Columns(
-        text_a,
-        text_b,
-        None if is_test else label,
-        has_header,
-        settings.quoting,
+    columns = Columns(
+        tuple(text_a) if isinstance(text_a, list) else text_a,
+        tuple(text_b) if isinstance(text_b, list) else text_b,
+        label,
+        quoting=settings.quoting,
         checks_header=settings.has_header == "auto",
         usual=names,
+        file_format=settings.file_format,
+        separator=settings.text_separator,
     )
+    has_header = settings.has_header
+    if not isinstance(has_header, bool):  # a column that is named needs a header to be found in
+        is_named = any(isinstance(column, str) for _, column in columns.by_role())
+        has_header = is_named or (task.test_has_header if is_test else task.has_header)
+    return replace(columns, has_header=has_header, label=None if is_test else label)
 
 
 def _labels(settings: DataSettings, task: Task) -> tuple[tuple[str, ...] | None, bool, tuple[str, ...]]:

@@ -64,7 +64,7 @@ def read_texts(
     known = {name: value for name, value in settings.items() if name in DataSettings.model_fields}
     kind = "train" if path is None else "dev"
     given: dict[str, Any] = {"max_eval_samples": limit, "group_column": None}
-    given |= {} if path is None else {"dev_file": [path]}
+    given |= {} if path is None else {"dev_file": [path], "file_format": "auto"}
     source = resolve_source(DataSettings(**{**known, **given}), needs=(kind,))
     files = source.train_files if path is None else source.dev_files
     columns = source.columns_for(files[0], with_labels=False, header=header)

@@ -27,11 +27,14 @@ from bertpair.checkpoints.checkpoint import (
     output_dir_of,
     run_of,
     settings_folder,
+    weights_digest,
     write_results,
 )
-from bertpair.console import program
+from bertpair.checkpoints.run_folder import versions
+from bertpair.console import check_alone, program
+from bertpair.data.columns import Columns, has_column, said
 from bertpair.data.dataset import Pairs, make_split, report_labels
-from bertpair.data.groups import has_column
+from bertpair.data.lines import has_stdin
 from bertpair.data.source import Source, resolve_source
 from bertpair.errors import CheckpointError, ConfigError, DataError, first_line
 from bertpair.evaluation.classifier import PairClassifier
@@ -49,11 +52,14 @@ from bertpair.evaluation.report import (
     group_table,
     significance_table,
 )
+from bertpair.evaluation.rows import WINDOW_ROWS
 from bertpair.evaluation.significance import Comparison
+from bertpair.evaluation.stream import Output, Writing, label_windows
 from bertpair.model.config import check_model_type, read_folder
 from bertpair.model.pretrained import resolve_folder
+from bertpair.processes import Processes, joined
 from bertpair.runtime import allowed_precisions, resolve_device, set_deterministic, set_threads
-from bertpair.settings.config import Config
+from bertpair.settings.config import Config, DataSettings, DeviceSettings
 from bertpair.settings.contradictions import check_config
 from bertpair.settings.evaluate import EvaluateSettings
 from bertpair.settings.stored import as_flags, model_settings
@@ -133,8 +139,13 @@ def evaluate_models(config: Config, *, explicit: Collection[str] = ()) -> Evalua
         for place in ("", *(candidate.prefix for candidate in candidates)):
             if is_model_folder(folder := Path(config.eval_output_dir, place)):
                 raise ConfigError(f"output_dir: {folder} is a model folder; name another one for the results")
+    if not config.predict:
+        check_alone("an evaluation with figures")
     first = _open(candidates[0], config, explicit)
     check_fit(config, first.labels)
+    if config.predict:
+        with joined(config.ddp_timeout) as processes:
+            return _predict(config, explicit, model_dir, candidates, first, processes)
     rows = _read_rows(config, first, explicit)
     if config.eval_output_dir is not None:
         discard_parts(Path(config.eval_output_dir))
@@ -156,7 +167,7 @@ def _conclude(
     watched = config.metric_for_best_model or rows.source.metrics[0]
     by_model = {each.name: each.details.figures if each.details else {} for each in found}
     texts = [_tables(asked) if len(found) == 1 else comparison_table(by_model, watched)]
-    comparisons = {} if config.predict else {each.name: compare_models(asked, each) for each in others}
+    comparisons = {each.name: compare_models(asked, each) for each in others}
     if comparisons:
         texts.append(f"{asked.name} on the same rows\n{significance_table(comparisons)}")
         write_results(asked.folder, {COMPARISON: as_json(comparisons)}, adds=True)
@@ -174,8 +185,66 @@ def _conclude(
     return EvaluationResult(by_model[asked.name], by_model, folders, len(rows.pairs), text, comparisons)
 
 
-def _read_rows(config: Config, first: PairClassifier, explicit: Collection[str]) -> _Rows:
-    """Read the data to score, as the first model reads it."""
+def _predict(
+    config: Config,
+    explicit: Collection[str],
+    model_dir: Path,
+    candidates: Sequence[_Candidate],
+    first: PairClassifier,
+    processes: Processes,
+) -> EvaluationResult:
+    """Label rows that have no labels with each model, window by window."""
+    config = config.model_copy(update={"group_column": None})  # nothing is measured
+    source, files, columns = _find_rows(config, first, explicit)
+    from_stdin = has_stdin(files)
+    if from_stdin and processes.size > 1:
+        raise ConfigError("data_file -: several processes cannot share the standard input; give a file")
+    num_rows = None if from_stdin else source.count(files, columns, first.labels)
+    data = [{"path": os.path.realpath(name), "sha256": file_digest(name)} for name in files if not from_stdin]
+    processes.check_same("data_file", json.dumps([each["sha256"] for each in data]))
+    if config.eval_output_dir is not None and processes.is_first:
+        discard_parts(Path(config.eval_output_dir))
+    writing = Writing(config.predictions_format == "jsonl", config.with_texts, len(files) > 1)
+    folders = {}
+    for candidate in candidates:
+        model = first if candidate is candidates[0] else _open(candidate, config, explicit)
+        _check_comparable(candidate, model, first)
+        folder = folders[candidate.name] = _output_folder(config, model_dir, candidate, data)
+        identity = None if from_stdin else _identity(config, candidate, model, data)
+        output = Output(folder, identity)
+        windows = source.windows(files, columns, model.labels, WINDOW_ROWS)
+        found = label_windows(model, windows, num_rows, output, writing, processes, candidate.name)
+        if processes.is_first:
+            output.finish(writing.file_name, _described(candidate, model, data, predict=True))
+    names = {name: str(folder) for name, folder in folders.items()}
+    return EvaluationResult({}, {name: {} for name in names}, names, found, f"{found} rows predicted")
+
+
+def _identity(
+    config: Config, candidate: _Candidate, model: PairClassifier, data: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Whatever decides what the predictions are: an earlier run with the same can be gone on with."""
+    device, several = {"num_threads", "ddp_timeout"}, {"data_file", "compare", "all_checkpoints"}
+    names = {*DataSettings.model_fields, *DeviceSettings.model_fields, *EvaluateSettings.model_fields}
+    settings = {
+        name: getattr(config, name) for name in sorted(names - device - several - {"eval_output_dir"})
+    }
+    made = {"decision": model.decision.figures, "cut": model.max_seq_length, "labels": model.labels}
+    found = {
+        "data_file": [each["sha256"] for each in data],
+        "model": weights_digest(candidate.path),
+        "settings": {**settings, **made, "window_rows": WINDOW_ROWS},
+        "version": versions(),
+    }
+    return dict(json.loads(json.dumps(found)))
+
+
+def _find_rows(
+    config: Config, first: PairClassifier, explicit: Collection[str]
+) -> tuple[Source, tuple[Path, ...], Columns]:
+    """The files to score, and how the first model reads them."""
+    if config.data_file and "file_format" not in explicit:  # the training's was of its own files
+        config = config.model_copy(update={"file_format": "auto"})
     source, files = _resolve_files(config)
     _check_task(config, first, source)
     columns = source.columns_for(
@@ -183,12 +252,17 @@ def _read_rows(config: Config, first: PairClassifier, explicit: Collection[str])
         with_labels=not config.predict,
         header=first.header,
         checks_header=not LAYOUT & set(explicit),  # what is given now is not held against the training file
+        kept=config.keep_columns or (),
     )
+    return source, files, columns
+
+
+def _read_rows(config: Config, first: PairClassifier, explicit: Collection[str]) -> _Rows:
+    """Read the data to score, as the first model reads it."""
+    source, files, columns = _find_rows(config, first, explicit)
     group = config.group_column
-    is_lost = "group_column" not in explicit and not has_column(files, columns, group)
-    if group is not None and (config.predict or is_lost):
-        why = "nothing is measured" if config.predict else f"{files[0]} does not have group_column {group}"
-        logger.info("no figures of groups: %s", why)
+    if group is not None and "group_column" not in explicit and not has_column(files, columns, group):
+        logger.info("no figures of groups: %s does not have group_column %s", files[0], group)
         source = dataclasses.replace(source, settings=config.model_copy(update={"group_column": None}))
     pairs = source.read(files, columns, first.labels)
     if len(set(pairs.labels or ())) == 1:
@@ -256,6 +330,8 @@ def _output_folder(
     """Where the files of one model's results on these data go; other data have another folder."""
     if config.eval_output_dir is not None:
         return Path(config.eval_output_dir) / candidate.prefix
+    if not data:
+        return output_dir_of(model_dir) / "eval" / "standard_input-predict"
     digest = hashlib.sha256()
     for file in data:
         digest.update(os.fsencode(file["path"]) + b"\0" + file["sha256"].encode())
@@ -292,7 +368,7 @@ def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> P
         threshold=config.threshold,
         positive_label=config.positive_label,
         max_batch_tokens=budget,
-        optimize=False,  # the figures are those of training's own evaluation, bit for bit
+        optimize=config.predict,  # figures are those of training's own evaluation, bit for bit
     )
 
 
@@ -304,7 +380,7 @@ def _check_task(config: Config, model: PairClassifier, source: Source) -> None:
     if model.takes_pairs is not None and model.takes_pairs != (source.columns.text_b is not None):
         wanted = "pairs: name the column" if model.takes_pairs else "single texts: only null is allowed"
         raise ConfigError(
-            f"text_b_column: found {source.columns.text_b!r}; {config.model_dir} takes {wanted}"
+            f"text_b_column: found {said(source.columns.text_b) or None}; {config.model_dir} takes {wanted}"
         )
     if config.predict or model.labels is None or source.labels is None:
         return
@@ -344,24 +420,25 @@ def _score(
     if (line := collapse(evaluation, split, model.labels)) is not None:
         logger.warning("%s: %s: the model cannot tell them apart", candidate.name, line)
     folder = _output_folder(config, model_dir, candidate, rows.data)
-    said = {
-        "model": os.path.realpath(candidate.path),
-        "run_id": run_of(candidate.path) or None,
-        "data": rows.data,
-        "predict": config.predict,
-        **model.decision.figures,
-    }
+    said = _described(candidate, model, rows.data, predict=False)
     described = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
     files = result_files(evaluation, split, model.labels, details, with_texts=config.with_texts)
     write_results(folder, {**files, INPUT_FILE: described.encode(errors="surrogateescape")})
     return Scored(candidate.name, candidate.path, folder, model.labels, evaluation, details, split)
 
 
+def _described(
+    candidate: _Candidate, model: PairClassifier, data: list[dict[str, Any]], *, predict: bool
+) -> dict[str, Any]:
+    """input.json: what results were made of."""
+    said = {"model": os.path.realpath(candidate.path), "run_id": run_of(candidate.path) or None}
+    return {**said, "data": data, "predict": predict, **model.decision.figures}
+
+
 def _tables(scored: Scored) -> str:
     """The tables for one model."""
     details, labels = scored.details, scored.labels
-    if details is None:
-        return f"{len(scored.split)} rows predicted"
+    assert details is not None
     parts = []
     if labels is not None and details.classes is not None and details.confusion_matrix is not None:
         parts = [class_table(details.classes), confusion_table(labels, details.confusion_matrix)]

@@ -5,7 +5,7 @@ Nothing is written here: a caller puts these bytes, and those of the pictures, w
 
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,12 +37,14 @@ def format_predictions(
     labels: Sequence[str] | None = None,
     *,
     with_texts: bool = False,
+    with_file: bool | None = None,
+    has_header: bool = True,
 ) -> bytes:
-    """`predictions.tsv`, a row per prediction: file (of several), line, gold (if there is any), predicted,
-    score, truncated (0 or 1), a column `prob_<label>` for each of `labels`, and perhaps the texts; no labels
-    for regression, where the score is the value."""
+    """`predictions.tsv`, a row per prediction: file (by default of several), line, gold (if there is any),
+    predicted, score, truncated (0 or 1), a column `prob_<label>` for each of `labels`, perhaps the texts, and
+    the columns that are kept; no labels for regression, where the score is the value."""
     columns: dict[str, Iterable[str]] = {}
-    if len(pairs.files) > 1:
+    if len(pairs.files) > 1 if with_file is None else with_file:
         columns["file"] = [_cell(pairs.files[number]) for number in pairs.file_of_row]
     columns["line"] = map(str, pairs.line_of_row)
     if pairs.labels is not None:
@@ -54,7 +56,39 @@ def format_predictions(
         column = [f"{p.probabilities[label]:.6f}" for p in predictions]
         columns[f"prob_{label.translate(ESCAPES)}"] = column
     columns |= _texts(pairs) if with_texts else {}
-    return tsv([list(columns), *zip(*columns.values(), strict=True)])
+    for name, cells in (pairs.kept or {}).items():
+        columns[_name_of_kept(_cell(name), columns)] = [cell.translate(ESCAPES) for cell in cells]
+    rows = zip(*columns.values(), strict=True)
+    return tsv([list(columns), *rows] if has_header else rows)
+
+
+def format_lines(
+    predictions: Sequence[Prediction], pairs: Pairs, *, with_texts: bool = False, with_file: bool = False
+) -> bytes:
+    """`predictions.jsonl`, an object per prediction, with what a row of predictions.tsv has. Texts and kept
+    columns are as they were read."""
+    lines = []
+    for row, answer in enumerate(predictions):
+        said: dict[str, Any] = {"file": pairs.files[pairs.file_of_row[row]]} if with_file else {}
+        said["line"] = int(pairs.line_of_row[row])
+        if answer.label is None:
+            said["predicted"] = answer.score
+        else:
+            said |= {"predicted": answer.label, "score": round(answer.score, 6)}
+        said["truncated"] = answer.truncated
+        if answer.label is not None:
+            said["probabilities"] = {name: round(p, 6) for name, p in answer.probabilities.items()}
+        texts = {"text_a": pairs.text_a, "text_b": pairs.text_b} if with_texts else {}
+        said |= {name: column[row] for name, column in texts.items() if column is not None}
+        for name, cells in (pairs.kept or {}).items():
+            said[_name_of_kept(name, said)] = cells[row]
+        lines.append(json.dumps(said, ensure_ascii=False) + "\n")
+    return "".join(lines).encode(errors="surrogateescape")
+
+
+def _name_of_kept(name: str, taken: Container[str]) -> str:
+    """What a kept column is called: its name, unless that means something else."""
+    return f"kept_{name}" if name in taken else name
 
 
 def format_errors(predictions: Sequence[Prediction], pairs: Pairs, rows: Sequence[int] | Ids) -> bytes:

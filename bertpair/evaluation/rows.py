@@ -8,7 +8,7 @@ import numpy as np
 
 from bertpair.errors import DataError, half_character
 
-WINDOW_ROWS = 10_000  # held at a time where rows are read as they come
+WINDOW_ROWS = 5_000  # held at a time where rows are read as they come
 NAMES = (("text_a", "text_b"), ("sentence1", "sentence2"))  # of the service's routes, the new and the old
 _SINGLE = "this model takes pairs of texts, found single texts"
 _PAIRS = "this model takes single texts, found pairs of texts"

@@ -22,7 +22,7 @@ from bertpair.checkpoints.atomic import remove, replace_file
 from bertpair.checkpoints.checkpoint import RUNS_FILE
 from bertpair.checkpoints.lock import LOCK_NAME, RunLock
 from bertpair.checkpoints.run_folder import RunFolder, drop_weights
-from bertpair.console import stop_flag
+from bertpair.console import check_alone, stop_flag
 from bertpair.errors import CheckpointError, ConfigError, StoppedError, list_faults
 from bertpair.evaluation.card import discard_card
 from bertpair.evaluation.metrics import best_of, finite_or_null
@@ -171,6 +171,7 @@ def recipe_of(config: Config) -> dict[str, Any]:
 
 def check_folder(path: Path, mark: str, *, overwrite: bool) -> None:
     """ConfigError where a folder cannot be written, or holds something else than several runs."""
+    check_alone("several runs")
     RunFolder(path).check_new(overwrite=True)
     found = sorted(each.name for each in path.iterdir() if each.name[0] != ".") if path.is_dir() else []
     if found and mark not in found and not overwrite:

@@ -24,6 +24,7 @@ from bertpair.settings.fields import (
     ONE_OR_MORE,
     Amp,
     Column,
+    Columns,
     Device,
     Group,
     Label,
@@ -32,6 +33,7 @@ from bertpair.settings.fields import (
     Path,
     Paths,
     Real,
+    Separator,
     Switch,
     Text,
     Weights,
@@ -83,22 +85,30 @@ class DataSettings(Group):
     )
     train_file: Paths = _files(
         None,
-        "Tab-separated files with the rows to train on. Not given: train.tsv in data_dir.",
+        "TSV, CSV or JSONL files with the rows to train on. Not given: train.tsv in data_dir.",
         resume="free",
         example="answers.tsv",
     )
     dev_file: Paths = _files(
         None,
-        "Tab-separated files with the rows to measure the model on. Without them nothing is measured. "
+        "TSV, CSV or JSONL files with the rows to measure the model on. Without them nothing is measured. "
         "Not given: dev.tsv in data_dir, or the task's name for it.",
         resume="end",
         example="answers_dev.tsv",
     )
     test_file: Paths = _files(
         None,
-        "Tab-separated files with rows without labels, for predictions. Not given: test.tsv in data_dir, "
+        "TSV, CSV or JSONL files with rows without labels, for predictions. Not given: test.tsv in data_dir, "
         "or the task's name for it.",
         resume="free",
+    )
+    file_format: Literal["auto", "tsv", "csv", "jsonl"] = _files(
+        "auto",
+        "How the rows are written. tsv: a tab between the columns. csv: a comma. jsonl: each line is a JSON "
+        "object, whose keys are the names of the columns. auto: csv for files whose name ends with .csv or "
+        ".csv.gz, jsonl for .jsonl and .ndjson, else tsv. Files may be packed with gzip.",
+        resume="free",
+        example="csv",
     )
     task_name: Task = _model(
         None,
@@ -106,16 +116,22 @@ class DataSettings(Group):
         "sts-b, qqp, qnli, rte or wnli. Not given: four columns, which are a number, the first text, "
         "the second text and the label.",
     )
-    text_a_column: Column = _model(
+    text_a_column: Columns = _model(
         "auto",
-        "Column of the first text. auto: the task's, or 1 if there is no task_name.",
+        "Column of the first text, or several columns, whose texts are joined. "
+        "auto: the task's, or 1 if there is no task_name.",
         example="reference",
     )
-    text_b_column: Column | None = _model(
+    text_b_column: Columns | None = _model(
         "auto",
-        "Column of the second text. auto: the task's, or 2 if there is no task_name. "
+        "Column of the second text, or several. auto: the task's, or 2 if there is no task_name. "
         "null: there is no second text.",
         example="answer",
+    )
+    text_separator: Separator = _model(
+        " ",
+        "What stands between the texts of several columns that are joined to one. Empty ones are left out.",
+        example='" | "',
     )
     label_column: Column = _model(
         "auto",
@@ -130,7 +146,7 @@ class DataSettings(Group):
     )
     quoting: Literal["none", "csv"] = _model(
         "none",
-        "none: quotation marks are ordinary characters. "
+        "Of TSV files. none: quotation marks are ordinary characters. "
         "csv: a field in double quotes may hold tabs and line breaks.",
     )
     labels: Labels = _model(
@@ -269,7 +285,9 @@ class OptimSettings(Group):
     max_steps: Annotated[Whole, Field(ge=1, le=2**31 - 1)] | Literal[-1] = _anyway(
         -1, "Stop after this many steps, whatever num_train_epochs says. -1: num_train_epochs decides."
     )
-    per_device_train_batch_size: Whole = setting(16, "Number of rows in a batch.", ge=1, example="32")
+    per_device_train_batch_size: Whole = setting(
+        16, "Number of rows in a batch, of each process.", resume="warn", ge=1, example="32"
+    )
     # The model's own, or figures would differ in rounding.
     per_device_eval_batch_size: Whole = _model(
         16,
@@ -280,7 +298,10 @@ class OptimSettings(Group):
         example="64",
     )
     gradient_accumulation_steps: Whole = setting(
-        1, "Number of batches that make up one step. More batches of fewer rows need less memory.", ge=1
+        1,
+        "Number of batches that make up one step. More batches of fewer rows need less memory.",
+        resume="warn",
+        ge=1,
     )
     group_by_length: Switch = setting(
         True, "Put rows of similar length into the same batch. This saves padding, and so time."
@@ -330,6 +351,13 @@ class DeviceSettings(Group):
         resume="warn",
         ge=1,
         le=1024,
+    )
+    ddp_timeout: Whole = _free(
+        600,
+        "Under torchrun: after how many seconds without an answer from another process a process gives up. "
+        "A checkpoint must be written in less.",
+        ge=5,
+        le=86_400,
     )
 
 

@@ -82,8 +82,22 @@ def _clashes(c: Config) -> Iterator[str]:
         yield "amp fp16 needs a GPU, found device cpu; on a CPU use auto, off or bf16"
     yield from engine_faults(c, c.device)
     yield from _fitting_faults(c)
+    yield from _predicting_faults(c)
     if c.quantize_check and not c.quantize:
         yield "quantize_check has no effect without quantize int8"
+
+
+def _predicting_faults(c: Config) -> Iterator[str]:
+    if c.predictions_format != "tsv" and not c.predict:
+        yield f"predictions_format {c.predictions_format} has no effect without predict"
+    if "-" in (c.data_file or ()):
+        if not c.predict:
+            yield "data_file -, the standard input, needs predict"
+        if c.all_checkpoints or c.compare or len(c.data_file or ()) > 1:
+            yield "data_file -, the standard input, is read once: for one model, and without other files"
+    for name in ("report", "all_figures") if c.predict else ():
+        if getattr(c, name):
+            yield f"{name} needs rows with labels, found predict"
 
 
 def _fitting_faults(c: Config) -> Iterator[str]:
@@ -98,11 +112,21 @@ def _fitting_faults(c: Config) -> Iterator[str]:
 def _column_faults(config: Config) -> Iterator[str]:
     names = ("text_a_column", "text_b_column", "label_column")
     given = {name: getattr(config, name) for name in names if getattr(config, name) not in ("auto", None)}
-    for name, column in given.items():
-        if config.has_header is False and isinstance(column, str):
+    several = [
+        (name, column)
+        for name, columns in given.items()
+        for column in (columns if isinstance(columns, list) else [columns])
+    ]
+    for name, column in several:
+        if config.has_header is False and config.file_format != "jsonl" and isinstance(column, str):
             yield f"{name} {show(column)} is a header name, but has_header is false"
     seen: dict[object, str] = {}
-    for name, column in given.items():
-        first = seen.setdefault(column, name)
-        if first != name:
-            yield f"{first} and {name} are the same column, {show(column)}"
+    for name, column in several:
+        if (first := seen.get(column)) is not None:
+            both = (
+                f"{first} names the same column twice"
+                if first == name
+                else f"{first} and {name} are the same column"
+            )
+            yield f"{both}, {show(column)}"
+        seen.setdefault(column, name)

@@ -1,9 +1,10 @@
 """What evaluate.py scores, measures, compares and finds."""
 
 from functools import partial
+from typing import Literal
 
 from bertpair.settings.engine import EngineSettings
-from bertpair.settings.fields import Path, Paths, Switch, setting
+from bertpair.settings.fields import NamedColumns, Path, Paths, Switch, setting
 
 _free = partial(setting, resume="free")
 
@@ -18,13 +19,25 @@ class EvaluateSettings(EngineSettings):
     )
     data_file: Paths = _free(
         None,
-        "Tab-separated files with the rows to score. Not given: the dev file of the training.",
+        "TSV, CSV or JSONL files with the rows to score. With predict, - is the standard input. "
+        "Not given: the dev file of the training.",
         example="new_answers.tsv",
+    )
+    keep_columns: NamedColumns = _free(
+        None,
+        "Columns of data_file that are written into the predictions too. Not given: none.",
+        example="id question",
+    )
+    predictions_format: Literal["tsv", "jsonl"] = _free(
+        "tsv",
+        "How predict writes the predictions. tsv: predictions.tsv. jsonl: predictions.jsonl, where each line "
+        "is a JSON object.",
+        example="jsonl",
     )
     predict: Switch = _free(
         False,
-        "Score rows that have no labels: write predictions and measure nothing. "
-        "Without data_file, the rows of the test file are scored.",
+        "Score rows that have no labels, in files of any size: write predictions and measure nothing. A run "
+        "that was stopped goes on where it was. Without data_file, the rows of the test file are scored.",
         example="--data_file new_answers.tsv",
     )
     all_checkpoints: Switch = _free(

@@ -151,7 +151,9 @@ def as_word(value: object) -> str:
         return " ".join(map(as_word, value))
     if isinstance(value, float):
         return f"{value:g}".replace("e-0", "e-")
-    return value if isinstance(value, str) else show(value)
+    if isinstance(value, str):
+        return value if value.strip() else f'"{value}"'
+    return show(value)
 
 
 def _words(schema: Mapping[str, Any]) -> str:
@@ -175,8 +177,8 @@ def _words(schema: Mapping[str, Any]) -> str:
 def from_words(words: Sequence[str], annotation: Any) -> object:
     """The words after a flag as YAML would give the value; ValueError says what was found if it is none."""
     types = _plain_types(annotation)
-    if types & {list, dict} and words:
-        return None if list(words) == ["null"] and type(None) in types else list(words)
+    if types & {list, dict} and words and not (int in types and len(words) == 1):
+        return None if list(words) == ["null"] and type(None) in types else [_whole(w, types) for w in words]
     if not words and bool in types:
         return True
     if len(words) != 1 and Any not in types:
@@ -184,9 +186,11 @@ def from_words(words: Sequence[str], annotation: Any) -> object:
     word = " ".join(words)
     if bool in types and word.lower() in ("true", "false"):
         return word.lower() == "true"
-    if int in types and _WHOLE.fullmatch(word):
-        return int(word)
-    return None if word == "null" else word
+    return None if word == "null" else _whole(word, types)
+
+
+def _whole(word: str, types: set[Any]) -> int | str:
+    return int(word) if int in types and _WHOLE.fullmatch(word) else word
 
 
 def _plain_types(annotation: Any) -> set[Any]:
@@ -196,6 +200,8 @@ def _plain_types(annotation: Any) -> set[Any]:
         return set(map(type, parts))
     if origin in (Annotated, Union, UnionType):
         return set().union(*map(_plain_types, parts[:1] if origin is Annotated else parts))
+    if origin is list:  # numbers in a list are numbers too
+        return {list} | set().union(*map(_plain_types, parts)) & {int}
     return {origin or annotation}
 
 
@@ -266,6 +272,26 @@ def _as_column(value: object) -> object:
     return as_text(value)
 
 
+def _as_columns(value: object) -> object:
+    if not isinstance(value, list | tuple):
+        return _as_column(value)
+    if not value:
+        raise ValueError
+    columns = list(map(_as_column, value))
+    return columns[0] if len(columns) == 1 else columns
+
+
+def _as_several(value: object) -> object:
+    found = _as_columns(value)
+    return found if isinstance(found, list) else [found]
+
+
+def _as_separator(value: object) -> str:
+    if not isinstance(value, str) or len(value) > 100:
+        raise ValueError
+    return value and as_text(value)
+
+
 def said(words: str) -> JsonSchema:
     """What a type of its own rules may hold, in words."""
     return JsonSchema({"type": "string", "format": words})
@@ -295,6 +321,11 @@ Weights = Annotated[str | dict[str, float], PlainValidator(_as_weights), said(_W
 _COLUMN = "a header name, or a column number (from 0; -1 is the last)"
 NamedColumn = Annotated[int | str, PlainValidator(_as_column), said(_COLUMN)]
 Column = Annotated[int | str, PlainValidator(_as_column), said(f"auto, {_COLUMN}")]
+_Columns = int | str | list[int | str]
+Columns = Annotated[_Columns, PlainValidator(_as_columns), said(f"auto, {_COLUMN}, or several of these")]
+_SEVERAL = Annotated[list[int | str], PlainValidator(_as_several), said(f"{_COLUMN}, or several of these")]
+NamedColumns = _SEVERAL | None
+Separator = Annotated[str, PlainValidator(_as_separator), said("a text of at most 100 characters")]
 _DEVICES = "auto, cpu, mps, cuda or cuda:N"
 Device = Annotated[str, matching(r"auto|cpu|mps|cuda(:[0-9]{1,3})?"), said(_DEVICES)]
 Amp = Annotated[Literal["auto", "off", "bf16", "fp16"], OFF]

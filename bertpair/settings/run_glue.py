@@ -12,7 +12,7 @@ from bertpair.settings.fields import RETIRED, Group, Switch, Whole, setting
 _GONE = "no longer means anything: ignored"
 IGNORED = {
     "fp16_opt_level": f"{_GONE} (amp has no levels)",
-    "local_rank": f"{_GONE} (one process trains, on one device)",
+    "local_rank": f"{_GONE} (torchrun tells each process which one it is)",
     "server_ip": _GONE,
     "server_port": _GONE,
     "logging_dir": f"{_GONE} (metrics go to metrics.jsonl in output_dir)",

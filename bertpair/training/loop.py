@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bertpair.checkpoints.run_folder import RunFolder, WriteCheckpoint
-from bertpair.console import Progress, is_command, program, stop_flag
+from bertpair.console import Progress, is_command, program
 from bertpair.data.batching import BatchStream, pad_batch, padded_lengths, slice_batch
 from bertpair.errors import StoppedError, TrainingError, plain
 from bertpair.evaluation.measure import Evaluation
 from bertpair.evaluation.metrics import finite_or_null, is_better
 from bertpair.runtime import peak_memory_gb
-from bertpair.training.setup import Job, Plan, digest_of
+from bertpair.training.setup import Job, Plan, digest_of, rows_of_step
 from bertpair.training.step import Stepper, loss_weight
 
 logger = logging.getLogger(__name__)
@@ -49,15 +49,16 @@ class Loop:
         stepper: Stepper,
         folder: RunFolder,
         evaluate: Callable[[], Evaluation],
-        write_checkpoint: WriteCheckpoint,
+        checkpoint_writer: Callable[[], WriteCheckpoint],
     ) -> None:
-        self.job, self.stepper, self.folder = job, stepper, folder
-        self.evaluate, self.write_checkpoint = evaluate, write_checkpoint
+        self.job, self.stepper, self.folder, self.processes = job, stepper, folder, job.processes
+        self.evaluate, self.checkpoint_writer = evaluate, checkpoint_writer
         config = job.config
         lengths = padded_lengths(job.train.tokens.lengths, config.pad_to_multiple_of, config.max_seq_length)
-        rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        rows = rows_of_step(config, job.processes.size)
         self.stream = BatchStream(lengths, rows, seed=config.seed, group_by_length=config.group_by_length)
-        self.plan = Plan(config, self.stream.num_batches, job.metrics, has_dev=job.dev is not None)
+        has_dev, size = job.dev is not None, job.processes.size
+        self.plan = Plan(config, self.stream.num_batches, job.metrics, has_dev=has_dev, num_processes=size)
         self.dev_digest = None if job.dev is None else digest_of(job.dev)
         self.progression = TrainState()
         self.last_evaluation: dict[int | None, Evaluation] = {}  # by the step of its weights
@@ -103,7 +104,7 @@ class Loop:
                 if self.is_done:
                     self.log_end()
                 while not self.is_done:
-                    stop_flag.raise_if_set()
+                    self.processes.raise_if_stopped()
                     self._step()
                     self._after_step()
                 self._check_verdicts()
@@ -146,8 +147,14 @@ class Loop:
                 pad_to_multiple_of=config.pad_to_multiple_of,
                 max_length=config.max_seq_length,
             )
-            for rows in slice_batch(batch_rows, rank=0, world_size=1, micro_batch_size=micro_batch_size)
+            for rows in slice_batch(
+                batch_rows,
+                rank=self.processes.rank,
+                world_size=self.processes.size,
+                micro_batch_size=micro_batch_size,
+            )
         ]
+        lengths = train.tokens.offsets[batch_rows + 1] - train.tokens.offsets[batch_rows]
         self.stepper.step(
             done + 1,
             batch_rows,
@@ -156,7 +163,7 @@ class Loop:
             learning_rate=self.plan.learning_rate(done),
         )
         self.progression.global_step = done + 1
-        self._clock.count(1, len(batch_rows), sum(batch.num_tokens for batch in micro_batches))
+        self._clock.count(1, len(batch_rows), int(lengths.sum()))
         self._progress.advance()
 
     def _after_step(self) -> None:
@@ -251,7 +258,8 @@ class Loop:
         step = self.progression.global_step
         self._check_verdicts()
         if step != self._saved_step:
-            saved = self.folder.save_checkpoint(step, self.write_checkpoint, self.progression.best_step)
+            best, write = self.progression.best_step, self.checkpoint_writer()
+            saved = self.processes.share(self.folder.save_checkpoint(step, write, best))
             self._saved_step = step if saved else None
         self._clock.pass_over()
 
@@ -261,6 +269,7 @@ class Loop:
             "data_sha256": self.job.data_digest,
             "dev_sha256": self.dev_digest,
             "device": self.job.device.type,
+            "processes": self.processes.size,
             "positive_label": self.job.config.positive_label,
             **dataclasses.asdict(self.progression),
             "metric": self.plan.metric,

@@ -6,13 +6,16 @@ import dataclasses
 import logging
 import shlex
 from collections.abc import Collection
+from pathlib import Path
 
-from bertpair.checkpoints.run_folder import RunFolder, RunState, versions
+from bertpair.checkpoints.run_folder import RunFolder, RunState, read_run_state, versions
+from bertpair.console import rank_and_size
 from bertpair.errors import CheckpointError, ConfigError, list_faults
+from bertpair.processes import Processes
 from bertpair.settings.config import SETTINGS, Config, changed_settings
 from bertpair.settings.contradictions import check_config
 from bertpair.settings.stored import stored_settings
-from bertpair.training.setup import Job
+from bertpair.training.setup import Job, rows_of_step
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,23 @@ class Start:
     config: Config
     checkpoint: RunState | None = None  # None: at step 0, or not at all
     finished: RunState | None = None  # this run is over; its result stands unless it has steps left to do
+
+
+def share_start(config: Config, explicit: Collection[str], folder: RunFolder, processes: Processes) -> Start:
+    """What `find_start` gives the first process, in all of them. They must see the same output folder where
+    there is something to resume. For all processes."""
+    if processes.size == 1:
+        return find_start(config, explicit, folder)
+    start = find_start(config, explicit, folder) if processes.is_first else None
+    said = start and {
+        "settings": start.config.model_dump(),
+        "folders": [run and str(run.folder.absolute()) for run in (start.checkpoint, start.finished)],
+    }
+    said = processes.share(said)
+    if start is None:
+        runs = [run and read_run_state(Path(run)) for run in said["folders"]]
+        start = Start(Config(**said["settings"]), *runs)
+    return start
 
 
 def find_start(config: Config, explicit: Collection[str], folder: RunFolder) -> Start:
@@ -102,7 +122,25 @@ def merge_settings(
             faults = [f"{name}: the run has {was!r}, found {new!r}" for name, was, new in differing]
             differ = f"{run.folder}: these settings differ from the run's"
             raise ConfigError(f"{differ}\n{list_faults(faults)}\n{advice}")
+    _check_global_batch(old, merged, run)
     return check_config(merged), changes
+
+
+def _check_global_batch(old: Config, new: Config, run: RunState) -> None:
+    """ConfigError unless a step has as many rows as before, in whatever batches of however many processes."""
+    then, now = int(run.state.get("processes", 1)), rank_and_size()[1]
+    if rows_of_step(old, then) == rows_of_step(new, now):
+        return
+    was, found = (
+        f"{rows_of_step(config, size):,} rows a step (per_device_train_batch_size "
+        f"{config.per_device_train_batch_size} × gradient_accumulation_steps "
+        f"{config.gradient_accumulation_steps} × {size} process{'es' if size > 1 else ''})"
+        for config, size in ((old, then), (new, now))
+    )
+    raise ConfigError(
+        f"{run.folder}: the run has {was}, found {found}\na resume needs as many rows a step, in whatever "
+        f"batches; for other steps start a new run from the weights: {_weights_of(run)}"
+    )
 
 
 def check_same_run(job: Job, run: RunState) -> None:
@@ -116,7 +154,9 @@ def check_same_run(job: Job, run: RunState) -> None:
             "a resume needs the same rows. To train on from its weights, start a new run with "
             f"{_weights_of(run)} and another --output_dir"
         )
-    then = {"device": run.state.get("device"), **run.manifest.versions}
-    for name, found in {"device": job.device.type, **versions()}.items():
+    then = {"device": run.state.get("device"), "processes": run.state.get("processes", 1)}
+    then |= run.manifest.versions
+    now = {"device": job.device.type, "processes": job.processes.size, **versions()}
+    for name, found in now.items():
         if then.get(name, found) != found:
             logger.warning("%s was %s, is now %s; results then agree to rounding", name, then[name], found)

@@ -23,7 +23,8 @@ from bertpair.errors import ConfigError, plain
 from bertpair.model.compact_vocabulary import CompactTable, compact_model
 from bertpair.model.config import ModelFolder, check_model_type, check_pairs, label_order, read_folder
 from bertpair.model.families import Network
-from bertpair.model.pretrained import load_model, read_weights, resolve_folder
+from bertpair.model.pretrained import load_model, read_weights, resolve_folder, state_tensors
+from bertpair.processes import ALONE, Processes
 from bertpair.runtime import (
     Precision,
     explain_memory,
@@ -31,6 +32,7 @@ from bertpair.runtime import (
     reset_peak_memory,
     resolve_device,
     resolve_precision,
+    seed_apart,
     seed_everything,
     set_deterministic,
     set_threads,
@@ -64,6 +66,7 @@ class Job:
     data_digest: str  # sha256 of the training rows as the tokenizer gives them, order included
     pad_id: int
     table: CompactTable | None  # with compact_vocabulary: ids count its rows in use, as does `pad_id`
+    processes: Processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +107,12 @@ def read_material(config: Config, resumed_from: RunState | None = None) -> Mater
     return Material(source, folder, tokenizer, labels, positive, ranks, train, dev, read)
 
 
-def prepare(config: Config, resumed_from: RunState | None, material: Material | None = None) -> Job:
+def prepare(
+    config: Config,
+    resumed_from: RunState | None,
+    material: Material | None = None,
+    processes: Processes = ALONE,
+) -> Job:
     """Data and model as `config` says, read now or shared as `material`; a resume has its checkpoint's model.
 
     Raises ConfigError, DataError or CheckpointError for whatever does not fit; writes nothing.
@@ -139,15 +147,20 @@ def prepare(config: Config, resumed_from: RunState | None, material: Material | 
             logger.info("pooling: %s, over all tokens of a row", pooling)
         precision = resolve_precision(config.amp, device, hidden_size=folder.config.hidden_size)
         threads, name = torch.get_num_threads(), {"off": "float32"}.get(precision.name, precision.name)
-        said = "device: %s, %d thread%s; precision: %s (amp %s: %s)"
-        how = precision.name, precision.reason
-        logger.info(said, device, threads, "s" * (threads > 1), name, *how)
+        said, each = "device: %s, %d thread%s%s; precision: %s (amp %s: %s)", " in each process"
+        of = each if processes.size > 1 else ""
+        logger.info(said, device, threads, "s" * (threads > 1), of, name, precision.name, precision.reason)
         if config.compact_vocabulary:
             table = compact_model(model, [each.tokens for each in (train, dev) if each is not None], pad_id)
             pad_id, train = table.pad_id, dataclasses.replace(train, tokens=table.remap(train.tokens))
             dev = None if dev is None else dataclasses.replace(dev, tokens=table.remap(dev.tokens))
         model = model.to(device)
         weights = None if weights is None else weights.to(device)
+    processes.check_same("training data", digest)
+    processes.check_same("dev data", "" if material.dev is None else digest_of(material.dev))
+    processes.copy_from_first(state_tensors(model).values())
+    if processes.rank and resumed_from is None:
+        seed_apart(config.seed, processes.rank, 0)
     positive = {"positive_label": material.positive_label}
     settled = {"amp": precision.name, "num_threads": torch.get_num_threads(), **positive}
     return Job(
@@ -166,6 +179,7 @@ def prepare(config: Config, resumed_from: RunState | None, material: Material | 
         data_digest=digest,
         pad_id=pad_id,
         table=table,
+        processes=processes,
     )
 
 
@@ -263,13 +277,24 @@ def class_weight_tensor(
     return torch.tensor([setting[label] for label in labels], dtype=torch.float32)
 
 
+def rows_of_step(config: Config, num_processes: int) -> int:
+    """The global batch: how many rows one step of all processes has."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * num_processes
+
+
 class Plan:
     """When the run logs, evaluates, saves and ends, in optimizer steps."""
 
     def __init__(
-        self, config: Config, steps_per_epoch: int, metrics: Sequence[str], *, has_dev: bool
+        self,
+        config: Config,
+        steps_per_epoch: int,
+        metrics: Sequence[str],
+        *,
+        has_dev: bool,
+        num_processes: int = 1,
     ) -> None:
-        self.config, self.steps_per_epoch = config, steps_per_epoch
+        self.config, self.steps_per_epoch, self.num_processes = config, steps_per_epoch, num_processes
         epochs = math.ceil(config.num_train_epochs * steps_per_epoch)
         self.total_steps = config.max_steps if config.max_steps > 0 else epochs
         self.logging_steps = max(0, config.logging_steps)  # 0: only the last step
@@ -283,12 +308,14 @@ class Plan:
         config = self.config
         epochs = f"{self.total_steps / self.steps_per_epoch:,.2f}".rstrip("0").rstrip(".")
         rows, groups = config.per_device_train_batch_size, config.gradient_accumulation_steps
-        batches = f" ({groups} batches of {rows})" if groups > 1 else ""
+        of = [f"{self.num_processes} processes"] if self.num_processes > 1 else []
+        of += [f"{groups} batches"] if groups > 1 else []
+        batches = f" ({' with '.join(of)} of {rows})" if of else ""
         saves = [f"every {self.save_steps:,} steps"] if self.save_steps else []
         saves += [f"at each better {self.metric}"] if self.eval_steps else []
         parts = [
             f"plan: {self.total_steps:,} steps ({epochs} epochs of {self.steps_per_epoch:,} steps)",
-            f"{rows * groups:,} rows a step{batches}",
+            f"{rows_of_step(config, self.num_processes):,} rows a step{batches}",
             f"evaluation every {self.eval_steps:,} steps" if self.eval_steps else "no evaluation on the way",
             f"checkpoint {' and '.join(saves)}" if saves else "no checkpoints",
             f"all in {plain(str(config.output_dir))}",

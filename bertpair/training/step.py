@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from bertpair.data.batching import Batch, Rows
 from bertpair.model.families import Network
+from bertpair.processes import ALONE, Processes
 from bertpair.runtime import LossScaler, Precision
 from bertpair.training.optim import AdamW, clip_scale, gradient_norm
 
@@ -137,8 +138,9 @@ class Stepper:
         device: torch.device,
         precision: Precision,
         max_grad_norm: float,
+        processes: Processes = ALONE,
     ) -> None:
-        self.model, self.optimizer, self.objective = model, optimizer, objective
+        self.model, self.optimizer, self.objective, self.processes = model, optimizer, objective, processes
         self.device, self.precision = device, precision
         self.scaler = LossScaler(precision.name == "fp16", device)
         self.meter = Meter(device)
@@ -148,8 +150,10 @@ class Stepper:
     def step(
         self, number: int, rows: Rows, batches: Iterable[Batch], *, denominator: float, learning_rate: float
     ) -> None:
-        """Do step `number` on `rows`, cut into `batches`; `denominator` is the weight of all rows."""
+        """Do step `number` on `rows`, of which `batches` holds this process's; `denominator` is the weight of
+        all of them."""
         loss = self._backward(batches, denominator)
+        self.processes.sum_gradients(self._parameters, loss)
         norm = gradient_norm(self._parameters) / self.scaler.scale
         found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).to(torch.float32)
         for group in self.optimizer.param_groups:

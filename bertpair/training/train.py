@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
-import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from bertpair.checkpoints.atomic import Staging
-from bertpair.checkpoints.run_folder import OPTIMIZER_FILE, STATE_FILE, RunFolder, RunState
-from bertpair.console import interruptible, lines_shown, stop_flag
+from bertpair.checkpoints.run_folder import OPTIMIZER_FILE, STATE_FILE, RunFolder, RunState, WriteCheckpoint
+from bertpair.console import interruptible, lines_shown
 from bertpair.errors import CheckpointError, ConfigError, StoppedError, TrainingError, first_line
 from bertpair.evaluation.measure import Evaluation, collapse, detail, evaluate_split, result_files
 from bertpair.evaluation.metrics import finite_or_null
@@ -28,12 +28,14 @@ from bertpair.evaluation.report import class_table
 from bertpair.evaluation.scorer import Scorer
 from bertpair.model.config import config_json
 from bertpair.model.pretrained import load_state, state_tensors, word_table_name
+from bertpair.processes import joined
 from bertpair.runtime import (
     explain_memory,
     is_out_of_memory,
     random_state,
     release_locals,
     restore_random_state,
+    seed_apart,
 )
 from bertpair.settings.config import Config
 from bertpair.settings.contradictions import check_config
@@ -42,7 +44,7 @@ from bertpair.training.loop import Loop
 from bertpair.training.optim import AdamW, load_state_tensors, parameter_groups
 from bertpair.training.optim import state_tensors as optimizer_tensors
 from bertpair.training.report import write_report
-from bertpair.training.resume import check_same_run, find_start
+from bertpair.training.resume import check_same_run, share_start
 from bertpair.training.setup import Job, Material, prepare
 from bertpair.training.step import Stepper
 from bertpair.training.tracking import Tracker
@@ -95,11 +97,14 @@ def train(
 def _train(config: Config, given: Collection[str], material: Material | None) -> TrainResult:
     if config.output_dir is None and config.resume != "auto":  # it names a checkpoint and nothing else
         config = config.model_copy(update={"output_dir": str(Path(str(config.resume)).absolute().parent)})
-    with contextlib.closing(RunFolder(Path(str(config.output_dir)))) as folder:
-        start = find_start(config, given, folder)
+    with (
+        joined(config.ddp_timeout) as processes,
+        contextlib.closing(RunFolder(Path(str(config.output_dir)), writes=processes.is_first)) as folder,
+    ):
+        start = share_start(config, given, folder, processes)
         if start.finished is not None and start.checkpoint is None:
             return _stored_result(start.finished)
-        job = prepare(start.config, start.checkpoint, material)
+        job = prepare(start.config, start.checkpoint, material, processes)
         with explain_memory(job.device):
             run = _Run(job, start.checkpoint, folder)
         if start.finished is not None and run.loop.is_done:
@@ -131,10 +136,11 @@ class _Run:
             device=device,
             precision=precision,
             max_grad_norm=config.max_grad_norm,
+            processes=job.processes,
         )
-        budget = config.per_device_eval_batch_size * cut
-        self.scorer = Scorer(model, job.pad_id, device, precision, cut, budget, config.pad_to_multiple_of)
-        self.loop = Loop(job, self.stepper, folder, self._evaluate, self._write_checkpoint)
+        budget, multiple = config.per_device_eval_batch_size * cut, config.pad_to_multiple_of
+        self.scorer = Scorer(model, job.pad_id, device, precision, cut, budget, multiple, job.processes)
+        self.loop = Loop(job, self.stepper, folder, self._evaluate, self._checkpoint_writer)
         self._has_collapsed = False  # at the evaluation before: it is said once
         self._last: tuple[dict[str, Tensor], Tensor | None] | None = None  # weights, once the best are loaded
         if start is not None:
@@ -167,7 +173,13 @@ class _Run:
         random = {name.removeprefix(RANDOM): tensors.pop(name) for name in states}
         load_state_tensors(self.optimizer, self.names, tensors)
         self.loop.load_state_dict(start.state)
-        restore_random_state(random, self.job.device)  # last: nothing may draw after it
+        # Last: nothing may draw after it.
+        rank, device = self.job.processes.rank, self.job.device
+        own = {name.removeprefix(f"{rank}."): state for name, state in random.items()}
+        if rank and f"{rank}.cpu" not in random:
+            seed_apart(self.job.config.seed, rank, self.loop.progression.global_step)
+        else:
+            restore_random_state(own if rank else random, device)
 
     def run(self) -> TrainResult:
         trained = sum(p.numel() * p.element_size() for p in self.names.values())
@@ -179,8 +191,9 @@ class _Run:
         kept = self.loop.plan.checkpoints_kept(limit)
         self.folder.begin(self.start, num_kept=kept, save_total_limit=limit, **sizes)
         step = self.loop.progression.global_step
-        tracker = Tracker(self.job.config.report_to, self.folder.path, self.folder.run_id, step)
-        self.folder.listeners.append(tracker.record)
+        if self.folder.writes:
+            tracker = Tracker(self.job.config.report_to, self.folder.path, self.folder.run_id, step)
+            self.folder.listeners.append(tracker.record)
         try:
             self.loop.run()
             return self._finish()
@@ -196,8 +209,7 @@ class _Run:
         batch, groups = config.per_device_train_batch_size, config.gradient_accumulation_steps
         kept = "no checkpoint has been written"
         if found := self.folder.newest_whole():
-            place = shlex.quote(str(found))
-            kept = f"{found.name} stands: a new run with --model_name_or_path {place} starts from its weights"
+            kept = f"{found.name} stands: --resume goes on from it, with other batches too"
         return (
             f"out of memory after step {step} on {self.job.device} ({first_line(error):.160}); "
             f"lower per_device_train_batch_size ({batch}) and raise gradient_accumulation_steps ({groups}) "
@@ -209,13 +221,21 @@ class _Run:
         """Choose the weights, measure them, and write the final folder."""
         job, loop, state = self.job, self.loop, self.loop.progression
         try:
-            stop_flag.raise_if_set()
-            source = self._load_best() if job.config.load_best_model_at_end else "last"
+            job.processes.raise_if_stopped()
+            source = "last"
+            if job.config.load_best_model_at_end:
+                source = job.processes.share(self._load_best() if self.folder.writes else None)
+                job.processes.copy_from_first(state_tensors(job.model).values())
             step = state.best_step if source == "best" else state.global_step
             evaluation = None if job.dev is None else loop.last_evaluation.get(step) or self._evaluate()
         except StoppedError as stopped:  # nothing is lost: the last weights are saved
             self._put_back()
             raise loop.kept(stopped) from None
+        measured, folder = {} if evaluation is None else evaluation.figures, str(self.folder.path)
+        mean_loss, best = self.stepper.meter.mean_loss, state.best_metric
+        result = TrainResult(folder, state.global_step, loop.epoch, mean_loss, best, measured)
+        if not self.folder.writes:
+            return result
         records = self.folder.read_metrics()
         files = {"curves.png": draw_curves(records, loop.plan.metric)} if records else {}
         details = None
@@ -227,9 +247,6 @@ class _Run:
             if details.classes is not None:
                 table = class_table(details.classes)
                 logger.info("dev, with the %s weights (step %d):\n%s", source, step, table)
-        measured, folder = {} if evaluation is None else evaluation.figures, str(self.folder.path)
-        mean_loss, best = self.stepper.meter.mean_loss, state.best_metric
-        result = TrainResult(folder, state.global_step, loop.epoch, mean_loss, best, measured)
         final = {"weights": source, "weights_step": step, "result": {**result.summary(), "output_dir": None}}
         self.folder.write_final(self._write_model, {**loop.state_dict(), **final}, files)
         if not self.folder.save_failed:
@@ -271,10 +288,18 @@ class _Run:
             if self.job.table is not None and full is not None:
                 self.job.table.full = full
 
-    def _write_checkpoint(self, staging: Staging, metrics_bytes: int) -> None:
+    def _checkpoint_writer(self) -> WriteCheckpoint:
+        """What writes a checkpoint of this moment, with every process's random state."""
+        random: dict[str, Tensor] = {}
+        for name, state in random_state(self.job.device).items():
+            for rank, held in enumerate(self.job.processes.gather(state.numpy().tobytes())):
+                own = RANDOM + (f"{rank}." if rank else "") + name
+                random[own] = torch.frombuffer(bytearray(held), dtype=torch.uint8)
+        return functools.partial(self._write_checkpoint, random)
+
+    def _write_checkpoint(self, random: Mapping[str, Tensor], staging: Staging, metrics_bytes: int) -> None:
         """A model folder, and all that a resume needs."""
         self._write_model(staging)
-        random = {RANDOM + name: state for name, state in random_state(self.job.device).items()}
         tensors = {**optimizer_tensors(self.optimizer, self.names), **self.used, **random}
         staging.write_tensors(OPTIMIZER_FILE, tensors)
         staging.write_json(STATE_FILE, {**self.loop.state_dict(), "metrics_bytes": metrics_bytes})

@@ -41,7 +41,9 @@ def fit(file: str, **settings: object) -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (gzip.compress(PLAIN.encode()), "a gzip file; unpack it: gunzip FILE"),
+        (gzip.compress(gzip.compress(PLAIN.encode())), "a gzip file within another; unpack it once: gunzip"),
+        (gzip.compress(PLAIN.encode("utf-16")), "iconv -f UTF-16 -t UTF-8"),
+        (gzip.compress(PLAIN.encode())[:-9], "a gzip file that is damaged or cut off"),
         (b"PK\x03\x04" + b"\0" * 40, "a zip archive or an Excel workbook"),
         (bytes(range(256)) * 20, "binary data"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "git lfs pull"),
@@ -269,7 +271,7 @@ def test_train_from_elsewhere_says_where_the_sample_is(tmp_path: Path) -> None:
 
 def test_what_is_no_file_is_said() -> None:
     Path("folder.tsv").mkdir()
-    with pytest.raises(DataError, match="folder.tsv: is a folder; a TSV file is expected"):
+    with pytest.raises(DataError, match="folder.tsv: is a folder; a file is expected"):
         fit("folder.tsv")
     os.mkfifo("pipe.tsv")  # nobody writes: it must not be waited for
     with pytest.raises(DataError, match="pipe.tsv: is a pipe or a device; .* save it as a file"):

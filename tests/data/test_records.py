@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bertpair.data import records
+from bertpair.data import lines
+from bertpair.data.formats import QUOTED_TSV, format_of
 from bertpair.data.records import read_records
 from bertpair.errors import DataError
 
@@ -18,7 +19,7 @@ FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 
 def rows(path: Path, content: bytes, quoting: str = "none") -> list[tuple[int, list[str], str]]:
     path.write_bytes(content)
-    return [tuple(record) for record in read_records(str(path), quoting)]
+    return [tuple(record[:3]) for record in read_records(str(path), format_of(path, quoting=quoting))]
 
 
 @pytest.fixture
@@ -107,13 +108,13 @@ def test_utf16_is_refused_with_the_remedy(path: Path) -> None:
 
 def test_what_is_no_readable_file_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="absent.tsv: no such file"):
-        list(read_records(str(tmp_path / "absent.tsv"), "none"))
-    with pytest.raises(DataError, match="is a folder; a TSV file is expected"):
-        list(read_records(str(tmp_path), "none"))
+        list(read_records(str(tmp_path / "absent.tsv")))
+    with pytest.raises(DataError, match="is a folder; a file is expected"):
+        list(read_records(str(tmp_path)))
     with pytest.raises(DataError, match="cannot be read"):
-        list(read_records(str(tmp_path / "a\0b"), "none"))
+        list(read_records(str(tmp_path / "a\0b")))
     with pytest.raises(DataError, match="cannot be read"):
-        list(read_records(str(tmp_path / ("n" * 5000)), "none"))
+        list(read_records(str(tmp_path / ("n" * 5000))))
 
 
 def test_an_unreadable_file_is_a_data_error(path: Path) -> None:
@@ -124,7 +125,7 @@ def test_an_unreadable_file_is_a_data_error(path: Path) -> None:
         os.seteuid(65534)
     try:
         with pytest.raises(DataError, match="rows.tsv: cannot be read: Permission denied"):
-            list(read_records(str(path), "none"))
+            list(read_records(str(path)))
     finally:
         os.seteuid(user)
 
@@ -135,14 +136,14 @@ def test_blocks_do_not_show(path: Path, quoting: str, monkeypatch: pytest.Monkey
     content = f'\ufeffa\t{long}\r\n\r\nb\t"c{long}\n{long}"\n\0\nlast'.encode() + b"\xfe"
     whole = rows(path, content, quoting)
     for size in (4, 5, 7, 64):
-        monkeypatch.setattr(records, "BLOCK_BYTES", size)
+        monkeypatch.setattr(lines, "BLOCK_BYTES", size)
         assert rows(path, content, quoting) == whole
 
 
 def test_a_reader_who_stops_early_reads_no_further(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "BLOCK_BYTES", 8)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 8)
     path.write_bytes(b"a\tb\nc\td\n" + b'"never closed\n' * 3)
-    assert next(read_records(str(path), "csv")).cells == ["a", "b"]
+    assert next(read_records(str(path), QUOTED_TSV)).cells == ["a", "b"]
 
 
 cell = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from bertpair.console import stop_flag
 from bertpair.data.columns import Columns
 from bertpair.data.dataset import Pairs
+from bertpair.data.formats import QUOTED_TSV
 from bertpair.data.records import first_row
 from bertpair.data.tsv import read_pairs
 from bertpair.errors import DataError, StoppedError
@@ -205,7 +206,7 @@ def test_a_stop_request_ends_the_reading(write: Callable[..., Path]) -> None:
 
 def test_the_first_row_is_that_of_the_file(write: Callable[..., Path]) -> None:
     assert first_row(write("\ufeffa b\t\tc\r\nx\n")) == ["a b", "", "c"]
-    assert first_row(write('"a\tb"\tc\n'), "csv") == ["a\tb", "c"]
+    assert first_row(write('"a\tb"\tc\n'), QUOTED_TSV) == ["a\tb", "c"]
     for content in ("", "\nx\n", b"\xff\n"):
         with pytest.raises(DataError, match="train.tsv"):
             first_row(write(content))

@@ -233,7 +233,11 @@ def test_a_base_model_in_a_folder_is_not_named(path: str) -> None:
 
 
 def test_no_path_of_this_machine_is_in_the_card() -> None:
-    texts = {name for name in SETTINGS if name.endswith(("_column", "label", "labels", "label_order"))}
+    texts = {
+        name
+        for name in SETTINGS
+        if name.endswith(("_column", "_columns", "_separator", "label", "labels", "label_order"))
+    }
     texts |= {"model_type", "revision"}
     place, settings = "/home/somebody/secret.tsv", {}
     for name in SETTINGS.keys() - texts:

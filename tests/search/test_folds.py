@@ -14,7 +14,6 @@ from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, Str
 
 from bertpair import Config, ConfigError, DataError, StoppedError, cross_validate, train
 from bertpair.console import stop_flag
-from bertpair.data import groups
 from bertpair.search import folds
 from bertpair.search.folds import suspicious_labels
 from bertpair.training.setup import Material, read_material
@@ -67,7 +66,11 @@ def material_of_rows(folder: Path, **changes: object) -> Material:
 
 
 def read_groups(material: Material, column: str | int) -> list[str]:
-    return groups.read_groups(material.train.pairs, material.source.columns, column)
+    settings = material.source.settings.model_copy(update={"group_column": column})
+    source = dataclasses.replace(material.source, settings=settings)
+    groups = source.read(source.train_files, source.columns, source.labels, "max_train_samples").groups
+    assert groups is not None
+    return groups
 
 
 def split_rows(material: Material, count: int, column: str | int | None) -> np.ndarray:
@@ -135,15 +138,13 @@ def test_a_group_column_without_a_header_is_a_number(tmp_path: Path) -> None:
         read_groups(material, "question_id")
 
 
-def test_groups_stay_with_their_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_groups_stay_with_their_rows(tmp_path: Path) -> None:
     """Where rows are skipped, where a limit leaves the last ones out, and over several files."""
     broken = [*ROWS[:4], ("q99", "", "empty", "right"), *ROWS[4:20]]
     files = [write_rows(tmp_path / "one.tsv", broken), write_rows(tmp_path / "two.tsv", ROWS[20:])]
     asked = {"train_file": [str(path) for path in files], "on_bad_row": "skip"}
     material = material_of_rows(tmp_path, **asked)
-    caplog.clear()
     assert read_groups(material, "question_id") == [row[0] for row in ROWS]
-    assert not caplog.records, "what is skipped has been said"
     material = material_of_rows(tmp_path, **asked, max_train_samples=27)
     assert read_groups(material, 0) == [row[0] for row in ROWS[:27]]
     other = [("label", *HEADER[1:3], HEADER[0]), *[(d, b, c, a) for a, b, c, d in ROWS[20:]]]
@@ -163,16 +164,18 @@ def test_quoted_groups_are_read_as_texts_are(tmp_path: Path) -> None:
     assert read_groups(material_of_rows(tmp_path, quoting="csv"), "question_id") == quoted
 
 
-@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
-def test_a_row_without_a_group_is_an_error(tmp_path: Path, on_bad_row: str) -> None:
+def test_a_row_without_a_group_is_a_bad_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     empty = [("" if i in (3, 8) else group, *texts) for i, (group, *texts) in enumerate(ROWS)]
     write_rows(tmp_path / "train.tsv", empty)  # type: ignore[arg-type]
     with pytest.raises(DataError) as error:
-        read_groups(material_of_rows(tmp_path, on_bad_row=on_bad_row), "question_id")
+        read_groups(material_of_rows(tmp_path), "question_id")
     first, second = str(error.value).splitlines()
     assert first.endswith("train.tsv:5: group_column 'question_id' is empty; a text is expected")
     assert second.partition(": ")[0].endswith("train.tsv:10")
-    material = material_of_rows(tmp_path, on_bad_row=on_bad_row, max_train_samples=3)
+    skipping = material_of_rows(tmp_path, on_bad_row="skip")
+    assert read_groups(skipping, "question_id") == [row[0] for i, row in enumerate(ROWS) if i not in (3, 8)]
+    assert "bad rows skipped: 2 " in caplog.text
+    material = material_of_rows(tmp_path, max_train_samples=3)
     assert read_groups(material, "question_id") == [row[0] for row in ROWS[:3]]
 
 

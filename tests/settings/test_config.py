@@ -20,22 +20,23 @@ from bertpair.settings.stored import as_flags, dump_yaml, stored_settings
 from bertpair.settings.tasks import CLASS_METRICS, SCORE_METRICS
 
 DESIGNED = {
-    "Data": """data_dir train_file dev_file test_file task_name text_a_column text_b_column
-        label_column has_header quoting labels positive_label label_order group_column problem_type
-        on_bad_row max_seq_length truncation max_train_samples max_eval_samples""",
+    "Data": """data_dir train_file dev_file test_file file_format task_name text_a_column text_b_column
+        text_separator label_column has_header quoting labels positive_label label_order group_column
+        problem_type on_bad_row max_seq_length truncation max_train_samples max_eval_samples""",
     "Model": """model_name_or_path model_type pooling revision cache_dir config_name tokenizer_name
         do_lower_case from_scratch new_head compact_vocabulary""",
     "Training": """learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
         lr_scheduler_type warmup_steps warmup_ratio num_train_epochs max_steps per_device_train_batch_size
         per_device_eval_batch_size gradient_accumulation_steps group_by_length pad_to_multiple_of
         label_smoothing class_weights max_skipped_steps seed""",
-    "Device": "device amp deterministic num_threads",
+    "Device": "device amp deterministic num_threads ddp_timeout",
     "Output, checkpoints and evaluations": """do_train do_eval output_dir overwrite_output_dir resume
         resume_anyway logging_steps save_steps eval_strategy eval_steps evaluate_during_training
         save_total_limit metric_for_best_model load_best_model_at_end early_stopping_patience with_texts
         report_to""",
-    "Evaluating a trained model": """engine quantize calibration_file quantize_check temperature
-        threshold model_dir data_file predict all_checkpoints compare all_figures report fit_temperature
+    "Evaluating a trained model": """engine quantize calibration_file quantize_check temperature threshold
+        model_dir data_file keep_columns predictions_format predict
+        all_checkpoints compare all_figures report fit_temperature
         fit_threshold eval_output_dir""",
 }
 RUN_GLUE_DEFAULTS = {
@@ -61,6 +62,7 @@ RUN_GLUE_DEFAULTS = {
 }
 OWN_DEFAULTS = {
     "quoting": "none",
+    "text_separator": " ",
     "on_bad_row": "error",
     "truncation": "longest_first",
     "adam_beta1": 0.9,
@@ -72,6 +74,8 @@ OWN_DEFAULTS = {
     "label_smoothing": 0.0,
     "max_skipped_steps": 10,
     "report_to": ["none"],
+    "ddp_timeout": 600,
+    "predictions_format": "tsv",
 }
 
 
@@ -231,13 +235,12 @@ def test_a_resume_knows_what_may_change() -> None:
     anyway = """learning_rate weight_decay lr_scheduler_type warmup_steps warmup_ratio
         num_train_epochs max_steps amp""".split()
     never = """labels label_column max_seq_length truncation task_name model_name_or_path do_lower_case
-        compact_vocabulary seed per_device_train_batch_size gradient_accumulation_steps max_train_samples
-        group_by_length""".split()
+        compact_vocabulary seed max_train_samples group_by_length""".split()
     free = """output_dir train_file logging_steps save_steps save_total_limit per_device_eval_batch_size
         resume resume_anyway do_train""".split()
     end = """data_dir dev_file max_eval_samples do_eval eval_strategy eval_steps positive_label
         metric_for_best_model load_best_model_at_end early_stopping_patience""".split()
-    warn = ["device", "num_threads"]
+    warn = "device num_threads per_device_train_batch_size gradient_accumulation_steps".split()
     rule_of = {"anyway": anyway, "never": never, "free": free, "end": end, "warn": warn}
     for expected, names in rule_of.items():
         assert {name: rules[name] for name in names} == dict.fromkeys(names, expected)
