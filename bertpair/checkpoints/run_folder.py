@@ -308,7 +308,7 @@ class RunFolder:
 
     def newest_whole(self) -> Path | None:
         """This run's newest checkpoint that is whole."""
-        return checkpoint.newest_whole(self.path, self.run_id).path
+        return checkpoint.newest_whole(self.path, self.run_id if self.writes else None).path
 
 
 def _attempt(write: Callable[[], object], target: Path, consequence: str) -> bool:

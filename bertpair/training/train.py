@@ -209,7 +209,7 @@ class _Run:
         batch, groups = config.per_device_train_batch_size, config.gradient_accumulation_steps
         kept = "no checkpoint has been written"
         if found := self.folder.newest_whole():
-            kept = f"{found.name} stands: --resume goes on from it, with other batches too"
+            kept = f"{found.name} stands: with these two, --resume goes on from it"
         return (
             f"out of memory after step {step} on {self.job.device} ({first_line(error):.160}); "
             f"lower per_device_train_batch_size ({batch}) and raise gradient_accumulation_steps ({groups}) "

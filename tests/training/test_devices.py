@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,11 +133,12 @@ def test_training_out_of_memory_is_one_line_with_what_to_do(
             "bertpair.training.train.load_state_tensors", lambda *_: (_ for _ in ()).throw(NO_MEMORY)
         )
         train(Config(resume="auto", output_dir=str(settings["output_dir"])))
-    found = re.search(r"--model_name_or_path (\S+)", said)
-    assert found is not None
-    advised = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    start = {"model_name_or_path": found[1], "from_scratch": False, "output_dir": "on"}
-    train(Config(**{**settings, **advised, **start}))  # type: ignore[arg-type]
+    advised = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "resume": "auto"}
+    assert "with these two, --resume goes on from it" in said
+    resumed = train(Config(**{**settings, **advised}), explicit=advised.keys())  # type: ignore[arg-type]
+    assert resumed.global_step > 7
+    with pytest.raises(ConfigError, match=r"the run has 4 rows a step \(.*\), found 2 rows a step"):
+        train(Config(**{**settings, **advised, "gradient_accumulation_steps": 1}))  # type: ignore[arg-type]
 
 
 OUT_OF_MEMORY = """
