@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+import math
 import os
 import select
 import shlex
@@ -26,12 +27,13 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from bertpair.errors import BertpairError, ConfigError, StoppedError
+from bertpair.errors import BertpairError, ConfigError, ElsewhereError, StoppedError
 
 logger = logging.getLogger(__name__)
 
 MAX_LINES = 10_000  # that a log keeps while nobody takes them
 FLUSH_SECONDS = 1.0
+REPEATED_WITHIN = 2.0  # seconds after a signal, torchrun's own of the same kind
 _LINES_AT_ONCE = 100
 SCRIPTS = ("train.py", "evaluate.py", "serve.py")
 SEEN_BY_ALL = ("bertpair.data", "bertpair.training")  # the same rows and steps in each process of a run
@@ -76,13 +78,24 @@ def check_alone(what: str) -> None:
 
 
 def install_signal_handlers() -> None:
-    """SIGINT and SIGTERM set the stop flag; a second one, of either kind, kills the process at once."""
+    """SIGINT and SIGTERM set the stop flag; a second one, of either kind, kills the process at once.
+
+    Where torchrun started it, one that follows at once is passed over: whoever ends all processes of a
+    service or a job reaches torchrun too, which passes its own on.
+    """
     signals = (signal.SIGINT, signal.SIGTERM)
+    is_alone, first = rank_and_size()[1] == 1, math.inf
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal first
         stop_flag.request(signum)
-        for each in signals:  # already now, so that the second one kills even inside a long torch call
-            signal.signal(each, signal.SIG_DFL)
+        first = min(first, time.monotonic())
+        is_repeated = time.monotonic() > first + REPEATED_WITHIN
+        if is_alone or is_repeated:  # at once, so that the second one kills even inside a long torch call
+            for each in signals:
+                signal.signal(each, signal.SIG_DFL)
+        if is_repeated:
+            os.kill(os.getpid(), signum)
 
     for each in signals:
         signal.signal(each, stop)
@@ -137,6 +150,8 @@ def run_script(main: Callable[[], int]) -> int:
         line, code = str(stopped), 1 if stopped.save_failed else 128 + stopped.signum
         if rank_and_size()[0]:  # all were stopped, and the first one says so
             return code
+    except ElsewhereError:
+        return 2
     except BertpairError as error:
         line, code = f"{_process_name()}error: {error}", 2
     with suppress(OSError):  # there is nowhere else to say it

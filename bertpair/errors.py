@@ -5,6 +5,7 @@ BertpairError                 scripts print `error: …` and exit with 2; anythi
 ├── DataError                 a row, a file or a set of labels
 ├── CheckpointError           a model folder or checkpoint: missing, damaged, of another shape
 ├── TrainingError             a run that cannot go on: too many steps with numbers that are not finite
+├── ElsewhereError            another process of the run raised one of these, and says it
 └── StoppedError              not a fault: the stop flag was seen; scripts exit with 128 + signal number
 """
 
@@ -31,6 +32,10 @@ class CheckpointError(BertpairError):
 
 class TrainingError(BertpairError):
     """A run cannot go on; its last whole checkpoint stands."""
+
+
+class ElsewhereError(BertpairError):
+    """Another process of this run cannot go on, and says why; scripts add nothing."""
 
 
 class StoppedError(BertpairError):

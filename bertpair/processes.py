@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
+import socket
+import struct
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,8 +26,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from bertpair.console import rank_and_size, stop_flag
-from bertpair.errors import ConfigError, TrainingError, first_line
+from bertpair.errors import BertpairError, ConfigError, ElsewhereError, TrainingError, first_line
 
+T = TypeVar("T")
+_ADDRESS_OF_INTERFACE = 0x8915  # Linux's SIOCGIFADDR
 BUCKET = 1 << 23  # numbers summed at once: their copy is 32 MiB, and a network is busy enough
 
 
@@ -62,15 +67,37 @@ class Processes:
             return value
         return json.loads(self.gather(json.dumps(value).encode() if self.is_first else b"")[0])
 
-    def check_same(self, what: str, digest: str) -> None:
-        """ConfigError, in every process, unless all have the same digest of `what`. For all."""
-        found = [each.decode() for each in self.gather(digest.encode())]
-        if others := [str(rank) for rank, each in enumerate(found) if each != found[0]]:
-            plural = "es" if len(others) > 1 else ""
-            raise ConfigError(
-                f"{what}: process{plural} {', '.join(others)} did not read what process 0 read; "
-                "every machine needs the same files"
-            )
+    def all_or_none(self, make: Callable[[], T]) -> T:
+        """`make()`; where it raises a BertpairError in some process, the first of these raises it, and all
+        others an ElsewhereError. For all."""
+        if self.size == 1:
+            return make()
+        error = None
+        try:
+            made = make()
+        except BertpairError as raised:
+            error = raised
+        failed = [rank for rank, mark in enumerate(self.gather(b"" if error is None else b"x")) if mark]
+        if not failed:
+            return made
+        if error is not None and failed[0] == self.rank:
+            raise error
+        raise ElsewhereError(f"process {failed[0]} of this run cannot go on")
+
+    def check_same(self, what: str, content: str) -> None:
+        """ConfigError, as from `all_or_none`, unless all have the same content of `what`. For all."""
+        found = self.gather(content.encode())
+        others = [str(rank) for rank, each in enumerate(found) if each != found[0]]
+
+        def check() -> None:
+            if others:
+                plural = "es" if len(others) > 1 else ""
+                raise ConfigError(
+                    f"{what}: process{plural} {', '.join(others)} did not read what process 0 read; "
+                    "every machine needs the same files and settings"
+                )
+
+        self.all_or_none(check)
 
     def raise_if_stopped(self) -> None:
         """StoppedError in every process where one of them was asked to stop. For all."""
@@ -149,6 +176,30 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
+def _interface_to_others(size: int) -> str | None:
+    """The network interface that leads to the first machine, where there are several.
+
+    gloo would take the one that this machine's name leads to, which often is 127.0.0.1.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size:
+        return None
+    try:
+        import fcntl  # not on Windows
+
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+            line.connect((os.environ["MASTER_ADDR"], 1))  # sends nothing
+            own = line.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                with suppress(OSError):  # an interface without an address
+                    asked = struct.pack("256s", name.encode()[:15])
+                    found = fcntl.ioctl(line.fileno(), _ADDRESS_OF_INTERFACE, asked)
+                    if socket.inet_ntoa(found[20:24]) == own:
+                        return name
+    except (ImportError, OSError, KeyError):
+        pass
+    return None
+
+
 def _meet(store: Store, rank: int, size: int, timeout_seconds: int) -> str:
     """A name for this meeting of the processes, when all are there. For all.
 
@@ -168,7 +219,7 @@ def _meet(store: Store, rank: int, size: int, timeout_seconds: int) -> str:
             store.add(f"came/{roll[0]}", 1)
             return str(roll[0])
         time.sleep(0.02)
-    raise RuntimeError("some did not come")
+    raise RuntimeError(f"some did not come within {timeout_seconds} seconds")
 
 
 @contextmanager
@@ -181,14 +232,16 @@ def joined(timeout_seconds: int) -> Iterator[Processes]:
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    if name := _interface_to_others(size):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     try:
         store = next(rendezvous("env://", rank, size, timeout=timeout))[0]
         store = PrefixStore(_meet(store, rank, size, timeout_seconds), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:  # ValueError: an address that is missing or no address
         raise TrainingError(
-            f"the {size} processes of this run did not find each other within {timeout_seconds} seconds "
-            f"({_reason(error)})"
+            f"the {size} processes of this run did not find each other: {_reason(error)}. On several "
+            "machines, GLOO_SOCKET_IFNAME names the network interface that leads to the others, such as eth0"
         ) from error
     try:
         yield Processes(rank, size)

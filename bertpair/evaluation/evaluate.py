@@ -199,7 +199,9 @@ def _predict(
     from_stdin = has_stdin(files)
     if from_stdin and processes.size > 1:
         raise ConfigError("data_file -: several processes cannot share the standard input; give a file")
-    num_rows = None if from_stdin else source.count(files, columns, first.labels)
+    num_rows = None
+    if not from_stdin:
+        num_rows = processes.all_or_none(lambda: source.count(files, columns, first.labels))
     data = [{"path": os.path.realpath(name), "sha256": file_digest(name)} for name in files if not from_stdin]
     processes.check_same("data_file", json.dumps([each["sha256"] for each in data]))
     if config.eval_output_dir is not None and processes.is_first:

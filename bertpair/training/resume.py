@@ -36,16 +36,20 @@ def share_start(config: Config, explicit: Collection[str], folder: RunFolder, pr
     there is something to resume. For all processes."""
     if processes.size == 1:
         return find_start(config, explicit, folder)
-    start = find_start(config, explicit, folder) if processes.is_first else None
-    said = start and {
-        "settings": start.config.model_dump(),
-        "folders": [run and str(run.folder.absolute()) for run in (start.checkpoint, start.finished)],
+    first = processes.all_or_none(
+        lambda: find_start(config, explicit, folder) if processes.is_first else None
+    )
+    said = first and {
+        "settings": first.config.model_dump(),
+        "folders": [run and str(run.folder.absolute()) for run in (first.checkpoint, first.finished)],
     }
     said = processes.share(said)
-    if start is None:
+
+    def read() -> Start:
         runs = [run and read_run_state(Path(run)) for run in said["folders"]]
-        start = Start(Config(**said["settings"]), *runs)
-    return start
+        return Start(Config(**said["settings"]), *runs)
+
+    return processes.all_or_none(lambda: first or read())
 
 
 def find_start(config: Config, explicit: Collection[str], folder: RunFolder) -> Start:

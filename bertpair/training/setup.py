@@ -115,7 +115,8 @@ def prepare(
 ) -> Job:
     """Data and model as `config` says, read now or shared as `material`; a resume has its checkpoint's model.
 
-    Raises ConfigError, DataError or CheckpointError for whatever does not fit; writes nothing.
+    Raises ConfigError, DataError or CheckpointError for whatever does not fit; writes nothing. Of several
+    `processes`, each prepares its own, and `align` comes after.
     """
     set_threads(config.num_threads)
     keep_freed_memory()
@@ -156,11 +157,6 @@ def prepare(
             dev = None if dev is None else dataclasses.replace(dev, tokens=table.remap(dev.tokens))
         model = model.to(device)
         weights = None if weights is None else weights.to(device)
-    processes.check_same("training data", digest)
-    processes.check_same("dev data", "" if material.dev is None else digest_of(material.dev))
-    processes.copy_from_first(state_tensors(model).values())
-    if processes.rank and resumed_from is None:
-        seed_apart(config.seed, processes.rank, 0)
     positive = {"positive_label": material.positive_label}
     settled = {"amp": precision.name, "num_threads": torch.get_num_threads(), **positive}
     return Job(
@@ -181,6 +177,22 @@ def prepare(
         table=table,
         processes=processes,
     )
+
+
+def align(job: Job) -> None:
+    """Make sure that all processes train the same model on the same rows, each with dropout of its own.
+
+    ConfigError where they have other rows or another network. For all processes.
+    """
+    processes, weights = job.processes, state_tensors(job.model)
+    processes.check_same("training data", job.data_digest)
+    processes.check_same("dev data", "" if job.dev is None else digest_of(job.dev))
+    processes.check_same(
+        "the model's shape", str({name: tuple(each.shape) for name, each in weights.items()})
+    )
+    processes.copy_from_first(weights.values())
+    if processes.rank:
+        seed_apart(job.config.seed, processes.rank, 0)
 
 
 def few_rows_advice(config: Config, num_rows: int) -> str | None:

@@ -45,7 +45,7 @@ from bertpair.training.optim import AdamW, load_state_tensors, parameter_groups
 from bertpair.training.optim import state_tensors as optimizer_tensors
 from bertpair.training.report import write_report
 from bertpair.training.resume import check_same_run, share_start
-from bertpair.training.setup import Job, Material, prepare
+from bertpair.training.setup import Job, Material, align, prepare
 from bertpair.training.step import Stepper
 from bertpair.training.tracking import Tracker
 
@@ -104,7 +104,8 @@ def _train(config: Config, given: Collection[str], material: Material | None) ->
         start = share_start(config, given, folder, processes)
         if start.finished is not None and start.checkpoint is None:
             return _stored_result(start.finished)
-        job = prepare(start.config, start.checkpoint, material, processes)
+        job = processes.all_or_none(lambda: prepare(start.config, start.checkpoint, material, processes))
+        align(job)
         with explain_memory(job.device):
             run = _Run(job, start.checkpoint, folder)
         if start.finished is not None and run.loop.is_done:
@@ -175,11 +176,13 @@ class _Run:
         self.loop.load_state_dict(start.state)
         # Last: nothing may draw after it.
         rank, device = self.job.processes.rank, self.job.device
-        own = {name.removeprefix(f"{rank}."): state for name, state in random.items()}
-        if rank and f"{rank}.cpu" not in random:
+        if rank:
+            mine = f"{rank}."
+            random = {name.removeprefix(mine): random[name] for name in random if name.startswith(mine)}
+        if random:
+            restore_random_state(random, device)
+        else:  # there were fewer processes
             seed_apart(self.job.config.seed, rank, self.loop.progression.global_step)
-        else:
-            restore_random_state(own if rank else random, device)
 
     def run(self) -> TrainResult:
         trained = sum(p.numel() * p.element_size() for p in self.names.values())
