@@ -95,8 +95,10 @@ def evaluate(argv: Sequence[str]) -> int:
     _log(parsed.notes)
     from bertpair.checkpoints.checkpoint import list_runs
     from bertpair.evaluation.evaluate import evaluate_models
+    from bertpair.runtime import keep_freed_memory
 
     install_signal_handlers()
+    keep_freed_memory()
     result: Any
     if list_runs(Path(str(parsed.config.model_dir))):
         from bertpair.search.compare import compare_seeds

@@ -30,6 +30,43 @@ def status_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/status").read_text().splitlines()
 
 
+WAITS_FOR_SIGNALS = """
+import sys, time
+from bertpair import console
+console.REPEATED_WITHIN = 1.0
+console.install_signal_handlers()
+print("ready", flush=True)
+while not console.stop_flag:
+    time.sleep(0.01)
+print("asked", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_torchrun_passes_a_signal_on_and_the_repeated_one_does_not_kill(size: int) -> None:
+    several = {"RANK": "0", "WORLD_SIZE": str(size)}
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS_FOR_SIGNALS],
+        env={**os.environ, **several, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGTERM)
+            assert process.stdout.readline() == "asked\n"
+            if size > 1:
+                process.send_signal(signal.SIGTERM)
+                time.sleep(1.1)
+                assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == -signal.SIGTERM
+        finally:
+            process.kill()
+
+
 MOMENTS = {
     "at once": lambda pid: is_caught(pid, signal.SIGTERM),
     "while torch is loaded": lambda pid: "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text(),

@@ -22,7 +22,7 @@ from bertpair.evaluation.calibration import AS_TRAINED, Decision, read_decision
 from bertpair.evaluation.conversion import Conversion, Samples
 from bertpair.evaluation.openvino import OpenVINOScorer
 from bertpair.evaluation.rows import WINDOW_ROWS, Pairs, as_rows, row_windows, split_pairs
-from bertpair.evaluation.scorer import Scorer, softmax
+from bertpair.evaluation.scorer import BATCH_TOKENS, Scorer, softmax
 from bertpair.model.bert import BertClassifier
 from bertpair.model.config import ModelFolder, check_pairs, name_labels
 from bertpair.model.families import Network
@@ -87,7 +87,7 @@ class PairClassifier:
         device: str = "auto",
         amp: str = "off",
         num_threads: int | None = None,
-        max_batch_tokens: int = 4096,
+        max_batch_tokens: int = BATCH_TOKENS,
         optimize: bool = True,
         engine: str | None = None,
         quantize: str | None = None,

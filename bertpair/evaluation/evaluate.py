@@ -53,6 +53,7 @@ from bertpair.evaluation.report import (
     significance_table,
 )
 from bertpair.evaluation.rows import WINDOW_ROWS
+from bertpair.evaluation.scorer import BATCH_TOKENS
 from bertpair.evaluation.significance import Comparison
 from bertpair.evaluation.stream import Output, Writing, label_windows
 from bertpair.model.config import check_model_type, read_folder
@@ -232,6 +233,7 @@ def _identity(
         name: getattr(config, name) for name in sorted(names - device - several - {"eval_output_dir"})
     }
     made = {"decision": model.decision.figures, "cut": model.max_seq_length, "labels": model.labels}
+    made["batch_tokens"] = model.scorer.max_batch_tokens
     found = {
         "data_file": [each["sha256"] for each in data],
         "model": weights_digest(candidate.path),
@@ -349,6 +351,8 @@ def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> P
     if "model_type" in explicit and candidate.is_own:
         check_model_type(read_folder(candidate.path), config.model_type)
     budget = config.per_device_eval_batch_size * config.max_seq_length
+    if config.predict and "per_device_eval_batch_size" not in explicit:
+        budget = max(budget, BATCH_TOKENS)
     amp, device = config.amp, "cpu" if config.runs_openvino else config.device
     if "amp" not in explicit and amp == "auto":
         amp = "off"  # nothing says what it was trained in

@@ -18,6 +18,8 @@ from bertpair.model.packed import PackedClassifier
 from bertpair.processes import ALONE, Processes
 from bertpair.runtime import Precision, survive_fork
 
+BATCH_TOKENS = 4096  # of a batch, where nobody says how much memory there is
+
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
@@ -31,7 +33,7 @@ class Scorer:
     device: torch.device
     precision: Precision
     max_length: int
-    max_batch_tokens: int = 4096  # padded tokens of one batch
+    max_batch_tokens: int = BATCH_TOKENS  # padded
     pad_to_multiple_of: int = 8
     processes: Processes = ALONE
 

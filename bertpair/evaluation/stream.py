@@ -12,13 +12,15 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bertpair.checkpoints import atomic
 from bertpair.checkpoints.checkpoint import INPUT_FILE, PART_FILE, PROGRESS_FILE, writable, write_results
 from bertpair.console import Progress
 from bertpair.data.dataset import Pairs, make_split
+from bertpair.data.tokenizer import Tokens
 from bertpair.errors import BertpairError, CheckpointError, DataError, StoppedError
 from bertpair.evaluation.classifier import PairClassifier, Prediction, make_predictions
 from bertpair.evaluation.report import format_lines, format_predictions
@@ -27,6 +29,7 @@ from bertpair.settings.files import read_json
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 30.0  # that say how far it is, where no bar shows it
 
 
@@ -132,11 +135,12 @@ def label_windows(
     told = began
     with Progress(num_rows, "row", initial=rows, label=name, transient=True) as progress:
         try:
-            for number, pairs, rows_of_round in _rounds(windows, done["windows"], processes):
+            rounds = _rounds(windows, done["windows"], processes)
+            for number, pairs, tokens, rows_of_round in _ahead(_encoded(rounds, model, num_rows, name)):
                 lines = b""
-                if pairs is not None:
-                    called = None if number else name if len(pairs) == num_rows else f"{name}, first window"
-                    answers = _answer(model, pairs, called, progress)
+                if pairs is not None and tokens is not None:
+                    logits = model.scorer.logits(tokens, progress.advance)
+                    answers = make_predictions(logits, tokens, model.labels, model.decision)
                     lines = writing.lines(answers, pairs, model.labels, is_first=number == 0)
                 parts = processes.gather(lines)
                 if processes.is_first:
@@ -175,14 +179,27 @@ def _rounds(
         yield *own, rows
 
 
-def _answer(model: PairClassifier, pairs: Pairs, name: str | None, progress: Progress) -> list[Prediction]:
-    """One prediction a row. With a `name`, how long the rows are is said under it."""
-    if name is None:
-        tokens = model.tokenizer.encode(pairs.text_a, pairs.text_b, model.max_seq_length)
-    else:
-        tokens = make_split(pairs, None, model.tokenizer, model.max_seq_length, name=name).tokens
-    logits = model.scorer.logits(tokens, progress.advance)
-    return make_predictions(logits, tokens, model.labels, model.decision)
+def _encoded(
+    rounds: Iterator[tuple[int, Pairs | None, int]], model: PairClassifier, num_rows: int | None, name: str
+) -> Iterator[tuple[int, Pairs | None, Tokens | None, int]]:
+    """The same with the token ids of the window. How long the rows are is said of the first one."""
+    for number, pairs, rows in rounds:
+        tokens = None
+        if pairs is not None and number == 0:
+            called = name if len(pairs) == num_rows else f"{name}, first window"
+            tokens = make_split(pairs, None, model.tokenizer, model.max_seq_length, name=called).tokens
+        elif pairs is not None:
+            tokens = model.tokenizer.encode(pairs.text_a, pairs.text_b, model.max_seq_length)
+        yield number, pairs, tokens, rows
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; the next one is made while the last one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
 
 
 def _with_what_is_kept(

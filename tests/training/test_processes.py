@@ -263,6 +263,18 @@ def test_other_data_in_one_process_are_refused_in_all(settings: Settings) -> Non
     assert not Path("out").exists() and [path.name for path in Path("one").iterdir()] == ["data"]
 
 
+def test_another_network_in_one_process_is_refused_in_all(settings: Settings) -> None:
+    for folder, layers in (("one", 2), ("two", 1)):
+        Path(folder).mkdir()
+        write_tiny_bert(Path(folder, "model"), num_hidden_layers=layers)
+    own = {**settings, "model_name_or_path": "model", "output_dir": "../out"}
+    with ExitStack() as stack:
+        workers = torchrun.start_training(stack, 2, own, folders=["one", "two"])
+        assert torchrun.finish(workers) == [2, 2]
+    assert "\nerror: the model's shape: process 1 did not read what process 0 read" in workers[0].said
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize("command", ["train.py --seeds 2", "evaluate.py", "serve.py"])
 def test_what_one_process_does_is_refused_under_torchrun(
     settings: Settings, whole: Path, command: str
