@@ -124,8 +124,9 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory for the next allocation; False where there is no glibc to tell.
 
     By default glibc takes each large tensor fresh from the kernel, which zeroes its pages: with the 370 MB
-    gradient of mBERT's word table that was a third of a training step on a CPU, and with the batches of a tiny
-    model a quarter of their scoring. The price is a process that stays at its peak. It holds for the whole process, so scripts call it, not the library.
+    gradient of mBERT's word table that was a third of a training step on a CPU, and with a tiny model a
+    quarter of the scoring. The price is a process that stays at its peak. It holds for the whole process, so
+    scripts call it, not the library.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
 import json
 import logging
 import os
@@ -16,16 +14,10 @@ from typing import Any
 import numpy as np
 
 from bertpair.checkpoints.checkpoint import (
-    COMPARED,
     INPUT_FILE,
     discard_parts,
     file_digest,
-    final_folder,
     is_model_folder,
-    list_checkpoints,
-    open_model,
-    output_dir_of,
-    run_of,
     settings_folder,
     weights_digest,
     write_results,
@@ -36,7 +28,15 @@ from bertpair.data.columns import Columns, has_column, said
 from bertpair.data.dataset import Pairs, make_split, report_labels
 from bertpair.data.lines import has_stdin
 from bertpair.data.source import Source, resolve_source
-from bertpair.errors import CheckpointError, ConfigError, DataError, first_line
+from bertpair.errors import ConfigError, DataError, first_line
+from bertpair.evaluation.candidates import (
+    Candidate,
+    check_comparable,
+    describe,
+    list_candidates,
+    open_candidate,
+    results_folder,
+)
 from bertpair.evaluation.classifier import PairClassifier
 from bertpair.evaluation.compare import COMPARISON, as_json, compare_models
 from bertpair.evaluation.fit import check_fit, fit
@@ -53,13 +53,11 @@ from bertpair.evaluation.report import (
     significance_table,
 )
 from bertpair.evaluation.rows import WINDOW_ROWS
-from bertpair.evaluation.scorer import BATCH_TOKENS
 from bertpair.evaluation.significance import Comparison
 from bertpair.evaluation.stream import Output, Writing, label_windows
-from bertpair.model.config import check_model_type, read_folder
 from bertpair.model.pretrained import resolve_folder
 from bertpair.processes import Processes, joined
-from bertpair.runtime import allowed_precisions, resolve_device, set_deterministic, set_threads
+from bertpair.runtime import set_deterministic, set_threads
 from bertpair.settings.config import Config, DataSettings, DeviceSettings
 from bertpair.settings.contradictions import check_config
 from bertpair.settings.evaluate import EvaluateSettings
@@ -84,19 +82,6 @@ class EvaluationResult:
     def summary(self) -> dict[str, float | str | None]:
         """The values of evaluate.py's last line."""
         return finite_or_null({"n": self.num_rows, **self.metrics})
-
-
-@dataclasses.dataclass(frozen=True)
-class _Candidate:
-    """A model folder to evaluate, its name in the table, and what its results' folder is called after.
-
-    `prefix` is empty for the model that was asked for; `is_own`: that one or a checkpoint of it.
-    """
-
-    name: str
-    path: Path
-    prefix: str = ""
-    is_own: bool = True
 
 
 def evaluate(
@@ -135,14 +120,14 @@ def evaluate_models(config: Config, *, explicit: Collection[str] = ()) -> Evalua
     if config.model_dir is None:
         raise ConfigError("model_dir: not set; name a trained folder (or output_dir in config.yaml)")
     model_dir = resolve_folder(config.model_dir, revision=config.revision, cache_dir=config.cache_dir)
-    candidates = _candidates(config, model_dir)  # a wrong model folder is said before a wrong data file
+    candidates = list_candidates(config, model_dir)  # a wrong model folder is said before a wrong data file
     if config.eval_output_dir is not None:
         for place in ("", *(candidate.prefix for candidate in candidates)):
             if is_model_folder(folder := Path(config.eval_output_dir, place)):
                 raise ConfigError(f"output_dir: {folder} is a model folder; name another one for the results")
     if not config.predict:
         check_alone("an evaluation with figures")
-    first = _open(candidates[0], config, explicit)
+    first = open_candidate(candidates[0], config, explicit)
     check_fit(config, first.labels)
     if config.predict:
         with joined(config.ddp_timeout) as processes:
@@ -152,8 +137,8 @@ def evaluate_models(config: Config, *, explicit: Collection[str] = ()) -> Evalua
         discard_parts(Path(config.eval_output_dir))
     found: list[Scored] = []
     for candidate in candidates:
-        model = first if candidate is candidates[0] else _open(candidate, config, explicit)
-        _check_comparable(candidate, model, first)
+        model = first if candidate is candidates[0] else open_candidate(candidate, config, explicit)
+        check_comparable(candidate, model, first)
         found.append(_score(candidate, model, rows, config, model_dir))
     number = len(found) - 1 - len(config.compare or ())
     return _conclude(config, explicit, rows, found[: number + 1], found[number + 1 :])
@@ -190,7 +175,7 @@ def _predict(
     config: Config,
     explicit: Collection[str],
     model_dir: Path,
-    candidates: Sequence[_Candidate],
+    candidates: Sequence[Candidate],
     first: PairClassifier,
     processes: Processes,
 ) -> EvaluationResult:
@@ -210,21 +195,21 @@ def _predict(
     writing = Writing(config.predictions_format == "jsonl", config.with_texts, len(files) > 1)
     folders = {}
     for candidate in candidates:
-        model = first if candidate is candidates[0] else _open(candidate, config, explicit)
-        _check_comparable(candidate, model, first)
-        folder = folders[candidate.name] = _output_folder(config, model_dir, candidate, data)
+        model = first if candidate is candidates[0] else open_candidate(candidate, config, explicit)
+        check_comparable(candidate, model, first)
+        folder = folders[candidate.name] = results_folder(config, model_dir, candidate, data)
         identity = None if from_stdin else _identity(config, candidate, model, data)
         output = Output(folder, identity)
         windows = source.windows(files, columns, model.labels, WINDOW_ROWS)
         found = label_windows(model, windows, num_rows, output, writing, processes, candidate.name)
         if processes.is_first:
-            output.finish(writing.file_name, _described(candidate, model, data, predict=True))
+            output.finish(writing.file_name, describe(candidate, model, data, predict=True))
     names = {name: str(folder) for name, folder in folders.items()}
     return EvaluationResult({}, {name: {} for name in names}, names, found, f"{found} rows predicted")
 
 
 def _identity(
-    config: Config, candidate: _Candidate, model: PairClassifier, data: list[dict[str, Any]]
+    config: Config, candidate: Candidate, model: PairClassifier, data: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Whatever decides what the predictions are: an earlier run with the same can be gone on with."""
     device, several = {"num_threads", "ddp_timeout"}, {"data_file", "compare", "all_checkpoints"}
@@ -303,81 +288,6 @@ def _resolve_files(config: Config) -> tuple[Source, tuple[Path, ...]]:
     return source, source.test_files if kind == "test" else source.dev_files
 
 
-def _candidates(config: Config, model_dir: Path) -> list[_Candidate]:
-    """The folders to evaluate: checkpoints in numeric order, then the model itself, then what it is compared
-    with, each under a name of its own. CheckpointError where one of these is no model folder."""
-    found = []
-    if config.all_checkpoints:
-        found = [_Candidate(p.name, p, p.name) for _, p in list_checkpoints(model_dir)]
-        if not found:
-            raise CheckpointError(f"{model_dir}: no checkpoint-N in it")
-    final = final_folder(model_dir)
-    if (final / "config.json").is_file() or not found:
-        prefix = model_dir.absolute().name if output_dir_of(model_dir) != model_dir else ""
-        found.append(_Candidate("final" if found else str(config.model_dir), final, prefix))
-    for other in config.compare or ():
-        path = resolve_folder(other, revision=config.revision, cache_dir=config.cache_dir)
-        where = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]  # x/m and y/m are two models
-        found.append(_Candidate(other, final_folder(path), f"{COMPARED}{path.name}-{where}", is_own=False))
-    named: dict[str, _Candidate] = {}
-    for candidate in found:
-        open_model(candidate.path, verify=False)
-        more = (f"{candidate.name} ({i})" for i in itertools.count(2))  # another folder may be called `final`
-        name = next(name for name in itertools.chain([candidate.name], more) if name not in named)
-        named[name] = dataclasses.replace(candidate, name=name)
-    return list(named.values())
-
-
-def _output_folder(
-    config: Config, model_dir: Path, candidate: _Candidate, data: list[dict[str, Any]]
-) -> Path:
-    """Where the files of one model's results on these data go; other data have another folder."""
-    if config.eval_output_dir is not None:
-        return Path(config.eval_output_dir) / candidate.prefix
-    if not data:
-        return output_dir_of(model_dir) / "eval" / "standard_input-predict"
-    digest = hashlib.sha256()
-    for file in data:
-        digest.update(os.fsencode(file["path"]) + b"\0" + file["sha256"].encode())
-    more = f"+{len(data) - 1}" if len(data) > 1 else ""
-    prefix = f"{candidate.prefix}-" if candidate.prefix else ""
-    name = f"{prefix}{os.path.basename(data[0]['path'])}{more}-{digest.hexdigest()[:8]}"
-    name += f"-first{config.max_eval_samples}" if config.max_eval_samples else ""
-    return output_dir_of(model_dir) / "eval" / (name + ("-predict" if config.predict else ""))
-
-
-def _open(candidate: _Candidate, config: Config, explicit: Collection[str]) -> PairClassifier:
-    cut = config.max_seq_length if "max_seq_length" in explicit else None
-    if "model_type" in explicit and candidate.is_own:
-        check_model_type(read_folder(candidate.path), config.model_type)
-    budget = config.per_device_eval_batch_size * config.max_seq_length
-    if config.predict and "per_device_eval_batch_size" not in explicit:
-        budget = max(budget, BATCH_TOKENS)
-    amp, device = config.amp, "cpu" if config.runs_openvino else config.device
-    if "amp" not in explicit and amp == "auto":
-        amp = "off"  # nothing says what it was trained in
-    if "amp" not in explicit and amp not in allowed_precisions(resolve_device(device)):
-        logger.warning("trained with amp %s, which this machine does not have: evaluated in float32", amp)
-        amp = "off"
-    return PairClassifier.from_pretrained(
-        candidate.path,
-        labels=config.labels if candidate.is_own or "labels" in explicit else None,
-        max_seq_length=cut,
-        truncation=config.truncation if "truncation" in explicit else None,
-        device=device,
-        amp=amp,
-        engine=config.engine,
-        quantize=config.quantize,
-        calibration_pairs=config.calibration_file,
-        quantize_check=config.quantize_check,
-        temperature=config.temperature,
-        threshold=config.threshold,
-        positive_label=config.positive_label,
-        max_batch_tokens=budget,
-        optimize=config.predict,  # figures are those of training's own evaluation, bit for bit
-    )
-
-
 def _check_task(config: Config, model: PairClassifier, source: Source) -> None:
     """ConfigError where the settings ask for another kind of task or other labels than the model has."""
     kind = "regression" if model.labels is None else "classification"
@@ -395,17 +305,8 @@ def _check_task(config: Config, model: PairClassifier, source: Source) -> None:
         raise ConfigError(f"labels: found {found}; {config.model_dir} was trained for {own}")
 
 
-def _check_comparable(candidate: _Candidate, model: PairClassifier, first: PairClassifier) -> None:
-    own, others = ([*(labels or ["a value"])] for labels in (model.labels, first.labels))
-    if set(own) != set(others) or (model.labels is None) != (first.labels is None):
-        raise CheckpointError(
-            f"{candidate.path}: its labels are {', '.join(own)}, the others' {', '.join(others)}: "
-            "they cannot be compared"
-        )
-
-
 def _score(
-    candidate: _Candidate, model: PairClassifier, rows: _Rows, config: Config, model_dir: Path
+    candidate: Candidate, model: PairClassifier, rows: _Rows, config: Config, model_dir: Path
 ) -> Scored:
     """Score the rows with one model, and write its files."""
     split = make_split(rows.pairs, model.labels, model.tokenizer, model.max_seq_length, name=candidate.name)
@@ -425,20 +326,12 @@ def _score(
             details = with_further(details, evaluation, split, model.labels)
     if (line := collapse(evaluation, split, model.labels)) is not None:
         logger.warning("%s: %s: the model cannot tell them apart", candidate.name, line)
-    folder = _output_folder(config, model_dir, candidate, rows.data)
-    said = _described(candidate, model, rows.data, predict=False)
+    folder = results_folder(config, model_dir, candidate, rows.data)
+    said = describe(candidate, model, rows.data, predict=False)
     described = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
     files = result_files(evaluation, split, model.labels, details, with_texts=config.with_texts)
     write_results(folder, {**files, INPUT_FILE: described.encode(errors="surrogateescape")})
     return Scored(candidate.name, candidate.path, folder, model.labels, evaluation, details, split)
-
-
-def _described(
-    candidate: _Candidate, model: PairClassifier, data: list[dict[str, Any]], *, predict: bool
-) -> dict[str, Any]:
-    """input.json: what results were made of."""
-    said = {"model": os.path.realpath(candidate.path), "run_id": run_of(candidate.path) or None}
-    return {**said, "data": data, "predict": predict, **model.decision.figures}
 
 
 def _tables(scored: Scored) -> str:
