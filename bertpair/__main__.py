@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 USAGE = """usage: bertpair train | evaluate | serve [--name value …]
 
-  bertpair train      fine-tune a model on a TSV file with pairs of texts and their labels
+  bertpair train      fine-tune a model on a file with pairs of texts and their labels
   bertpair evaluate   measure a trained model on a data file, or label new pairs with it
   bertpair serve      answer HTTP requests with a trained model
 
