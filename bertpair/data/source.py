@@ -20,7 +20,7 @@ from bertpair.data.lines import has_stdin
 from bertpair.data.records import first_row
 from bertpair.data.tsv import count_rows, read_pairs, read_windows
 from bertpair.errors import ConfigError, DataError, list_faults, listed, show
-from bertpair.settings.config import DataSettings
+from bertpair.settings.data import DataSettings
 from bertpair.settings.tasks import FOUR_COLUMN, SCORE_METRICS, Task, find_task
 
 logger = logging.getLogger(__name__)

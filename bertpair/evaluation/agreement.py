@@ -12,7 +12,7 @@ import numpy.typing as npt
 from bertpair.data.source import resolve_source
 from bertpair.errors import ConfigError, DataError, first_line
 from bertpair.evaluation.scorer import softmax
-from bertpair.settings.config import DataSettings
+from bertpair.settings.data import DataSettings
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from bertpair.checkpoints.checkpoint import (
     open_model,
     output_dir_of,
     run_of,
+    weights_digest,
 )
 from bertpair.errors import CheckpointError
 from bertpair.evaluation.classifier import PairClassifier
@@ -126,6 +127,15 @@ def results_folder(config: Config, model_dir: Path, candidate: Candidate, data: 
     name = f"{prefix}{os.path.basename(data[0]['path'])}{more}-{digest.hexdigest()[:8]}"
     name += f"-first{config.max_eval_samples}" if config.max_eval_samples else ""
     return output_dir_of(model_dir) / "eval" / (name + ("-predict" if config.predict else ""))
+
+
+def digest_of(candidate: Candidate, model: PairClassifier) -> str:
+    """sha256 of all files that make the model what it is: weights, config.json, tokenizer."""
+    files = model.tokenizer.files(max_length=1)  # the cut is no part of the model
+    digest = hashlib.sha256(weights_digest(candidate.path).encode())
+    for content in (candidate.path.joinpath("config.json").read_bytes(), *map(files.get, sorted(files))):
+        digest.update(hashlib.sha256(content or b"").digest())
+    return digest.hexdigest()
 
 
 def describe(

@@ -19,7 +19,6 @@ from bertpair.checkpoints.checkpoint import (
     file_digest,
     is_model_folder,
     settings_folder,
-    weights_digest,
     write_results,
 )
 from bertpair.checkpoints.run_folder import versions
@@ -33,6 +32,7 @@ from bertpair.evaluation.candidates import (
     Candidate,
     check_comparable,
     describe,
+    digest_of,
     list_candidates,
     open_candidate,
     results_folder,
@@ -58,8 +58,9 @@ from bertpair.evaluation.stream import Output, Writing, label_windows
 from bertpair.model.pretrained import resolve_folder
 from bertpair.processes import Processes, joined
 from bertpair.runtime import set_deterministic, set_threads
-from bertpair.settings.config import Config, DataSettings, DeviceSettings
+from bertpair.settings.config import Config, DeviceSettings
 from bertpair.settings.contradictions import check_config
+from bertpair.settings.data import DataSettings
 from bertpair.settings.evaluate import EvaluateSettings
 from bertpair.settings.stored import as_flags, model_settings
 
@@ -218,10 +219,10 @@ def _identity(
         name: getattr(config, name) for name in sorted(names - device - several - {"eval_output_dir"})
     }
     made = {"decision": model.decision.figures, "cut": model.max_seq_length, "labels": model.labels}
-    made["batch_tokens"] = model.scorer.max_batch_tokens
+    made |= {"batch_tokens": model.scorer.max_batch_tokens, "with_texts": config.with_texts}
     found = {
         "data_file": [each["sha256"] for each in data],
-        "model": weights_digest(candidate.path),
+        "model": digest_of(candidate, model),
         "settings": {**settings, **made, "window_rows": WINDOW_ROWS},
         "version": versions(),
     }

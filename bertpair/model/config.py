@@ -17,7 +17,7 @@ from bertpair.model.bert import BertConfig
 from bertpair.model.families import FAMILIES
 from bertpair.model.family import BERT, Family
 from bertpair.model.pooling import Pooling
-from bertpair.settings.config import DataSettings
+from bertpair.settings.data import DataSettings
 from bertpair.settings.fields import Group, Switch, Whole, said, typed
 from bertpair.settings.files import read_json
 

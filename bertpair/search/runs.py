@@ -27,7 +27,8 @@ from bertpair.errors import CheckpointError, ConfigError, StoppedError, list_fau
 from bertpair.evaluation.card import discard_card
 from bertpair.evaluation.metrics import best_of, finite_or_null
 from bertpair.search.report import spread
-from bertpair.settings.config import SETTINGS, Config, DataSettings, ModelSettings
+from bertpair.settings.config import SETTINGS, Config, ModelSettings
+from bertpair.settings.data import DataSettings
 from bertpair.settings.files import read_json
 from bertpair.settings.tasks import check_measured
 from bertpair.training.setup import Material, read_material

@@ -20,7 +20,7 @@ from bertpair.data.source import resolve_source
 from bertpair.data.tokenizer import Tokenizer
 from bertpair.data.tsv import read_pairs
 from bertpair.errors import DataError
-from bertpair.settings.config import DataSettings
+from bertpair.settings.data import DataSettings
 
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 HEADER = ["index", "sentence1", "sentence2", "label"]

@@ -13,7 +13,7 @@ from bertpair.data.source import resolve_source
 from bertpair.data.tsv import read_pairs
 from bertpair.errors import ConfigError, DataError
 from bertpair.settings.command_line import parse_command_line
-from bertpair.settings.config import DataSettings
+from bertpair.settings.data import DataSettings
 from bertpair.settings.stored import model_settings
 
 HEADER = ("id", "question", "reference", "answer", "grade")

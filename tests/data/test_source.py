@@ -14,7 +14,7 @@ from bertpair.data.source import resolve_source
 from bertpair.data.tokenizer import Tokenizer
 from bertpair.data.tsv import read_pairs
 from bertpair.errors import ConfigError, DataError
-from bertpair.settings.config import DataSettings
+from bertpair.settings.data import DataSettings
 
 GLUE = Path(__file__).parents[1] / "glue"
 HEADER = ("index", "sentence1", "sentence2", "label")

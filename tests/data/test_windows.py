@@ -22,7 +22,7 @@ from bertpair.data.dataset import Pairs
 from bertpair.data.source import resolve_source
 from bertpair.data.tsv import count_rows, read_pairs, read_windows
 from bertpair.errors import DataError
-from bertpair.settings.config import DataSettings
+from bertpair.settings.data import DataSettings
 
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 HEADER = ("index", "sentence1", "sentence2", "label")
@@ -150,7 +150,7 @@ import sys
 from bertpair.data.columns import Columns
 from bertpair.data.source import resolve_source
 from bertpair.errors import DataError
-from bertpair.settings.config import DataSettings
+from bertpair.settings.data import DataSettings
 source = resolve_source(DataSettings(dev_file=["-"], **eval(sys.argv[1])), needs=("dev",))
 columns = source.columns_for(source.dev_files[0], with_labels=False, kept=[0])
 try:

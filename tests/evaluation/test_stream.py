@@ -149,7 +149,10 @@ def test_a_run_that_was_stopped_says_what_is_done_and_goes_on(
     assert Path("out/predictions.tsv").read_bytes() == Path("whole/predictions.tsv").read_bytes()
 
 
-@pytest.mark.parametrize("changed", ["data_file", "model", "settings"])
+FLAGS = {"settings": ["--max_seq_length", "9"], "settings ": ["--with_texts"]}
+
+
+@pytest.mark.parametrize("changed", ["data_file", "model", "model ", *FLAGS])
 def test_another_input_or_model_or_setting_starts_anew_and_says_so(
     hf_folder: Path,
     new: Path,
@@ -169,7 +172,7 @@ def test_another_input_or_model_or_setting_starts_anew_and_says_so(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(atomic, "replace_file", die_at_the_third)
         predict(hf_folder, new, "out")
-    flags: list[str] = []
+    flags = FLAGS.get(changed, [])
     if changed == "data_file":
         new.write_text(new.read_text(encoding="utf-8").replace("cat", "mat"), encoding="utf-8")
     elif changed == "model":
@@ -177,11 +180,12 @@ def test_another_input_or_model_or_setting_starts_anew_and_says_so(
         data = bytearray(path.read_bytes())
         data[-1] ^= 1  # the last bit of some weight's exponent
         path.write_bytes(bytes(data))
-    else:
-        flags = ["--max_seq_length", "9"]
+    elif changed == "model ":
+        path = hf_folder / "config.json"
+        path.write_text(path.read_text().replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-3'))
     with caplog.at_level("INFO", "bertpair"):
         predict(hf_folder, new, "out", *flags)
-    assert f"had another {changed}: starting anew" in caplog.text and "going on" not in caplog.text
+    assert f"had another {changed.strip()}: starting anew" in caplog.text and "going on" not in caplog.text
     predict(hf_folder, new, "fresh", *flags)
     assert Path("out/predictions.tsv").read_bytes() == Path("fresh/predictions.tsv").read_bytes()
 

@@ -7,7 +7,7 @@ import pytest
 from bertpair.data.source import resolve_source
 from bertpair.data.tsv import read_pairs
 from bertpair.errors import ConfigError
-from bertpair.settings.config import DataSettings
+from bertpair.settings.data import DataSettings
 from bertpair.settings.tasks import FOUR_COLUMN, GLUE_TASKS, find_task
 
 GLUE = Path(__file__).parents[1] / "glue"
