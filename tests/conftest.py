@@ -10,6 +10,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared out already
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,6 +107,20 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
     """Its files, as a run writes them into a model folder."""
     for name, content in tokenizer.files(max_length).items():
         (folder / name).write_bytes(content)
+
+
+def write_repeats(
+    path: Path, count: int, rng: np.random.Generator, shares: Sequence[float] | None = None
+) -> None:
+    """Rows of a task that a tiny model learns: how much of the first text does the second one repeat?"""
+    words = ["cat", "sat", "mat", "good", "bad", "food", "中文", "数据库"]
+    rows = ["index\tsentence1\tsentence2\tlabel"]
+    for i in range(count):
+        a, b, c = rng.choice(words, 3, replace=False)
+        label = rng.choice(["right", "wrong", "partly"], p=shares)
+        answer = {"right": f"{a} {b}", "wrong": c, "partly": a}[label]
+        rows.append(f"{i}\t{a} {b}{' the' * int(rng.integers(0, 6))}\t{answer}\t{label}")
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 @pytest.fixture

@@ -62,10 +62,9 @@ class Source:
         files: Sequence[Path | str],
         columns: Columns,
         labels: Sequence[str] | None,
-        limit: str = "max_eval_samples",
     ) -> int:
         """How many rows `read` would give, which says and raises the same; `count_rows`."""
-        return count_rows(files, self._grouped(columns), **self._rules(labels, limit))
+        return count_rows(files, self._grouped(columns), **self._rules(labels))
 
     def windows(
         self,
@@ -73,20 +72,19 @@ class Source:
         columns: Columns,
         labels: Sequence[str] | None,
         window_rows: int,
-        limit: str = "max_eval_samples",
     ) -> Iterator[Pairs]:
         """The same rows, `window_rows` at a time; `read_windows`.
 
         Warnings are said by `count`, which comes first; those of the standard input are said here.
         """
-        is_checked, rules = not has_stdin(files), self._rules(labels, limit)
+        is_checked, rules = not has_stdin(files), self._rules(labels)
         columns = self._grouped(columns)
         return read_windows(files, columns, window_rows=window_rows, is_checked=is_checked, **rules)
 
     def _grouped(self, columns: Columns) -> Columns:
         return replace(columns, group=self.settings.group_column)
 
-    def _rules(self, labels: Sequence[str] | None, limit: str) -> dict[str, Any]:
+    def _rules(self, labels: Sequence[str] | None, limit: str = "max_eval_samples") -> dict[str, Any]:
         return {
             "labels": labels,
             "regression": self.regression,

@@ -129,7 +129,7 @@ def results_folder(config: Config, model_dir: Path, candidate: Candidate, data: 
     return output_dir_of(model_dir) / "eval" / (name + ("-predict" if config.predict else ""))
 
 
-def digest_of(candidate: Candidate, model: PairClassifier) -> str:
+def model_digest(candidate: Candidate, model: PairClassifier) -> str:
     """sha256 of all files that make the model what it is: weights, config.json, tokenizer."""
     files = model.tokenizer.files(max_length=1)  # the cut is no part of the model
     digest = hashlib.sha256(weights_digest(candidate.path).encode())

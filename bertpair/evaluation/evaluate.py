@@ -32,8 +32,8 @@ from bertpair.evaluation.candidates import (
     Candidate,
     check_comparable,
     describe,
-    digest_of,
     list_candidates,
+    model_digest,
     open_candidate,
     results_folder,
 )
@@ -222,7 +222,7 @@ def _identity(
     made |= {"batch_tokens": model.scorer.max_batch_tokens, "with_texts": config.with_texts}
     found = {
         "data_file": [each["sha256"] for each in data],
-        "model": digest_of(candidate, model),
+        "model": model_digest(candidate, model),
         "settings": {**settings, **made, "window_rows": WINDOW_ROWS},
         "version": versions(),
     }

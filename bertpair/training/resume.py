@@ -34,8 +34,6 @@ class Start:
 def share_start(config: Config, explicit: Collection[str], folder: RunFolder, processes: Processes) -> Start:
     """What `find_start` gives the first process, in all of them. They must see the same output folder where
     there is something to resume. For all processes."""
-    if processes.size == 1:
-        return find_start(config, explicit, folder)
     first = processes.all_or_none(
         lambda: find_start(config, explicit, folder) if processes.is_first else None
     )

@@ -228,6 +228,7 @@ class _Run:
             source = "last"
             if job.config.load_best_model_at_end:
                 source = job.processes.share(self._load_best() if self.folder.writes else None)
+            if source == "best":
                 job.processes.copy_from_first(state_tensors(job.model).values())
             step = state.best_step if source == "best" else state.global_step
             evaluation = None if job.dev is None else loop.last_evaluation.get(step) or self._evaluate()

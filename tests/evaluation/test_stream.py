@@ -135,13 +135,11 @@ def test_a_run_that_was_stopped_says_what_is_done_and_goes_on(
         if path.stat().st_size > len(data):  # the second window
             stop_flag.request(15)
 
-    monkeypatch.setattr(atomic, "append", append_and_stop)
-    with pytest.raises(StoppedError, match="14 of 40 rows are done; the same command goes on"):
-        predict(hf_folder, new, "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "append", append_and_stop)
+        with pytest.raises(StoppedError, match="14 of 40 rows are done; the same command goes on"):
+            predict(hf_folder, new, "out")
     assert {path.name for path in Path("out").iterdir()} == {"predictions.part", "progress.json"}
-    monkeypatch.undo()
-    monkeypatch.setattr(evaluating, "WINDOW_ROWS", 7)
-    os.chdir(new.parent)
     stop_flag.clear()
     with caplog.at_level("INFO", "bertpair"):
         predict(hf_folder, new, "out")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiny_bert
+from conftest import write_repeats, write_tiny_bert
 from safetensors.torch import load_file
 
 from bertpair import (
@@ -42,15 +42,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """A task that a tiny model learns: how much of the first text does the second one repeat?"""
     folder = tmp_path_factory.mktemp("material")
     rng = np.random.default_rng(3)
-    words = ["cat", "sat", "mat", "good", "bad", "food", "中文", "数据库"]
     for name, count in (("train.tsv", 180), ("dev.tsv", 60)):
-        rows = ["index\tsentence1\tsentence2\tlabel"]
-        for i in range(count):
-            a, b, c = rng.choice(words, 3, replace=False)
-            label = rng.choice(["right", "wrong", "partly"])
-            answer = {"right": f"{a} {b}", "wrong": c, "partly": a}[label]
-            rows.append(f"{i}\t{a} {b}{' the' * int(rng.integers(0, 6))}\t{answer}\t{label}")
-        (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+        write_repeats(folder / name, count, rng)
     return {
         "data_dir": str(folder),
         "model_name_or_path": str(write_tiny_bert(folder / "tiny-bert")),

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import write_tiny_bert
+from conftest import write_repeats, write_tiny_bert
 
 from bertpair.checkpoints.manifest import verify_folder
 
@@ -72,15 +72,8 @@ def write_task(folder: Path) -> dict[str, object]:
     Of the 91 rows an epoch's last batch has 7 where the others have 12.
     """
     rng = np.random.default_rng(3)
-    words = ["cat", "sat", "mat", "good", "bad", "food", "中文", "数据库"]
     for name, count in (("train.tsv", 91), ("dev.tsv", 60)):
-        rows = ["index\tsentence1\tsentence2\tlabel"]
-        for i in range(count):
-            a, b, c = rng.choice(words, 3, replace=False)
-            label = rng.choice(["right", "wrong", "partly"], p=[0.5, 0.3, 0.2])
-            answer = {"right": f"{a} {b}", "wrong": c, "partly": a}[label]
-            rows.append(f"{i}\t{a} {b}{' the' * int(rng.integers(0, 6))}\t{answer}\t{label}")
-        (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+        write_repeats(folder / name, count, rng, shares=[0.5, 0.3, 0.2])
     return {
         "data_dir": str(folder),
         "model_name_or_path": str(write_tiny_bert(folder / "tiny-bert")),
